@@ -1,0 +1,46 @@
+"""The application: four deployments, bound to each other. The only file that knows how Serve deploys.
+
+``serve_config.yaml`` names ``build`` as its import path and gives it ``args``; what Serve schedules stands in the
+same file under ``deployments`` and overrides the defaults here.
+"""
+
+import time
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from deployments.config import AppConfig
+from deployments.engine.card import ModelCard
+from deployments.ingress import IngressStage
+from deployments.model import ModelStage
+from deployments.postprocessor import PostprocessorStage
+from deployments.tokenizer import TokenizerStage
+
+# Far above what a replica should have at once: requests wait where they are traced, in the gate and the router, not in
+# front of the ingress. Serve's default of 5 would starve the batches.
+_MANY = 1000
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Build the application from ``args`` of serve_config.yaml.
+
+    Raises ConfigError, naming the key, where they are wrong or the model cannot be found.
+    """
+    config = AppConfig.parse(args)
+    ModelCard.load(config.model)
+    tokenizer = _deployment("Tokenizer", TokenizerStage, num_cpus=0.2).bind(config)
+    model = _deployment("Model", ModelStage, num_cpus=1.0).bind(config)
+    postprocessor = _deployment("Postprocessor", PostprocessorStage, num_cpus=0.1).bind(config)
+    ingress = _deployment("Ingress", serve.ingress()(IngressStage), num_cpus=0.2)
+    bound: Application = ingress.bind(config, tokenizer, model, postprocessor, int(time.time()))
+    return bound
+
+
+def _deployment(name: str, stage: type[Any], *, num_cpus: float) -> Any:
+    return serve.deployment(
+        name=name,
+        max_ongoing_requests=_MANY,
+        ray_actor_options={"num_cpus": num_cpus},
+        health_check_period_s=5,
+    )(stage)

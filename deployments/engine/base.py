@@ -1,0 +1,81 @@
+"""What the stages ask of a tokenizer and of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deployments.messages import Ids
+
+Output = Any
+"""One input's result, by task, as float32 arrays on the host:
+
+- embeddings: ``[hidden]``, pooled and normalised;
+- text-classification: logits ``[labels]``;
+- token-classification: logits ``[tokens, labels]``;
+- fill-mask: ``(probabilities [masks, MAX_FILLS], token ids [masks, MAX_FILLS])``, best first.
+"""
+
+MAX_FILLS = 100
+"""Candidates kept for each mask, and so the largest ``top_k`` of fill-mask."""
+
+Phase = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One tokenized input."""
+
+    ids: Ids
+    full_length: int
+    """Tokens before cutting; more than ``len(ids)`` only if tokens were cut."""
+    offsets: list[tuple[int, int]] | None = None
+    """Start and end character of each token; ``(-1, -1)`` for special tokens."""
+
+
+class Tokenizer(Protocol):
+    mask_token: str | None
+    mask_token_id: int | None
+
+    def encode(self, texts: Sequence[str], *, with_offsets: bool) -> list[Encoded]:
+        """Tokenize, cutting at the model's ``max_length``. Thread-safe. Holds the GIL only to build the result."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run of the model gave."""
+
+    outputs: list[Output]
+    inference_ms: float
+    """Time of the model itself: CUDA events on a GPU, the clock on a CPU. Collation and copies are not in it."""
+    padded_tokens: int
+    output_shape: tuple[int, ...]
+    peak_memory_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    allocated_gb: float
+    reserved_gb: float
+
+
+class Engine(Protocol):
+    device: str
+
+    def load(self, phase: Phase) -> None:
+        """Load weights, move them to the device, warm up: each inside ``with phase(name)``. Blocks."""
+        ...
+
+    def run(self, batch: Sequence[Ids]) -> Run:
+        """Run the model once on ``batch`` (each ``[tokens]``), padding to the longest. Called from one thread.
+
+        May raise anything; the caller isolates the input that caused it.
+        """
+        ...
+
+    def memory(self) -> Memory | None:
+        """GPU memory that this process holds, or None on a CPU."""
+        ...

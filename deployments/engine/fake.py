@@ -1,0 +1,72 @@
+"""A deterministic stand-in for a model: a swapped or lost item shows as a wrong number.
+
+The embedding of ids ``i1..in`` is ``[n, i1, in, checksum]`` over its own length, so a test computes what each answer
+must be. It can also be slow, be held, and raise on one token: that is how tests make batches instead of hoping for
+them, and how everything that is not a model is measured.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from deployments.config import FakeConfig
+from deployments.engine.base import Encoded, Memory, Phase, Run
+from deployments.messages import Ids
+
+
+def fake_token_id(word: str) -> int:
+    """The id of a word: stable across processes, between 3 and 29,999."""
+    return 3 + zlib.crc32(word.encode()) % 29_997
+
+
+def fake_embedding(ids: Sequence[int]) -> np.ndarray:
+    """What ``FakeEngine`` answers for ``ids``: shape ``[4]``, of length 1."""
+    raw = np.array([len(ids), ids[0], ids[-1], sum(i * (k + 1) for k, i in enumerate(ids)) % 9973], dtype=np.float32)
+    return raw / np.linalg.norm(raw)
+
+
+class FakeTokenizer:
+    """Words between blanks, inside 1 and 2 as special tokens."""
+
+    mask_token: str | None = None
+    mask_token_id: int | None = None
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
+
+    def encode(self, texts: Sequence[str], *, with_offsets: bool) -> list[Encoded]:  # noqa: ARG002
+        return [self._encode(text.split()) for text in texts]
+
+    def _encode(self, words: list[str]) -> Encoded:
+        kept = [fake_token_id(word) for word in words[: self._max_length - 2]]
+        return Encoded(np.array([1, *kept, 2], dtype=np.int32), len(words) + 2)
+
+
+class FakeEngine:
+    device = "cpu"
+
+    def __init__(self, config: FakeConfig) -> None:
+        self._config = config
+
+    def load(self, phase: Phase) -> None:
+        with phase("weights"):
+            time.sleep(self._config.load_ms / 1000)
+
+    def run(self, batch: Sequence[Ids]) -> Run:
+        started = time.perf_counter()
+        if self._config.poison_token is not None and any(self._config.poison_token in ids for ids in batch):
+            raise ValueError("the fake model met its poison token")
+        while self._config.hold_path is not None and Path(self._config.hold_path).exists():
+            time.sleep(0.002)
+        padded = max(len(ids) for ids in batch) * len(batch)
+        time.sleep(self._config.base_ms / 1e3 + padded * self._config.per_token_us / 1e6)
+        outputs = [fake_embedding([int(i) for i in ids]) for ids in batch]
+        return Run(outputs, (time.perf_counter() - started) * 1e3, padded, (len(batch), 4))
+
+    def memory(self) -> Memory | None:
+        return None

@@ -1,0 +1,16 @@
+"""The engine that the configuration asks for. Imports torch only where it is needed."""
+
+from __future__ import annotations
+
+from deployments.config import AppConfig
+from deployments.engine.base import Engine
+from deployments.engine.card import ModelCard
+from deployments.engine.fake import FakeEngine
+
+
+def load_engine(config: AppConfig, card: ModelCard, *, has_gpu: bool, cpus: float) -> Engine:
+    if config.model.engine == "fake":
+        return FakeEngine(config.model.fake)
+    from deployments.engine.transformers_engine import TransformersEngine
+
+    return TransformersEngine(config.model, card, config.batching, has_gpu=has_gpu, cpus=cpus)

@@ -1,0 +1,127 @@
+"""Model output to the JSON of one prediction, for each task. The rules are those of transformers' pipelines."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic_core import to_json
+
+from deployments.engine.card import ModelCard
+from deployments.messages import AnswerOptions, Ids, Tokenized
+
+Floats = npt.NDArray[np.float32]
+DEFAULT_FILLS = 5
+
+
+class AnswerBuilder:
+    """Builds the answers of one model.
+
+    Args:
+        card: what the model is.
+        pretrained: its transformers tokenizer, for the tasks that answer in words.
+    """
+
+    def __init__(self, card: ModelCard, pretrained: Any = None) -> None:
+        self._card, self._pretrained = card, pretrained
+
+    def fragments(
+        self, tokenized: Tokenized, outputs: Sequence[Any], options: AnswerOptions, texts: Sequence[str]
+    ) -> tuple[bytes, ...]:
+        """One JSON object per input, in order."""
+        if options.route == "/v1/embeddings":
+            return tuple(_openai_embedding(index, out, options) for index, out in enumerate(outputs))
+        ids, offsets = list(tokenized.ids), list(tokenized.offsets or [])
+        return tuple(
+            to_json(
+                self._prediction(out, options, ids[i], offsets[i] if offsets else None, texts[i] if texts else "")
+                | {"truncated": tokenized.truncated[i]}
+            )
+            for i, out in enumerate(outputs)
+        )
+
+    def _prediction(
+        self, output: Any, options: AnswerOptions, ids: Ids, offsets: npt.NDArray[np.int32] | None, text: str
+    ) -> dict[str, Any]:
+        match self._card.task:
+            case "embeddings":
+                return {"embedding": output.tolist()}
+            case "text-classification":
+                return classify(output, self._card, options.top_k)
+            case "token-classification":
+                assert offsets is not None
+                return {"entities": self._entities(output, ids, offsets, text)}
+            case "fill-mask":
+                return {"fills": self._fills(output, ids, options.top_k or DEFAULT_FILLS)}
+
+    def _entities(self, logits: Floats, ids: Ids, offsets: npt.NDArray[np.int32], text: str) -> list[dict[str, Any]]:
+        """One entity per token that is not special and not labelled ``O`` (aggregation strategy ``none``)."""
+        scores = softmax(logits)
+        best = scores.argmax(axis=-1)
+        entities = []
+        for position, (start, end) in enumerate(offsets.tolist()):
+            label = self._card.labels[best[position]]
+            if start < 0 or label == "O":
+                continue
+            token = int(ids[position])
+            unknown = token == self._pretrained.unk_token_id
+            entities.append(
+                {
+                    "entity": label,
+                    "score": float(scores[position, best[position]]),
+                    "word": text[start:end] if unknown else self._pretrained.convert_ids_to_tokens(token),
+                    "start": start,
+                    "end": end,
+                }
+            )
+        return entities
+
+    def _fills(self, output: tuple[Floats, Ids], ids: Ids, top_k: int) -> list[dict[str, Any]]:
+        """The ``top_k`` best tokens for each mask, mask after mask. With several masks each fill says which (``mask``)."""
+        probabilities, candidates = output
+        positions = np.flatnonzero(ids == self._pretrained.mask_token_id)
+        fills = []
+        for number, position in enumerate(positions):
+            for score, token in zip(probabilities[number, :top_k], candidates[number, :top_k], strict=True):
+                filled = ids.copy()
+                filled[position] = token
+                # With several masks the others must stay readable in the sequence.
+                sequence = self._pretrained.decode(filled.tolist(), skip_special_tokens=len(positions) == 1)
+                fill = {
+                    "token": self._pretrained.decode([int(token)]),
+                    "score": float(score),
+                    "sequence": sequence,
+                }
+                fills.append(fill if len(positions) == 1 else {**fill, "mask": number})
+        return fills
+
+
+def classify(logits: Floats, card: ModelCard, top_k: int | None) -> dict[str, Any]:
+    """The best label, and the ``top_k`` (default: all) best with their scores."""
+    match card.score_function:
+        case "softmax":
+            scores = softmax(logits)
+        case "sigmoid":
+            scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
+        case "none":
+            scores = logits
+    order = np.argsort(-scores, kind="stable")[: top_k or len(scores)]
+    ranked = [{"label": card.labels[i], "score": float(scores[i])} for i in order]
+    return {**ranked[0], "scores": ranked}
+
+
+def softmax(logits: Floats) -> Floats:
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
+
+
+def _openai_embedding(index: int, embedding: Floats, options: AnswerOptions) -> bytes:
+    if options.dimensions is not None:
+        embedding = embedding[: options.dimensions]
+        # What is left of a unit vector is shorter than one; OpenAI normalises again.
+        embedding = embedding / max(float(np.linalg.norm(embedding)), 1e-12)
+    value = base64.b64encode(embedding.astype("<f4").tobytes()).decode() if options.base64 else embedding.tolist()
+    return to_json({"object": "embedding", "index": index, "embedding": value})

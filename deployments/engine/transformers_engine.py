@@ -1,0 +1,224 @@
+"""A transformers model on one device: padded in, one output per input out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from deployments.config import BatchingConfig, ModelConfig
+from deployments.engine.base import MAX_FILLS, Memory, Output, Phase, Run
+from deployments.engine.card import ModelCard, Pooling
+from deployments.engine.tokenizers import load_pretrained_tokenizer
+from deployments.errors import ConfigError
+from deployments.messages import Ids
+
+_AUTO_CLASS: dict[str, Any] = {
+    "embeddings": AutoModel,
+    "text-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "fill-mask": AutoModelForMaskedLM,
+}
+_GB = 1e9
+_TYPICAL_LENGTH = 16
+
+
+class TransformersEngine:
+    """See ``engine.base.Engine``.
+
+    Args:
+        config: which model, and how to hold it.
+        card: what the model is.
+        batching: the largest batch, for the warm-up.
+        has_gpu: whether the replica was given a GPU (``device: auto`` follows it).
+        cpus: CPUs that the replica was given; a run on the CPU uses as many threads, rounded up.
+    """
+
+    def __init__(
+        self, config: ModelConfig, card: ModelCard, batching: BatchingConfig, *, has_gpu: bool, cpus: float
+    ) -> None:
+        self._config, self._card, self._batching = config, card, batching
+        self._device = _device(config.device, has_gpu)
+        self.device = str(self._device)
+        self._on_gpu = self._device.type == "cuda"
+        self._dtype = _dtype(config.dtype, self._device)
+        self._pad_id = 0
+        self._mask_id: int | None = None
+        self._model: Any = None
+        if not self._on_gpu:
+            torch.set_num_threads(config.threads or max(1, int(np.ceil(cpus))))
+
+    def load(self, phase: Phase) -> None:
+        # A progress bar in a replica's log is noise.
+        transformers.utils.logging.disable_progress_bar()
+        with phase("weights"):
+            self._model = _AUTO_CLASS[self._card.task].from_pretrained(
+                self._card.source,
+                revision=self._config.revision,
+                dtype=self._dtype,
+                trust_remote_code=self._config.trust_remote_code,
+            )
+            tokenizer = load_pretrained_tokenizer(self._config, self._card)
+            self._mask_id = tokenizer.mask_token_id
+            self._pad_id = next(
+                (int(i) for i in (tokenizer.pad_token_id, self._model.config.pad_token_id) if i is not None),
+                0,
+            )
+        with phase("device_move"):
+            self._model = self._model.to(self._device).eval()
+        with phase("warm_up"):
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """The shortest, a typical and the longest input alone, then a full batch of each that the limits allow."""
+        longest = self._card.max_length
+        token = self._mask_id or self._pad_id
+        for length in sorted({min(3, longest), min(_TYPICAL_LENGTH, longest), longest}):
+            full = max(1, min(self._batching.max_batch_size, self._batching.max_batch_tokens // length))
+            for size in sorted({1, full}):
+                self.run([np.full(length, token, dtype=np.int32)] * size)
+
+    def run(self, batch: Sequence[Ids]) -> Run:
+        lengths = [len(ids) for ids in batch]
+        longest = max(lengths)
+        padded = np.full((len(batch), longest), self._pad_id, dtype=np.int64)
+        mask = np.zeros((len(batch), longest), dtype=np.int64)
+        for row, ids in enumerate(batch):
+            padded[row, : len(ids)] = ids
+            mask[row, : len(ids)] = 1
+        try:
+            return self._run(torch.from_numpy(padded), torch.from_numpy(mask), lengths)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            raise
+
+    @torch.inference_mode()
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor, lengths: list[int]) -> Run:
+        timer = _CudaTimer(self._device) if self._on_gpu else _CpuTimer()
+        if self._on_gpu:
+            ids = ids.pin_memory().to(self._device, non_blocking=True)
+            mask = mask.pin_memory().to(self._device, non_blocking=True)
+        with timer:
+            raw = self._model(input_ids=ids, attention_mask=mask)
+            hidden = raw.last_hidden_state if self._card.task == "embeddings" else raw.logits
+            result = self._reduce(hidden, ids, mask)
+        outputs = self._split(result, ids, lengths)
+        # The outputs are on the host by now, so the timer's last event has happened and reading it waits for nothing.
+        return Run(
+            outputs=outputs,
+            inference_ms=timer.elapsed_ms(),
+            padded_tokens=ids.numel(),
+            output_shape=tuple(hidden.shape),
+            peak_memory_gb=torch.cuda.max_memory_allocated(self._device) / _GB if self._on_gpu else None,
+        )
+
+    def _reduce(self, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        """On the device, make small what would be large to move."""
+        if self._card.task == "embeddings":
+            pooled = pool(hidden.float(), mask, self._card.pooling)
+            return torch.nn.functional.normalize(pooled, dim=-1)
+        if self._card.task == "fill-mask":
+            at_masks = hidden[ids.eq(self._mask_id or 0)].float().softmax(dim=-1)
+            return at_masks.topk(min(MAX_FILLS, at_masks.shape[-1]), dim=-1)
+        return hidden.float()
+
+    def _split(self, result: Any, ids: torch.Tensor, lengths: list[int]) -> list[Output]:
+        """To the host, one output per input, padding cut off."""
+        if self._card.task == "fill-mask":
+            values, indices = result.values.cpu().numpy(), result.indices.to(torch.int32).cpu().numpy()
+            ends = np.cumsum(ids.eq(self._mask_id or 0).sum(dim=1).cpu().numpy())
+            starts = [0, *ends[:-1]]
+            return [(values[a:b], indices[a:b]) for a, b in zip(starts, ends, strict=True)]
+        array = result.cpu().numpy()
+        if self._card.task == "token-classification":
+            return [row[:length] for row, length in zip(array, lengths, strict=True)]
+        return list(array)
+
+    def memory(self) -> Memory | None:
+        if not self._on_gpu:
+            return None
+        return Memory(torch.cuda.memory_allocated(self._device) / _GB, torch.cuda.memory_reserved(self._device) / _GB)
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """``hidden`` ``[batch, tokens, hidden]`` and ``mask`` ``[batch, tokens]`` to ``[batch, hidden]``.
+
+    The pooling modes of sentence-transformers' Pooling module, padding left out.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    if pooling == "max":
+        return hidden.masked_fill(weights == 0, float("-inf")).amax(dim=1)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+class _CpuTimer:
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._elapsed = time.perf_counter() - self._started
+
+    def elapsed_ms(self) -> float:
+        return self._elapsed * 1e3
+
+
+class _CudaTimer:
+    """Times the device's own work, without waiting for it: two events in its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> None:
+        self._events[0].record(self._stream)
+
+    def __exit__(self, *_: object) -> None:
+        self._events[1].record(self._stream)
+
+    def elapsed_ms(self) -> float:
+        return float(self._events[0].elapsed_time(self._events[1]))
+
+
+def _device(wanted: str, has_gpu: bool) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if has_gpu and torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"args.model.device: {wanted!r} is no device: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"args.model.device: {wanted!r}, but this replica sees no CUDA device; give it one with "
+            "ray_actor_options.num_gpus, or say auto"
+        )
+    return device
+
+
+def _dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted != "auto":
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16 itself; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False

@@ -1,0 +1,117 @@
+"""A hop: one actor call from the ingress to a stage, for one request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+from ray.serve.handle import DeploymentHandle
+
+from deployments.errors import DeadlinePassed, NoReplicaReady, QueueFull, ReplicaDied
+from deployments.messages import Envelope, Reply
+from deployments.readiness import Readiness
+from deployments.telemetry.names import Service
+from deployments.telemetry.recorder import Telemetry
+from deployments.telemetry.records import HopRecord, RequestRecord
+
+Result = TypeVar("Result")
+
+
+class Hop:
+    """The way to one stage.
+
+    Args:
+        stage: its name.
+        method: the handle's method. It takes a tuple of requests and returns a tuple of replies.
+        telemetry: for the hop's span.
+        readiness: whether the stage has a replica, asked only of calls that wait for one.
+        no_replica_wait_ms: how long a call may wait for a first replica.
+    """
+
+    def __init__(
+        self,
+        stage: Service,
+        method: DeploymentHandle[Any],
+        telemetry: Telemetry,
+        readiness: Readiness,
+        no_replica_wait_ms: float,
+    ) -> None:
+        self._stage, self._method, self._telemetry = stage, method, telemetry
+        self._readiness, self._no_replica_wait_s = readiness, no_replica_wait_ms / 1000
+
+    async def call(
+        self,
+        record: RequestRecord,
+        deadline_ns: int,
+        request: Callable[[Envelope], Any],
+        result: type[Result],
+    ) -> Result:
+        """Send ``request(envelope)`` and return the stage's result.
+
+        Raises:
+            ApiError: the stage's own failure, or 504 (deadline), 503 (no replica), 429 (queue before the stage full).
+            asyncio.CancelledError: the client hung up; the call is cancelled in the stage too.
+        """
+        with self._telemetry.hop(record, self._stage) as hop:
+            remaining_ms = (deadline_ns - time.monotonic_ns()) / 1e6
+            if remaining_ms <= 0:
+                raise DeadlinePassed(f"the deadline passed before the {self._stage}")
+            envelope = Envelope(
+                self._telemetry.carrier_of(record, hop), record.request_id, remaining_ms, time.time_ns()
+            )
+            (reply,) = await self._answer((request(envelope),), remaining_ms / 1000)
+            return self._open(reply, hop, result)
+
+    async def _answer(self, group: tuple[Any, ...], remaining_s: float) -> tuple[Reply[Any], ...]:
+        call = asyncio.ensure_future(self._send(group))
+        try:
+            patience_s = min(remaining_s, self._no_replica_wait_s)
+            done, _ = await asyncio.wait([call], timeout=patience_s)
+            if not done:
+                await self._still_worth_waiting(remaining_s <= self._no_replica_wait_s)
+                done, _ = await asyncio.wait([call], timeout=remaining_s - patience_s)
+            if not done:
+                raise DeadlinePassed(f"the deadline passed at the {self._stage}")
+            return call.result()
+        finally:
+            # Cancels the call in the stage too, where it is still running.
+            call.cancel()
+
+    async def _still_worth_waiting(self, deadline_is_now: bool) -> None:
+        if not await self._readiness.has_replica(self._stage):
+            raise NoReplicaReady(f"no replica of the {self._stage} is ready", retry_after_s=5)
+        if deadline_is_now:
+            raise DeadlinePassed(f"the deadline passed at the {self._stage}")
+
+    async def _send(self, group: tuple[Any, ...]) -> tuple[Reply[Any], ...]:
+        try:
+            return await self._method.remote(group)  # type: ignore[no-any-return]
+        except BackPressureError as error:
+            raise QueueFull(
+                f"{error.args[0]} requests wait for the {self._stage}, the most that may; try again later",
+                retry_after_s=1,
+            ) from None
+        except DeploymentUnavailableError:
+            raise NoReplicaReady(f"the {self._stage} failed to deploy", retry_after_s=30) from None
+        except (ActorDiedError, ActorUnavailableError, ReplicaUnavailableError):
+            raise ReplicaDied(
+                f"the replica of the {self._stage} died under this request; try again", retry_after_s=1
+            ) from None
+        except (RequestCancelledError, TaskCancelledError):
+            raise asyncio.CancelledError from None
+
+    def _open(self, reply: Reply[Any], hop: HopRecord, result: type[Result]) -> Result:
+        hop.held_ns = reply.held_ns
+        if reply.failure is not None:
+            raise reply.failure.error()
+        assert isinstance(reply.result, result)
+        return reply.result

@@ -1,0 +1,307 @@
+"""Stage 1: HTTP in, the stages in order, answer out.
+
+``_serve`` is the way of every request, top to bottom. The root span begins at its first line and ends with its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from pydantic_core import to_json
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from deployments import __version__
+from deployments.api import (
+    EmbeddingsBody,
+    ParsedRequest,
+    PredictBody,
+    frame_embeddings,
+    frame_predict,
+    parse_embeddings,
+    parse_predict,
+)
+from deployments.config import AppConfig, LimitsConfig
+from deployments.engine.card import ModelCard
+from deployments.errors import ApiError, InvalidField, ModelNotFound, NoReplicaReady, TooLarge
+from deployments.hop import Hop
+from deployments.messages import (
+    Answer,
+    Envelope,
+    PostprocessRequest,
+    Predicted,
+    PredictRequest,
+    Tokenized,
+    TokenizeRequest,
+)
+from deployments.readiness import Readiness, running_replicas
+from deployments.replica import placement
+from deployments.telemetry.carrier import traceparent
+from deployments.telemetry.recorder import Telemetry
+from deployments.telemetry.records import RequestRecord
+from deployments.timing import server_timing
+
+_logger = logging.getLogger("slowlens.ingress")
+_MAX_REQUEST_ID = 256
+"""Characters of it that telemetry keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One inference path: how its body is read and its answer framed."""
+
+    path: str
+    operation: str
+    body: type[BaseModel]
+    parse: Callable[[bytes, ModelCard, LimitsConfig], ParsedRequest]
+    frame: Callable[[Sequence[bytes], ModelCard, int], bytes]
+
+
+EMBEDDINGS = Route("/v1/embeddings", "embeddings", EmbeddingsBody, parse_embeddings, frame_embeddings)
+PREDICT = Route("/predict", "predict", PredictBody, parse_predict, frame_predict)
+
+
+class IngressStage:
+    def __init__(
+        self,
+        config: AppConfig,
+        tokenizer: DeploymentHandle[Any],
+        model: DeploymentHandle[Any],
+        postprocessor: DeploymentHandle[Any],
+        created_unix_s: int,
+    ) -> None:
+        place = placement()
+        self._config, self._limits = config, config.limits
+        self._card = ModelCard.load(config.model)
+        self._created_unix_s = created_unix_s
+        self._telemetry = Telemetry("ingress", config, self._card.name, place.identity)
+        self._readiness = Readiness(
+            lambda: running_replicas(place.app_name),
+            {
+                "tokenizer": tokenizer.deployment_name,
+                "model": model.deployment_name,
+                "postprocessor": postprocessor.deployment_name,
+            },
+        )
+        wait_ms = config.limits.no_replica_wait_ms
+        self._tokenizer = Hop("tokenizer", tokenizer.tokenize, self._telemetry, self._readiness, wait_ms)
+        self._model = Hop("model", model.predict, self._telemetry, self._readiness, wait_ms)
+        self._postprocessor = Hop("postprocessor", postprocessor.postprocess, self._telemetry, self._readiness, wait_ms)
+
+    # --- the way of a request ---
+
+    async def _serve(self, http: Request, route: Route) -> Response:
+        request_id = _request_id(http.headers)
+        with self._telemetry.request(
+            method=http.method,
+            path=http.url.path,
+            scheme=http.url.scheme,
+            route=route.path,
+            request_id=request_id,
+            headers=http.headers,
+        ) as record:
+            try:
+                body = await self._infer(http, route, record)
+                record.status = 200
+                response = Response(body, media_type="application/json")
+            except asyncio.CancelledError as error:
+                self._telemetry.fail(record, error)
+                raise
+            except Exception as error:
+                response = self._failed(record, error)
+            response.headers["traceresponse"] = traceparent(record.context)
+            response.headers["Server-Timing"] = server_timing(record)
+            return response
+
+    async def _infer(self, http: Request, route: Route, record: RequestRecord) -> bytes:
+        with self._telemetry.interval(record, "validate"):
+            deadline_ns = record.started_ns + int(self._timeout_ms(http.headers) * 1e6)
+            request = route.parse(await _read(http, self._limits.max_body_bytes), self._card, self._limits)
+            self._describe(record, route, request)
+
+        tokenized = await self._tokenizer.call(
+            record,
+            deadline_ns,
+            lambda envelope: TokenizeRequest(envelope, request.inputs, request.truncate, request.param),
+            Tokenized,
+        )
+        record.tokens = sum(tokenized.ids.lengths)
+
+        predicted = await self._model.call(
+            record,
+            deadline_ns,
+            lambda envelope: PredictRequest(envelope, tokenized.ids, request.param),
+            Predicted,
+        )
+        record.device, record.queue_ns, record.forward_ns = (
+            predicted.device,
+            predicted.queue_ns,
+            predicted.forward_ns,
+        )
+
+        answer = await self._postprocessor.call(
+            record,
+            deadline_ns,
+            lambda envelope: self._postprocess_request(envelope, request, tokenized, predicted),
+            Answer,
+        )
+
+        with self._telemetry.interval(record, "respond"):
+            return route.frame(answer.fragments, self._card, record.tokens)
+
+    def _postprocess_request(
+        self, envelope: Envelope, request: ParsedRequest, tokenized: Tokenized, predicted: Predicted
+    ) -> PostprocessRequest:
+        texts = request.texts if self._card.task == "token-classification" else ()
+        return PostprocessRequest(envelope, tokenized, predicted.outputs, request.options, texts)
+
+    def _describe(self, record: RequestRecord, route: Route, request: ParsedRequest) -> None:
+        record.operation, record.requested_model = route.operation, request.model
+        record.input_count, record.input_length = len(request.inputs), sum(map(len, request.texts))
+        if self._config.telemetry.capture_text:
+            record.texts = request.texts
+
+    def _timeout_ms(self, headers: Mapping[str, str]) -> float:
+        """The request's own deadline, or the default. Raises InvalidField."""
+        wanted = headers.get("x-request-timeout-ms")
+        if wanted is None:
+            return self._limits.default_timeout_ms
+        try:
+            timeout_ms = float(wanted)
+        except ValueError:
+            timeout_ms = float("nan")
+        if not 0 < timeout_ms <= self._limits.max_timeout_ms:
+            raise InvalidField(
+                f"X-Request-Timeout-Ms must be a number of milliseconds, above 0 and at most "
+                f"{self._limits.max_timeout_ms:g}; got {wanted[:80]!r}",
+                param="X-Request-Timeout-Ms",
+            )
+        return timeout_ms
+
+    def _failed(self, record: RequestRecord, error: Exception) -> Response:
+        answer = self._telemetry.fail(record, error)
+        if not isinstance(error, ApiError):
+            _logger.exception("request %s failed", record.request_id)
+        body = answer.body()
+        if answer.status == 500:
+            trace_id = f"{record.context.trace_id:032x}"
+            if trace_id not in answer.message:
+                body["error"]["message"] = f"{answer.message}; its trace id is {trace_id}"
+        return _error_response(answer, body)
+
+    # --- everything else over HTTP ---
+
+    def _models(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": self._card.name,
+                "object": "model",
+                "created": self._created_unix_s,
+                "owned_by": "slowlens",
+            }
+        ]
+
+    async def _list_models(self) -> Response:
+        return _json({"object": "list", "data": self._models()})
+
+    async def _show_model(self, model: str) -> Response:
+        if model != self._card.name:
+            error = ModelNotFound(
+                f"the model {model[:80]!r} does not exist; served here: {self._card.name!r}", param="model"
+            )
+            return _error_response(error, error.body())
+        return _json(self._models()[0])
+
+    async def _healthz(self) -> Response:
+        missing = await self._readiness.missing()
+        if missing:
+            error = NoReplicaReady(f"no replica is ready: {', '.join(missing)}", retry_after_s=5)
+            return _error_response(error, error.body())
+        return _json({"status": "ok"})
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The routes. Serve calls this once, after the constructor."""
+        app = FastAPI(
+            title="slowlens",
+            version=__version__,
+            description="Transformer inference that can tell you why a request was slow.",
+        )
+        for route in (EMBEDDINGS, PREDICT):
+            app.add_api_route(
+                route.path,
+                self._endpoint(route),
+                methods=["POST"],
+                openapi_extra=_body_schema(route),
+                summary=route.operation,
+            )
+        app.add_api_route("/v1/models", self._list_models, methods=["GET"], summary="The served model, as a list")
+        app.add_api_route("/v1/models/{model:path}", self._show_model, methods=["GET"], summary="The served model")
+        app.add_api_route("/healthz", self._healthz, methods=["GET"], summary="Whether every stage has a warm replica")
+        app.add_exception_handler(HTTPException, _http_error)
+        return app
+
+    def _endpoint(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return await self._serve(request, route)
+
+        return endpoint
+
+    def __del__(self) -> None:
+        if hasattr(self, "_telemetry"):
+            self._telemetry.close()
+
+
+async def _read(http: Request, limit: int) -> bytes:
+    """The body. Raises TooLarge as soon as it is known to be."""
+    announced = http.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
+    parts, size = [], 0
+    async for part in http.stream():
+        size += len(part)
+        if size > limit:
+            raise TooLarge(f"the body has more than {limit} bytes, the most that are taken")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _request_id(headers: Mapping[str, str]) -> str:
+    """The caller's X-Request-ID, or the one that Serve gave the request. Serve itself puts it on every answer."""
+    return headers.get("x-request-id", "")[:_MAX_REQUEST_ID] or uuid.uuid4().hex
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(to_json(content), status, media_type="application/json")
+
+
+def _error_response(error: ApiError, body: Any) -> Response:
+    response = _json(body, error.status)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    return response
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """404 of an unknown path and 405, in the shape of all our errors."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    body = {"error": {"message": error.detail, "type": "invalid_request_error", "param": None, "code": code}}
+    response = _json(body, error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _body_schema(route: Route) -> dict[str, Any]:
+    schema = route.body.model_json_schema()
+    definitions = schema.pop("$defs", {})
+    for name, field in schema["properties"].items():
+        if field.get("$ref"):
+            schema["properties"][name] = definitions[field["$ref"].rpartition("/")[2]]
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,171 @@
+"""Stage 3: token ids to model output, in batches.
+
+The admission gate decides what runs together and when; ``@serve.batch`` runs it. The gate releases one batch's inputs
+in one tick of the loop, so the batch that Serve forms is the batch that the gate cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+
+from deployments.batching import AdmissionGate, GateLimits, Item
+from deployments.config import AppConfig
+from deployments.engine.base import Output
+from deployments.engine.card import ModelCard
+from deployments.engine.load import load_engine
+from deployments.errors import ApiError, InternalError, ModelFailed
+from deployments.messages import Predicted, PredictRequest, Reply
+from deployments.replica import placement
+from deployments.telemetry import names
+from deployments.telemetry.recorder import Telemetry
+from deployments.telemetry.records import Fault, Membership, PredictRecord, RunInput
+
+_logger = logging.getLogger("slowlens.model")
+Queued = Item[RunInput]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """How one input ended. Returned, not raised: an exception in a batch would fail every input in it."""
+
+    output: Output = None
+    error: Exception | None = None
+
+
+class ModelStage:
+    def __init__(self, config: AppConfig) -> None:
+        place = placement()
+        self._card = ModelCard.load(config.model)
+        self._telemetry = Telemetry("model", config, self._card.name, place.identity, place.gpus)
+        self._engine = load_engine(config, self._card, has_gpu=bool(place.gpus), cpus=place.cpus)
+        self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slowlens-device")
+        self._warm = False
+        self._load()
+        limits = config.batching
+        # Decorated here and not on the class: the batch queue belongs to one function and one event loop.
+        run_batch = serve.batch(max_batch_size=limits.max_batch_size, batch_wait_timeout_s=0)(self._run_batch)
+        self._gate: AdmissionGate[RunInput] = AdmissionGate(
+            GateLimits(limits.max_batch_size, limits.max_batch_tokens, limits.max_wait_ms, limits.max_queue),
+            run_batch,
+        )
+        self._show_gauges()
+
+    def _load(self) -> None:
+        """Load and warm up, in the thread that will run the model. Only then does the replica count as ready."""
+        with self._telemetry.model_load() as record:
+            record.device = self._engine.device
+            self._device_thread.submit(
+                self._engine.load, lambda name: self._telemetry.load_phase(record, name)
+            ).result()
+            memory = self._engine.memory()
+            if memory is not None:
+                record.memory_allocated_gb, record.memory_reserved_gb = (
+                    memory.allocated_gb,
+                    memory.reserved_gb,
+                )
+        self._load_context = record.context
+        self._ready_unix_ns = time.time_ns()
+        self._warm = True
+
+    async def predict(self, requests: tuple[PredictRequest, ...]) -> tuple[Reply[Predicted], ...]:
+        return tuple(await asyncio.gather(*map(self._predict, requests)))
+
+    async def _predict(self, request: PredictRequest) -> Reply[Predicted]:
+        outputs: tuple[Output, ...] | None = None
+        with self._telemetry.stage(PredictRecord(request.envelope)) as record:
+            self._note_cold_start(record)
+            record.inputs, record.depth_on_arrival = len(request.ids.lengths), self._gate.depth
+            items = [Item(RunInput(record, ids), len(ids), record.deadline_ns) for ids in request.ids]
+            try:
+                outcomes = await self._gate.submit(items)
+            finally:
+                record.unfinished_wait = any(item.arrived_ns and not item.started_ns for item in items)
+            outputs = tuple(_output(outcome, i, request.param) for i, outcome in enumerate(outcomes))
+        if outputs is None:
+            return record.reply(None)
+        forward_ns = record.forward_ns()
+        return record.reply(Predicted(outputs, record.held_ns - forward_ns, forward_ns, self._engine.device))
+
+    def _note_cold_start(self, record: PredictRecord) -> None:
+        """A request sent before this replica was ready waited for its load, though in the caller's router."""
+        waited_ns = self._ready_unix_ns - record.envelope.sent_unix_ns
+        if waited_ns > 0:
+            record.load, record.load_wait_ns = self._load_context, waited_ns
+
+    # --- one batch ---
+
+    async def _run_batch(self, items: list[Queued]) -> list[_Outcome]:
+        """Runs under ``@serve.batch``: what Serve hands over together runs together."""
+        started_ns = self._gate.begin(items)
+        memberships = self._telemetry.batch_begins(items, started_ns)
+        try:
+            outcomes = await self._run_isolated(items, memberships, started_ns)
+        except Exception as error:
+            # Not a fault of the model, those are isolated: of ours. It still must not fail inside Serve's batcher.
+            _logger.exception("a batch of %d failed", len(items))
+            outcomes = dict.fromkeys(map(id, items), _Outcome(error=error))
+        finally:
+            self._gate.end(items)
+        return [outcomes[id(item)] for item in items]
+
+    async def _run_isolated(
+        self, items: Sequence[Queued], memberships: Mapping[int, Membership], started_ns: int
+    ) -> dict[int, _Outcome]:
+        """Run the inputs together. If the run fails, run each half, until the input at fault is alone."""
+        try:
+            with self._telemetry.batch_run(items, memberships, started_ns) as record:
+                loop = asyncio.get_running_loop()
+                run = await loop.run_in_executor(
+                    self._device_thread, self._engine.run, [item.payload.ids for item in items]
+                )
+                record.device, record.inference_ms = self._engine.device, run.inference_ms
+                record.output_shape, record.peak_memory_gb = run.output_shape, run.peak_memory_gb
+                record.padded_tokens = run.padded_tokens
+        except Exception as error:
+            if len(items) == 1:
+                _logger.exception(
+                    "the model failed on one input of request %s", items[0].payload.record.envelope.request_id
+                )
+                memberships[id(items[0].payload.record)].fault = Fault.of(error)
+                return {id(items[0]): _Outcome(error=error)}
+            _logger.warning("a run of %d inputs failed and is repeated in halves: %s", len(items), type(error).__name__)
+            half = len(items) // 2
+            first = await self._run_isolated(items[:half], memberships, time.monotonic_ns())
+            return first | await self._run_isolated(items[half:], memberships, time.monotonic_ns())
+        return {id(item): _Outcome(output) for item, output in zip(items, run.outputs, strict=True)}
+
+    # --- what operators see ---
+
+    def _show_gauges(self) -> None:
+        self._telemetry.gauge(names.QUEUE_DEPTH, lambda: [(self._gate.depth, {})])
+        self._telemetry.gauge(names.QUEUE_AGE, lambda: [(self._gate.oldest_age_ms, {})])
+        self._telemetry.gauge(names.REPLICAS_WARM, lambda: [(int(self._warm), {})])
+
+    def __del__(self) -> None:
+        self._warm = False
+        if hasattr(self, "_device_thread"):
+            self._device_thread.shutdown(wait=False)
+        if hasattr(self, "_telemetry"):
+            self._telemetry.close()
+
+
+def _output(outcome: Any, index: int, param: str) -> Output:
+    """The output of one input, or the error that the request fails with because of it."""
+    if isinstance(outcome, ApiError):
+        raise outcome
+    if isinstance(outcome, BaseException):
+        raise InternalError("internal error") from outcome
+    if outcome.error is not None:
+        raise ModelFailed(
+            f"the model failed on {param}[{index}] ({type(outcome.error).__name__}); the other inputs of its batch are unharmed",
+            param=param,
+        ) from outcome.error
+    return outcome.output

@@ -1,0 +1,36 @@
+"""Stage 4: model output to the JSON of the answer."""
+
+from __future__ import annotations
+
+from deployments.config import AppConfig
+from deployments.engine.card import ModelCard
+from deployments.engine.tasks import AnswerBuilder
+from deployments.engine.tokenizers import load_pretrained_tokenizer
+from deployments.messages import Answer, PostprocessRequest, Reply
+from deployments.replica import placement
+from deployments.telemetry.recorder import Telemetry
+from deployments.telemetry.records import PostprocessRecord
+
+
+class PostprocessorStage:
+    def __init__(self, config: AppConfig) -> None:
+        card = ModelCard.load(config.model)
+        answers_in_words = card.task in ("token-classification", "fill-mask")
+        pretrained = load_pretrained_tokenizer(config.model, card) if answers_in_words else None
+        self._answers = AnswerBuilder(card, pretrained)
+        self._telemetry = Telemetry("postprocessor", config, card.name, placement().identity)
+
+    async def postprocess(self, requests: tuple[PostprocessRequest, ...]) -> tuple[Reply[Answer], ...]:
+        return tuple(map(self._postprocess, requests))
+
+    def _postprocess(self, request: PostprocessRequest) -> Reply[Answer]:
+        result = None
+        with self._telemetry.stage(PostprocessRecord(request.envelope)) as record:
+            fragments = self._answers.fragments(request.tokenized, request.outputs, request.options, request.texts)
+            record.output_length = sum(map(len, fragments))
+            result = Answer(fragments)
+        return record.reply(result)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_telemetry"):
+            self._telemetry.close()

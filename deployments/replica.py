@@ -1,0 +1,33 @@
+"""Who and where this replica is, asked of Ray once, at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ray
+from ray import serve
+
+from deployments.telemetry.provider import ReplicaIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What Ray gave this replica."""
+
+    identity: ReplicaIdentity
+    app_name: str
+    cpus: float
+    gpus: tuple[str, ...]
+    """Its GPUs as CUDA_VISIBLE_DEVICES names them: indices or UUIDs."""
+
+
+def placement() -> Placement:
+    """Ask Ray. Only inside a replica."""
+    serve_context = serve.get_replica_context()
+    ray_context = ray.get_runtime_context()
+    return Placement(
+        identity=ReplicaIdentity(serve_context.replica_id.to_full_id_str(), ray_context.get_node_id()),
+        app_name=serve_context.app_name,
+        cpus=float(ray_context.get_assigned_resources().get("CPU", 1.0)),  # type: ignore[no-untyped-call]
+        gpus=tuple(str(device) for device in ray_context.get_accelerator_ids().get("GPU", ())),
+    )

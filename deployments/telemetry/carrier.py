@@ -1,0 +1,40 @@
+"""W3C trace context, in from HTTP headers and across actors as text in the message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from opentelemetry.trace import SpanContext, TraceFlags, get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.trace.span import TraceState
+
+from deployments.messages import Carrier
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+def from_headers(headers: Mapping[str, str]) -> SpanContext | None:
+    """The caller's span, or None where there is none or the header is malformed (W3C: then start a new trace)."""
+    context = get_current_span(_PROPAGATOR.extract(headers)).get_span_context()
+    return context if context.is_valid else None
+
+
+def from_carrier(carrier: Carrier) -> SpanContext:
+    """The sender's span. The carrier is our own, so it is well-formed."""
+    _, trace_id, span_id, flags = carrier.traceparent.split("-")
+    state = TraceState.from_header([carrier.tracestate]) if carrier.tracestate else TraceState.get_default()
+    return SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)), state)
+
+
+def is_sampled(carrier: Carrier) -> bool:
+    return bool(int(carrier.traceparent[-2:], 16) & TraceFlags.SAMPLED)
+
+
+def to_carrier(context: SpanContext, span_id: int) -> Carrier:
+    """What to send so that the receiver's spans become children of ``span_id`` in this trace."""
+    return Carrier(traceparent(context, span_id), context.trace_state.to_header() if context.trace_state else "")
+
+
+def traceparent(context: SpanContext, span_id: int | None = None) -> str:
+    """``00-<trace id>-<span id>-<flags>``; also the form of the header ``traceresponse``."""
+    return f"00-{context.trace_id:032x}-{span_id or context.span_id:016x}-{int(context.trace_flags):02x}"

@@ -1,0 +1,165 @@
+"""The GPUs of one replica, read through NVML in the background.
+
+1. Only the devices that the replica was given are opened: indices, ``GPU-`` UUIDs and ``MIG-`` UUIDs, whole or
+   abbreviated, as CUDA_VISIBLE_DEVICES writes them.
+2. One thread samples; spans and gauges read the last sample and never touch NVML themselves.
+3. Whatever NVML does not offer is left out: no library or no device, no GPU telemetry; a missing symbol or a figure
+   that a device does not support (utilisation of a MIG slice), that figure alone; a device that falls off, its last
+   sample is forgotten, and it is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+_logger = logging.getLogger("slowlens.telemetry")
+_GB = 1e9
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSample:
+    """One reading of one device; None where the device does not say."""
+
+    index: int
+    uuid: str
+    utilization_percent: float | None
+    memory_used_bytes: int | None
+    memory_total_bytes: int | None
+    power_w: float | None
+    temperature_c: float | None
+
+    @property
+    def memory_free_gb(self) -> float | None:
+        if self.memory_used_bytes is None or self.memory_total_bytes is None:
+            return None
+        return (self.memory_total_bytes - self.memory_used_bytes) / _GB
+
+
+class GpuReader:
+    """Samples the given devices every ``interval_s`` until closed. With no devices it does nothing at all."""
+
+    def __init__(self, devices: Sequence[str], interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._samples: dict[str, GpuSample] = {}
+        self._stopped = threading.Event()
+        self._warned: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._nvml: Any = self._start_nvml() if devices else None
+        if self._nvml is None:
+            return
+        self._handles = [handle for device in devices if (handle := self._open(device)) is not None]
+        if self._handles:
+            self._sample_all()
+            self._thread = threading.Thread(target=self._work, name="slowlens-gpu", daemon=True)
+            self._thread.start()
+
+    def samples(self) -> list[GpuSample]:
+        """The last reading of every device that answers."""
+        return list(self._samples.values())
+
+    def first(self) -> GpuSample | None:
+        """The last reading of the replica's first device: the one that ``cuda:0`` is."""
+        return next(iter(self._samples.values()), None)
+
+    def close(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+        if self._nvml is not None:
+            self._ask("nvmlShutdown", self._nvml.nvmlShutdown)
+
+    # --- NVML ---
+
+    def _start_nvml(self) -> Any:
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+        except Exception as error:
+            self._warn("nvml", f"no GPU telemetry: {error}")
+            return None
+        return pynvml
+
+    def _open(self, device: str) -> Any:
+        nvml = self._nvml
+        if device.isdecimal():
+            return self._ask(f"device {device}", lambda: nvml.nvmlDeviceGetHandleByIndex(int(device)))
+        handle = self._ask(f"device {device}", lambda: nvml.nvmlDeviceGetHandleByUUID(device), quiet=True)
+        return handle if handle is not None else self._open_abbreviated(device)
+
+    def _open_abbreviated(self, device: str) -> Any:
+        """CUDA accepts the beginning of a UUID where it is unique; NVML does not."""
+        nvml = self._nvml
+        for index in range(self._ask("nvmlDeviceGetCount", nvml.nvmlDeviceGetCount) or 0):
+            handle = self._ask(f"device {index}", partial(nvml.nvmlDeviceGetHandleByIndex, index))
+            uuid = self._ask("uuid", partial(nvml.nvmlDeviceGetUUID, handle))
+            if uuid is not None and _text(uuid).startswith(device):
+                return handle
+        self._warn(device, f"no GPU telemetry of {device!r}: NVML knows no such device")
+        return None
+
+    def _work(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            self._sample_all()
+
+    def _sample_all(self) -> None:
+        samples = {}
+        for handle in self._handles:
+            sample = self._sample(handle)
+            if sample is not None:
+                samples[sample.uuid] = sample
+        self._samples = samples
+
+    def _sample(self, handle: Any) -> GpuSample | None:
+        nvml = self._nvml
+        uuid = self._ask("uuid", lambda: _text(nvml.nvmlDeviceGetUUID(handle)))
+        memory = self._ask("memory", lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+        if uuid is None or memory is None:
+            # Even a device that supports nothing else tells these two; this one has fallen off.
+            return None
+        utilization = self._ask("utilization", lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
+        power_mw = self._ask("power", lambda: nvml.nvmlDeviceGetPowerUsage(handle))
+        temperature = self._ask("temperature", lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
+        return GpuSample(
+            index=self._index(handle),
+            uuid=uuid,
+            utilization_percent=float(utilization.gpu) if utilization is not None else None,
+            memory_used_bytes=int(memory.used),
+            memory_total_bytes=int(memory.total),
+            power_w=power_mw / 1000 if power_mw is not None else None,
+            temperature_c=float(temperature) if temperature is not None else None,
+        )
+
+    def _index(self, handle: Any) -> int:
+        """NVML's index of the device; of a MIG slice, that of the GPU it is a part of."""
+        nvml = self._nvml
+        index = self._ask("index", lambda: nvml.nvmlDeviceGetIndex(handle), quiet=True)
+        if index is None or self._ask("mig", lambda: nvml.nvmlDeviceIsMigDeviceHandle(handle), quiet=True):
+            parent = self._ask("parent", lambda: nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle), quiet=True)
+            if parent is not None:
+                index = self._ask("index", lambda: nvml.nvmlDeviceGetIndex(parent))
+        return index if index is not None else -1
+
+    def _ask(self, what: str, call: Callable[[], Value], *, quiet: bool = False) -> Value | None:
+        """The answer, or None with one warning per kind of failure."""
+        try:
+            return call()
+        except self._nvml.NVMLError as error:
+            if not quiet:
+                self._warn(f"{what}: {error}", f"NVML does not tell {what}: {error}")
+            return None
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            _logger.warning("%s", message)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

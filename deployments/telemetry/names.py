@@ -1,0 +1,310 @@
+"""Every public name of our telemetry, as data: spans with their attributes, metrics with units and buckets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SCOPE = "slowlens"
+NAMESPACE = "slowlens"
+
+# --- spans -----------------------------------------------------------------------------------------------------------
+
+PREDICT = "ai.inference.predict"
+VALIDATE = "ai.inference.validate"
+HOP_TOKENIZER = "ai.hop.tokenizer"
+HOP_MODEL = "ai.hop.model"
+HOP_POSTPROCESSOR = "ai.hop.postprocessor"
+PREPROCESS = "ai.inference.preprocess"
+BATCHED_PREDICT = "ai.inference.batched_predict"
+QUEUE = "ai.inference.queue"
+FORWARD_PASS = "ai.inference.forward_pass"
+BATCH_FORWARD = "ai.inference.batch_forward"
+POSTPROCESS = "ai.inference.postprocess"
+RESPOND = "ai.inference.respond"
+MODEL_LOAD = "ai.inference.model_load"
+LOAD_WEIGHTS = "ai.inference.model_load.weights"
+LOAD_DEVICE_MOVE = "ai.inference.model_load.device_move"
+LOAD_WARM_UP = "ai.inference.model_load.warm_up"
+
+EVENT_SLOW_TOKENIZATION = "slow_tokenization"
+EVENT_MODEL_LOADED = "model_loaded"
+
+SpanKindName = Literal["SERVER", "CLIENT", "INTERNAL"]
+Service = Literal["ingress", "tokenizer", "model", "postprocessor"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpanSpec:
+    name: str
+    kind: SpanKindName
+    service: Service
+    parent: str
+    attributes: tuple[str, ...]
+
+
+_HOP_ATTRIBUTES = ("ai.hop.transit_ms", "ai.hop.group_size")
+
+SPANS: tuple[SpanSpec, ...] = (
+    SpanSpec(
+        PREDICT,
+        "SERVER",
+        "ingress",
+        "the caller's",
+        (
+            "ai.request_id",
+            "ai.input_count",
+            "ai.input_length",
+            "ai.input_text",
+            "ai.device",
+            "ai.model.name",
+            "ai.total_latency_ms",
+            "http.request.method",
+            "http.route",
+            "http.response.status_code",
+            "url.path",
+            "url.scheme",
+            "error.type",
+            "gen_ai.operation.name",
+            "gen_ai.request.model",
+            "gen_ai.usage.input_tokens",
+        ),
+    ),
+    SpanSpec(VALIDATE, "INTERNAL", "ingress", PREDICT, ()),
+    SpanSpec(HOP_TOKENIZER, "CLIENT", "ingress", PREDICT, _HOP_ATTRIBUTES),
+    SpanSpec(
+        PREPROCESS,
+        "SERVER",
+        "tokenizer",
+        HOP_TOKENIZER,
+        (
+            "ai.preprocess.token_count",
+            "ai.preprocess.input_chars",
+            "ai.preprocess.duration_ms",
+            "ai.preprocess.was_truncated",
+            "ai.preprocess.cache_hits",
+        ),
+    ),
+    SpanSpec(HOP_MODEL, "CLIENT", "ingress", PREDICT, _HOP_ATTRIBUTES),
+    SpanSpec(
+        BATCHED_PREDICT,
+        "SERVER",
+        "model",
+        HOP_MODEL,
+        (
+            "ai.batch.max_size",
+            "ai.batch.timeout_ms",
+            "ai.batch.wait_time_ms",
+            "ai.model.load_type",
+            "ai.model.load_wait_ms",
+        ),
+    ),
+    SpanSpec(
+        QUEUE,
+        "INTERNAL",
+        "model",
+        BATCHED_PREDICT,
+        (
+            "ai.queue.depth_on_arrival",
+            "ai.queue.device_busy_ms",
+            "ai.queue.fill_wait_ms",
+            "ai.queue.load_wait_ms",
+        ),
+    ),
+    SpanSpec(
+        FORWARD_PASS,
+        "INTERNAL",
+        "model",
+        BATCHED_PREDICT,
+        ("ai.forward_pass.duration_ms", "ai.batch.actual_size", "ai.batch.padding_ratio", "ai.model.name"),
+    ),
+    SpanSpec(
+        BATCH_FORWARD,
+        "INTERNAL",
+        "model",
+        "none",
+        (
+            "ai.batch.actual_size",
+            "ai.batch.max_wait_ms",
+            "ai.batch.avg_wait_ms",
+            "ai.batch.inference_ms",
+            "ai.batch.tokens",
+            "ai.batch.padded_tokens",
+            "ai.batch.padding_ratio",
+            "ai.batch.dispatch_reason",
+            "ai.batch.queue_behind",
+            "ai.model.name",
+            "ai.device",
+            "ai.forward_pass.output_shape",
+            "ai.gpu.utilization_pre",
+            "ai.gpu.utilization_post",
+            "ai.gpu.memory_free_gb",
+            "ai.gpu.peak_memory_gb",
+        ),
+    ),
+    SpanSpec(HOP_POSTPROCESSOR, "CLIENT", "ingress", PREDICT, _HOP_ATTRIBUTES),
+    SpanSpec(
+        POSTPROCESS,
+        "SERVER",
+        "postprocessor",
+        HOP_POSTPROCESSOR,
+        ("ai.postprocess.duration_ms", "ai.postprocess.output_length"),
+    ),
+    SpanSpec(RESPOND, "INTERNAL", "ingress", PREDICT, ()),
+    SpanSpec(
+        MODEL_LOAD,
+        "INTERNAL",
+        "model",
+        "none",
+        (
+            "ai.model.load_type",
+            "ai.model.load_time_ms",
+            "ai.model.already_loaded",
+            "ai.model.name",
+            "ai.device",
+            "ai.gpu.memory_allocated_gb",
+            "ai.gpu.memory_reserved_gb",
+        ),
+    ),
+    SpanSpec(LOAD_WEIGHTS, "INTERNAL", "model", MODEL_LOAD, ()),
+    SpanSpec(LOAD_DEVICE_MOVE, "INTERNAL", "model", MODEL_LOAD, ()),
+    SpanSpec(LOAD_WARM_UP, "INTERNAL", "model", MODEL_LOAD, ()),
+)
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+# Milliseconds, from a hop within one machine to a cold start.
+MS_BUCKETS = (0.5, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000)
+# The semantic conventions' advice for http.server.request.duration.
+S_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+SIZE_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+RATIO_BUCKETS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    name: str
+    kind: Literal["histogram", "counter", "gauge"]
+    unit: str
+    service: str
+    description: str
+    attributes: tuple[str, ...] = ()
+    buckets: tuple[float, ...] | None = None
+
+
+LATENCY = MetricSpec(
+    "ai.inference.latency", "histogram", "ms", "ingress", "Whole request", ("model", "outcome"), MS_BUCKETS
+)
+HTTP_DURATION = MetricSpec(
+    "http.server.request.duration",
+    "histogram",
+    "s",
+    "ingress",
+    "Whole request, as the semantic conventions name it",
+    ("http.request.method", "http.route", "http.response.status_code", "url.scheme", "error.type"),
+    S_BUCKETS,
+)
+TRANSIT = MetricSpec(
+    "ai.inference.transit",
+    "histogram",
+    "ms",
+    "ingress",
+    "What one hop cost beside the stage's own time",
+    ("model", "stage"),
+    MS_BUCKETS,
+)
+REQUESTS = MetricSpec(
+    "ai.inference.requests",
+    "counter",
+    "{request}",
+    "ingress",
+    "Requests by how they ended",
+    ("model", "outcome"),
+)
+TOKENS = MetricSpec(
+    "ai.inference.tokens", "counter", "{token}", "ingress", "Input tokens of answered requests", ("model",)
+)
+PREPROCESSING = MetricSpec(
+    "ai.inference.preprocessing.latency",
+    "histogram",
+    "ms",
+    "tokenizer",
+    "Tokenization",
+    ("model",),
+    MS_BUCKETS,
+)
+QUEUE_WAIT = MetricSpec(
+    "ai.inference.queue.wait_time",
+    "histogram",
+    "ms",
+    "model",
+    "Arrival at the replica until the batch began",
+    ("model",),
+    MS_BUCKETS,
+)
+MODEL_LATENCY = MetricSpec(
+    "ai.inference.model.latency", "histogram", "ms", "model", "One run of the model", ("model",), MS_BUCKETS
+)
+BATCH_SIZE = MetricSpec("ai.batch.size", "histogram", "{input}", "model", "Inputs in one run", ("model",), SIZE_BUCKETS)
+PADDING = MetricSpec(
+    "ai.batch.padding_ratio",
+    "histogram",
+    "1",
+    "model",
+    "Padding tokens over all tokens of a run",
+    ("model",),
+    RATIO_BUCKETS,
+)
+DISPATCHES = MetricSpec(
+    "ai.batch.dispatches", "counter", "{batch}", "model", "Batches by why they were cut", ("model", "reason")
+)
+LOADS = MetricSpec("ai.model.loads", "counter", "{load}", "model", "Model loads", ("model", "load_type"))
+POSTPROCESSING = MetricSpec(
+    "ai.inference.postprocessing.latency",
+    "histogram",
+    "ms",
+    "postprocessor",
+    "Model output to answer",
+    ("model",),
+    MS_BUCKETS,
+)
+QUEUE_DEPTH = MetricSpec("ai.queue.depth", "gauge", "{input}", "model", "Inputs waiting in the replica", ("model",))
+QUEUE_AGE = MetricSpec(
+    "ai.queue.oldest_age_ms", "gauge", "ms", "model", "How long the first of them has waited", ("model",)
+)
+REPLICAS_WARM = MetricSpec(
+    "ai.model.replicas_warm",
+    "gauge",
+    "{replica}",
+    "model",
+    "1 per loaded and warm replica; sum them",
+    ("model",),
+)
+GPU_UTILIZATION = MetricSpec(
+    "ai.gpu.utilization_percent", "gauge", "%", "model", "Of one device of the replica", ("gpu.index",)
+)
+GPU_MEMORY = MetricSpec("ai.gpu.memory_used_gb", "gauge", "GB", "model", "Of one device of the replica", ("gpu.index",))
+HW_UTILIZATION = MetricSpec("hw.gpu.utilization", "gauge", "1", "model", "Of one device of the replica", ("hw.id",))
+HW_MEMORY_USAGE = MetricSpec("hw.gpu.memory.usage", "gauge", "By", "model", "Of one device of the replica", ("hw.id",))
+HW_MEMORY_LIMIT = MetricSpec("hw.gpu.memory.limit", "gauge", "By", "model", "Of one device of the replica", ("hw.id",))
+HW_POWER = MetricSpec("hw.power", "gauge", "W", "model", "Of one device of the replica", ("hw.id", "hw.type"))
+HW_TEMPERATURE = MetricSpec(
+    "hw.temperature", "gauge", "Cel", "model", "Of one device of the replica", ("hw.id", "hw.type")
+)
+PROCESS_CPU = MetricSpec(
+    "process.cpu.utilization",
+    "gauge",
+    "1",
+    "every",
+    "CPU time over elapsed time and CPUs of the machine, since the last export",
+)
+PROCESS_MEMORY = MetricSpec("process.memory.usage", "gauge", "By", "every", "Resident memory of the replica's process")
+DROPPED_RECORDS = MetricSpec(
+    "ai.telemetry.dropped_records",
+    "counter",
+    "{record}",
+    "every",
+    "Records lost because the telemetry thread fell behind",
+)
+
+METRICS: tuple[MetricSpec, ...] = tuple(value for value in list(vars().values()) if isinstance(value, MetricSpec))

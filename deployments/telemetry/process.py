@@ -1,0 +1,30 @@
+"""CPU and memory of this process, with or without a GPU."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+
+class ProcessUsage:
+    def __init__(self) -> None:
+        self._cpus = os.cpu_count() or 1
+        self._last = (time.monotonic(), time.process_time())
+
+    def cpu_utilization(self) -> float:
+        """CPU seconds used since the last call, over the seconds passed and the CPUs of the machine: 0 to 1."""
+        now, used = time.monotonic(), time.process_time()
+        (before, used_before), self._last = self._last, (now, used)
+        return (used - used_before) / max(now - before, 1e-9) / self._cpus
+
+
+def resident_bytes() -> int:
+    """Resident memory; the peak of it where the system has no /proc."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,192 @@
+"""The SDK of one process: resource, sampler, exporters. Ours alone: never set as the global provider, so it lives
+beside Serve's own tracing or an agent's.
+
+Where telemetry goes: to ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or the ``_TRACES_``/``_METRICS_`` forms) if set, by
+``OTEL_EXPORTER_OTLP_PROTOCOL``; else to the local store. ``OTEL_TRACES_EXPORTER`` and ``OTEL_METRICS_EXPORTER`` may say
+``otlp``, ``console`` or ``none``. ``OTEL_SDK_DISABLED=true`` turns all of it off.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from opentelemetry.metrics import Meter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import (
+    ConsoleMetricExporter,
+    MetricExporter,
+    PeriodicExportingMetricReader,
+)
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+
+from deployments import __version__
+from deployments.config import TelemetryConfig
+from deployments.errors import ConfigError
+from deployments.telemetry import names
+from deployments.telemetry.names import Service
+from deployments.telemetry.store import JsonLines, JsonLinesMetricExporter, JsonLinesSpanExporter
+
+Signal = Literal["traces", "metrics"]
+_MB = 1_000_000
+_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+# Room for a burst of some thousand requests, and fresh traces within a second, where the operator says nothing.
+_DEFAULT_QUEUE, _DEFAULT_DELAY_MS = 16_384, 1_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaIdentity:
+    """Who this process is, as Ray knows it."""
+
+    replica_id: str
+    node_id: str
+
+
+class Provider:
+    """Owns the SDK objects of one process. ``close`` flushes what is left, within a few seconds."""
+
+    def __init__(self, service: Service, config: TelemetryConfig, identity: ReplicaIdentity) -> None:
+        self._service, self._config, self._identity = service, config, identity
+        self.resource = make_resource(service, config, identity)
+        # The SDK counts what its queues drop and what its exporters fail to deliver (otel.sdk.*), once asked to.
+        os.environ.setdefault("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "true")
+        self._meters = self._make_meters()
+        self.tracer_provider = TracerProvider(resource=self.resource, shutdown_on_exit=False)
+        self._exporter = self._span_exporter()
+        self.processor = self._make_processor(self._exporter) if self._exporter is not None else None
+        if self.processor is not None:
+            self.tracer_provider.add_span_processor(self.processor)
+
+    def meter(self) -> Meter:
+        return self._meters.get_meter(names.SCOPE, __version__)
+
+    def close(self) -> None:
+        self.tracer_provider.shutdown()
+        self._meters.shutdown(timeout_millis=3_000)
+
+    # --- traces ---
+
+    def _make_processor(self, exporter: SpanExporter) -> BatchSpanProcessor:
+        return BatchSpanProcessor(
+            exporter,
+            max_queue_size=None if "OTEL_BSP_MAX_QUEUE_SIZE" in os.environ else _DEFAULT_QUEUE,
+            schedule_delay_millis=None if "OTEL_BSP_SCHEDULE_DELAY" in os.environ else _DEFAULT_DELAY_MS,
+            meter_provider=self._meters,
+        )
+
+    def _span_exporter(self) -> SpanExporter | None:
+        match destination("traces"):
+            case "none":
+                return None
+            case "console":
+                return ConsoleSpanExporter()
+            case "store":
+                return JsonLinesSpanExporter(self._lines("traces"))
+            case "grpc":
+                from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc
+
+                return Grpc(meter_provider=self._meters)
+            case "http/protobuf":
+                from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http
+
+                return Http(meter_provider=self._meters)
+
+    # --- metrics ---
+
+    def _make_meters(self) -> MeterProvider:
+        exporter = self._metric_exporter()
+        environment_says = "OTEL_METRIC_EXPORT_INTERVAL" in os.environ
+        interval_ms = None if environment_says else self._config.metric_interval_s * 1000
+        readers = [PeriodicExportingMetricReader(exporter, interval_ms)] if exporter is not None else []
+        return MeterProvider(readers, self.resource, shutdown_on_exit=False)
+
+    def _metric_exporter(self) -> MetricExporter | None:
+        match destination("metrics"):
+            case "none":
+                return None
+            case "console":
+                return ConsoleMetricExporter()
+            case "store":
+                return JsonLinesMetricExporter(self._lines("metrics"))
+            case "grpc":
+                from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as Grpc
+
+                return Grpc()
+            case "http/protobuf":
+                from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as Http
+
+                return Http()
+
+    def _lines(self, signal: Signal) -> JsonLines:
+        return JsonLines(
+            self._config.store_directory(),
+            signal,
+            self._identity.replica_id,
+            int(self._config.max_file_mb * _MB),
+            int(self._config.max_total_mb * _MB),
+        )
+
+
+def destination(
+    signal: Signal, environ: Mapping[str, str] = os.environ
+) -> Literal["none", "console", "store", "grpc", "http/protobuf"]:
+    """Where the environment sends a signal. Raises ConfigError on a value that names no exporter or protocol."""
+    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return "none"
+    upper = signal.upper()
+    wanted = environ.get(f"OTEL_{upper}_EXPORTER", "").strip().lower()
+    if wanted in ("none", "console"):
+        return "none" if wanted == "none" else "console"
+    if wanted not in ("", "otlp"):
+        raise ConfigError(f"OTEL_{upper}_EXPORTER: {wanted!r} is not one of otlp, console, none")
+    endpoint = environ.get(f"OTEL_EXPORTER_OTLP_{upper}_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if not endpoint and not wanted:
+        return "store"
+    protocol = environ.get(f"OTEL_EXPORTER_OTLP_{upper}_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    match (protocol or "").strip().lower():
+        case "grpc":
+            return "grpc"
+        case "http/protobuf":
+            return "http/protobuf"
+        case "":
+            # As OpenTelemetry's Python distribution: gRPC, unless the port is the one registered for HTTP.
+            return "http/protobuf" if ":4318" in (endpoint or "") else "grpc"
+        case other:
+            raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL: {other!r} is not one of grpc, http/protobuf")
+
+
+def make_resource(service: Service, config: TelemetryConfig, identity: ReplicaIdentity) -> Resource:
+    """OTEL_RESOURCE_ATTRIBUTES, with our own names over it: the service names are a contract with dashboards."""
+    return Resource.create(
+        {
+            "service.namespace": names.NAMESPACE,
+            "service.name": f"slowlens.{service}",
+            "service.instance.id": identity.replica_id,
+            "service.version": __version__,
+            "deployment.environment.name": config.environment,
+            "ray.node.id": identity.node_id,
+            "host.name": socket.gethostname(),
+            "process.pid": os.getpid(),
+            **_kubernetes(os.environ),
+        }
+    )
+
+
+def _kubernetes(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a pod knows of itself; the downward API may say more through K8S_* variables."""
+    if "KUBERNETES_SERVICE_HOST" not in environ:
+        return {}
+    namespace = _NAMESPACE_FILE.read_text().strip() if _NAMESPACE_FILE.is_file() else None
+    found = {
+        "k8s.pod.name": environ.get("K8S_POD_NAME") or environ.get("HOSTNAME"),
+        "k8s.namespace.name": environ.get("K8S_NAMESPACE_NAME") or namespace,
+        "k8s.node.name": environ.get("K8S_NODE_NAME"),
+        "k8s.cluster.name": environ.get("K8S_CLUSTER_NAME"),
+    }
+    return {key: value for key, value in found.items() if value}

@@ -1,0 +1,372 @@
+"""Telemetry as the stages see it: one object, injected, with a context manager for each kind of work.
+
+Inside a ``with`` a stage only works and fills in its record. When it ends, by whatever way, the record is complete
+and queued; a thread makes spans and measurements of it later. An unsampled request costs its few clock readings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import Decision
+from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags, set_span_in_context
+
+from deployments.config import AppConfig
+from deployments.errors import ApiError, Cancelled, InternalError
+from deployments.messages import Carrier
+from deployments.telemetry import names
+from deployments.telemetry.carrier import from_carrier, from_headers, is_sampled, to_carrier
+from deployments.telemetry.gpu import GpuReader, GpuSample
+from deployments.telemetry.measures import Measures, Reading
+from deployments.telemetry.names import MetricSpec, Service
+from deployments.telemetry.process import ProcessUsage, resident_bytes
+from deployments.telemetry.provider import Provider, ReplicaIdentity
+from deployments.telemetry.records import (
+    BatchRecord,
+    Fault,
+    HopRecord,
+    Interval,
+    LoadRecord,
+    Membership,
+    PostprocessRecord,
+    PredictRecord,
+    Record,
+    RequestRecord,
+    RunInput,
+    StageRecord,
+    TokenizeRecord,
+)
+from deployments.telemetry.spans import SpanFactory
+
+Stage = TypeVar("Stage", TokenizeRecord, PredictRecord, PostprocessRecord)
+Part = TypeVar("Part", bound=Interval)
+Read = Callable[[GpuSample], float | None]
+_MAX_RECORDS = 20_000
+_DRAIN_INTERVAL_S = 0.1
+_logger = logging.getLogger("slowlens.telemetry")
+
+
+class QueuedInput(Protocol):
+    """What a batch's telemetry needs to know of one input in it; the gate's items are this."""
+
+    @property
+    def payload(self) -> RunInput: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def depth_on_arrival(self) -> int: ...
+    @property
+    def wait_ns(self) -> int: ...
+    @property
+    def busy_wait_ns(self) -> int: ...
+    @property
+    def fill_wait_ns(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def queue_behind(self) -> int: ...
+
+
+class Telemetry:
+    """The telemetry of one replica.
+
+    Args:
+        service: which stage this process is.
+        config: the application's configuration.
+        model: the served model's name.
+        identity: who this process is.
+        gpus: the devices that this replica was given.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        config: AppConfig,
+        model: str,
+        identity: ReplicaIdentity,
+        gpus: Sequence[str] = (),
+    ) -> None:
+        self._config, self._model = config, model
+        self._provider = Provider(service, config.telemetry, identity)
+        self._measures = Measures(self._provider.meter(), service, model)
+        self._ids = RandomIdGenerator()
+        self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
+        self._gauges()
+        self._queue: deque[Record] = deque()
+        self._lost = 0
+        self._stopped = threading.Event()
+        self._drain_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="slowlens-telemetry", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Hand everything recorded so far to the exporters and stop."""
+        self._stopped.set()
+        self._thread.join(timeout=5)
+        self._drain()
+        self.gpu.close()
+        self._provider.close()
+
+    # --- one request, in the ingress ---
+
+    @contextmanager
+    def request(
+        self, *, method: str, path: str, scheme: str, route: str, request_id: str, headers: Mapping[str, str]
+    ) -> Iterator[RequestRecord]:
+        """The root span. The block must set ``status``; an ApiError is the caller's to answer."""
+        parent = from_headers(headers)
+        record = RequestRecord(
+            context=self._root_context(parent),
+            parent=parent,
+            request_id=request_id,
+            method=method,
+            path=path,
+            scheme=scheme,
+            route=route,
+            started_ns=time.monotonic_ns(),
+        )
+        try:
+            yield record
+        finally:
+            record.ended_ns = record.boundary_ns
+            self._emit(record)
+
+    def fail(self, record: RequestRecord, error: BaseException) -> ApiError:
+        """Note why a request failed, and return what its caller is told."""
+        record.fault = Fault.of(error)
+        answer = error if isinstance(error, ApiError) else None
+        if isinstance(error, asyncio.CancelledError):
+            answer = Cancelled("the client hung up").with_traceback(error.__traceback__)
+            record.fault = Fault.of(answer)
+        if answer is None:
+            answer = InternalError(f"internal error; its trace id is {record.context.trace_id:032x}")
+        record.outcome, record.status = answer.outcome, answer.status
+        return answer
+
+    @contextmanager
+    def interval(self, record: RequestRecord, name: str) -> Iterator[Interval]:
+        """A part of the request that the ingress does itself."""
+        interval = Interval(name, record.boundary_ns)
+        yield from self._in_interval(record, interval)
+
+    @contextmanager
+    def hop(self, record: RequestRecord, stage: Service) -> Iterator[HopRecord]:
+        """One actor call, from the ingress to ``stage``."""
+        hop = HopRecord(stage, record.boundary_ns, span_id=self._ids.generate_span_id())
+        yield from self._in_interval(record, hop)
+
+    def _in_interval(self, record: RequestRecord, interval: Part) -> Iterator[Part]:
+        try:
+            yield interval
+        except BaseException as error:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            interval.fault = Fault.of(Cancelled("the client hung up") if cancelled else error)
+            raise
+        finally:
+            interval.ended_ns = time.monotonic_ns()
+            record.intervals.append(interval)
+
+    def carrier_of(self, record: RequestRecord, hop: HopRecord) -> Carrier:
+        return to_carrier(record.context, hop.span_id)
+
+    def _root_context(self, parent: SpanContext | None) -> SpanContext:
+        trace_id = parent.trace_id if parent is not None else self._ids.generate_trace_id()
+        ambient = set_span_in_context(NonRecordingSpan(parent), Context()) if parent is not None else Context()
+        decision = self._provider.tracer_provider.sampler.should_sample(
+            ambient, trace_id, names.PREDICT, SpanKind.SERVER, {}, ()
+        )
+        flags = TraceFlags(
+            TraceFlags.SAMPLED if decision.decision is Decision.RECORD_AND_SAMPLE else TraceFlags.DEFAULT
+        )
+        return SpanContext(trace_id, self._ids.generate_span_id(), False, flags, decision.trace_state)
+
+    # --- one request, in a stage ---
+
+    @contextmanager
+    def stage(self, record: Stage) -> Iterator[Stage]:
+        """The stage's own span. Failures end in the record, for ``record.reply``; cancellation goes on."""
+        error: BaseException | None = None
+        try:
+            yield record
+        except ApiError as failure:
+            error = failure
+        except Exception as failure:
+            _logger.exception("a stage failed on request %s", record.envelope.request_id)
+            error = failure
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            record.end(error)
+            self._emit(record)
+
+    # --- one batch ---
+
+    def batch_begins(self, items: Sequence[QueuedInput], started_ns: int) -> dict[int, Membership]:
+        """Note, in each request with an input in this batch, that its inputs run from now on. Keyed by ``id``."""
+        memberships: dict[int, Membership] = {}
+        for item in items:
+            record = item.payload.record
+            if id(record) not in memberships:
+                membership = Membership(
+                    self._child_of(record),
+                    started_ns,
+                    item.depth_on_arrival,
+                    item.busy_wait_ns,
+                    item.fill_wait_ns,
+                )
+                memberships[id(record)] = membership
+                record.memberships.append(membership)
+        return memberships
+
+    @contextmanager
+    def batch_run(
+        self, items: Sequence[QueuedInput], memberships: Mapping[int, Membership], started_ns: int
+    ) -> Iterator[BatchRecord]:
+        """One run of the model, linked with every request that has an input in it."""
+        members = list({id(item.payload.record): memberships[id(item.payload.record)] for item in items}.values())
+        sampled = any(member.context.trace_flags.sampled for member in members)
+        record = BatchRecord(
+            context=self._own_trace(TraceFlags(TraceFlags.SAMPLED if sampled else TraceFlags.DEFAULT)),
+            started_ns=started_ns,
+            size=len(items),
+            tokens=sum(item.tokens for item in items),
+            padded_tokens=max(item.tokens for item in items) * len(items),
+            reason=items[0].reason or "",
+            queue_behind=items[0].queue_behind,
+            waits_ns=[item.wait_ns for item in items],
+            members=members,
+        )
+        for member in members:
+            member.runs.append(record)
+        before = self.gpu.first()
+        try:
+            yield record
+        except BaseException as error:
+            record.fault = Fault.of(error)
+            raise
+        finally:
+            record.ended_ns = time.monotonic_ns()
+            after = self.gpu.first()
+            record.gpu_utilization = (
+                before.utilization_percent if before else None,
+                after.utilization_percent if after else None,
+            )
+            record.gpu_memory_free_gb = before.memory_free_gb if before else None
+            self._emit(record)
+
+    def _child_of(self, record: StageRecord) -> SpanContext:
+        """A context for a span of this request. For an unsampled one it is only told apart, never exported."""
+        if not is_sampled(record.carrier):
+            return SpanContext(0, 0, False)
+        hop = from_carrier(record.carrier)
+        return SpanContext(hop.trace_id, self._ids.generate_span_id(), False, hop.trace_flags, hop.trace_state)
+
+    # --- the load of the model ---
+
+    @contextmanager
+    def model_load(self) -> Iterator[LoadRecord]:
+        context = self._root_context(None)
+        record = LoadRecord(context, time.monotonic_ns())
+        try:
+            yield record
+        except BaseException as error:
+            record.fault = Fault.of(error)
+            raise
+        finally:
+            record.ended_ns = time.monotonic_ns()
+            self._emit(record)
+
+    @contextmanager
+    def load_phase(self, record: LoadRecord, name: str) -> Iterator[None]:
+        started_ns = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            record.phases.append((name, started_ns, time.monotonic_ns()))
+
+    def _own_trace(self, flags: TraceFlags) -> SpanContext:
+        return SpanContext(self._ids.generate_trace_id(), self._ids.generate_span_id(), False, flags)
+
+    # --- gauges ---
+
+    def gauge(self, spec: MetricSpec, reading: Reading) -> None:
+        """Show, at every export, what ``reading`` gives; the model's name is added."""
+        self._measures.gauge(spec, lambda: [(value, {"model": self._model, **more}) for value, more in reading()])
+
+    def _gauges(self) -> None:
+        usage = ProcessUsage()
+        gauge = self._measures.gauge
+        gauge(names.PROCESS_CPU, lambda: [(usage.cpu_utilization(), {})])
+        gauge(names.PROCESS_MEMORY, lambda: [(resident_bytes(), {})])
+        if not self.gpu.samples():
+            return
+        samples = self.gpu.samples
+
+        def by_index(read: Read) -> Reading:
+            return lambda: [(v, {"gpu.index": s.index}) for s in samples() if (v := read(s)) is not None]
+
+        def by_id(read: Read, **more: str) -> Reading:
+            return lambda: [(v, {"hw.id": s.uuid, **more}) for s in samples() if (v := read(s)) is not None]
+
+        gauge(names.GPU_UTILIZATION, by_index(lambda s: s.utilization_percent))
+        gauge(
+            names.GPU_MEMORY,
+            by_index(lambda s: s.memory_used_bytes / 1e9 if s.memory_used_bytes is not None else None),
+        )
+        gauge(
+            names.HW_UTILIZATION,
+            by_id(lambda s: s.utilization_percent / 100 if s.utilization_percent is not None else None),
+        )
+        gauge(names.HW_MEMORY_USAGE, by_id(lambda s: s.memory_used_bytes))
+        gauge(names.HW_MEMORY_LIMIT, by_id(lambda s: s.memory_total_bytes))
+        gauge(names.HW_POWER, by_id(lambda s: s.power_w, **{"hw.type": "gpu"}))
+        gauge(names.HW_TEMPERATURE, by_id(lambda s: s.temperature_c, **{"hw.type": "gpu"}))
+
+    # --- off the request path ---
+
+    def _emit(self, record: Record) -> None:
+        if len(self._queue) >= _MAX_RECORDS:
+            self._lost += 1
+        else:
+            self._queue.append(record)
+
+    def _work(self) -> None:
+        while not self._stopped.wait(_DRAIN_INTERVAL_S):
+            self._drain()
+
+    def _drain(self) -> None:
+        with self._drain_lock:
+            factory = SpanFactory(
+                resource=self._provider.resource,
+                ids=self._ids,
+                model=self._model,
+                max_batch_size=self._config.batching.max_batch_size,
+                max_wait_ms=self._config.batching.max_wait_ms,
+                wall_offset_ns=time.time_ns() - time.monotonic_ns(),
+            )
+            while self._queue:
+                self._export(self._queue.popleft(), factory)
+                # Let the event loop have the GIL between two records, not only at the interpreter's next switch.
+                time.sleep(0)
+            if self._lost:
+                lost, self._lost = self._lost, 0
+                self._measures.count_dropped(lost)
+
+    def _export(self, record: Record, factory: SpanFactory) -> None:
+        try:
+            if self._provider.processor is not None:
+                for span in factory.spans(record):
+                    self._provider.processor.on_end(span)
+            self._measures.measure(record)
+        except Exception:
+            _logger.exception("a %s could not be exported", type(record).__name__)

@@ -1,0 +1,257 @@
+"""What a stage writes down while it works: plain times and counts, no spans.
+
+Times are monotonic nanoseconds of the process that took them. Records never leave their process; what other stages
+need travels in the replies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from opentelemetry.trace import SpanContext
+
+from deployments.errors import ApiError, Cancelled, DeadlinePassed, Failure, InternalError
+from deployments.messages import Carrier, Envelope, Ids, Reply
+from deployments.telemetry.names import Service
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Fault:
+    """Why a span has status ERROR."""
+
+    error_type: str
+    """``error.type``: our error code, or the class of an exception that we did not foresee."""
+    exception_type: str
+    message: str
+    stacktrace: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Fault:
+        """Messages of unforeseen exceptions stay out: they may quote the input."""
+        kind = type(error)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        if isinstance(error, ApiError):
+            return cls(error.code, name, error.message, frames)
+        return cls(name, name, "", frames)
+
+
+@dataclass(slots=True)
+class StageRecord:
+    """One request in one stage behind the ingress."""
+
+    envelope: Envelope
+    started_ns: int = field(default_factory=time.monotonic_ns)
+    ended_ns: int = 0
+    fault: Fault | None = None
+    failure: Failure | None = None
+
+    @property
+    def carrier(self) -> Carrier:
+        return self.envelope.carrier
+
+    @property
+    def deadline_ns(self) -> int:
+        return self.started_ns + int(self.envelope.remaining_ms * 1e6)
+
+    @property
+    def held_ns(self) -> int:
+        return self.ended_ns - self.started_ns
+
+    def end(self, error: BaseException | None) -> None:
+        self.ended_ns = time.monotonic_ns()
+        if error is None:
+            return
+        if isinstance(error, asyncio.CancelledError):
+            past = self.ended_ns >= self.deadline_ns
+            error = (
+                DeadlinePassed("the deadline passed while this stage had the request")
+                if past
+                else Cancelled("the client hung up")
+            ).with_traceback(error.__traceback__)
+        self.fault = Fault.of(error)
+        self.failure = Failure.of(error if isinstance(error, ApiError) else InternalError("internal error"))
+
+    def reply(self, result: Result | None) -> Reply[Result]:
+        if self.failure is not None:
+            return Reply(self.held_ns, failure=self.failure)
+        return Reply(self.held_ns, result)
+
+
+@dataclass(slots=True)
+class TokenizeRecord(StageRecord):
+    input_chars: int = 0
+    token_count: int = 0
+    was_truncated: bool = False
+    cache_hits: int = 0
+    slow_ms: float = 50.0
+
+
+@dataclass(slots=True)
+class PostprocessRecord(StageRecord):
+    output_length: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class BatchRecord:
+    """One run of the model: its own trace."""
+
+    context: SpanContext
+    started_ns: int
+    size: int
+    tokens: int
+    padded_tokens: int
+    reason: str
+    queue_behind: int
+    waits_ns: list[int]
+    members: list[Membership]
+    ended_ns: int = 0
+    inference_ms: float = 0.0
+    output_shape: tuple[int, ...] = ()
+    device: str = ""
+    peak_memory_gb: float | None = None
+    gpu_utilization: tuple[float | None, float | None] = (None, None)
+    gpu_memory_free_gb: float | None = None
+    fault: Fault | None = None
+
+    @property
+    def padding_ratio(self) -> float:
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Membership:
+    """A request's part in one batch: one ``queue`` and one ``forward_pass`` span.
+
+    ``runs`` has more than one entry where a run failed and was repeated in parts to find the input at fault.
+    """
+
+    context: SpanContext
+    """Of the ``forward_pass`` span."""
+    started_ns: int
+    depth_on_arrival: int
+    busy_wait_ns: int
+    fill_wait_ns: int
+    runs: list[BatchRecord] = field(default_factory=list)
+    fault: Fault | None = None
+
+    @property
+    def ended_ns(self) -> int:
+        return max((run.ended_ns for run in self.runs), default=self.started_ns)
+
+
+@dataclass(slots=True)
+class PredictRecord(StageRecord):
+    inputs: int = 0
+    depth_on_arrival: int = 0
+    memberships: list[Membership] = field(default_factory=list)
+    load: SpanContext | None = None
+    """The model load that the request had to wait for."""
+    load_wait_ns: int = 0
+    unfinished_wait: bool = False
+    """Whether the request ended while inputs of it still waited."""
+
+    def forward_ns(self) -> int:
+        """The union of the request's runs; the last one lasts until the request has its result."""
+        spans = sorted((m.started_ns, m.ended_ns) for m in self.memberships)
+        if not spans:
+            return 0
+        spans[-1] = (spans[-1][0], max(self.ended_ns, spans[-1][1]))
+        total, reached = 0, 0
+        for start, end in spans:
+            total += max(0, end - max(start, reached))
+            reached = max(reached, end)
+        return min(total, self.held_ns)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunInput:
+    """One input of a request, as the model gets it."""
+
+    record: PredictRecord
+    ids: Ids
+
+
+@dataclass(slots=True)
+class LoadRecord:
+    """Loading the model: its own trace, with the phases as children."""
+
+    context: SpanContext
+    started_ns: int
+    device: str = ""
+    phases: list[tuple[str, int, int]] = field(default_factory=list)
+    ended_ns: int = 0
+    memory_allocated_gb: float | None = None
+    memory_reserved_gb: float | None = None
+    fault: Fault | None = None
+
+
+@dataclass(slots=True)
+class Interval:
+    """Part of a request as the ingress sees it."""
+
+    name: str
+    started_ns: int
+    ended_ns: int = 0
+    fault: Fault | None = None
+
+
+@dataclass(slots=True)
+class HopRecord(Interval):
+    span_id: int = 0
+    held_ns: int = 0
+    """What the stage reported; 0 where no answer came."""
+    group_size: int = 1
+
+    @property
+    def transit_ns(self) -> int:
+        return max(0, self.ended_ns - self.started_ns - self.held_ns)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One HTTP request, from its first byte to its answer.
+
+    Its intervals follow each other without a gap: each begins where the one before ended.
+    """
+
+    context: SpanContext
+    parent: SpanContext | None
+    request_id: str
+    method: str
+    path: str
+    scheme: str
+    route: str
+    started_ns: int
+    ended_ns: int = 0
+    intervals: list[Interval] = field(default_factory=list)
+    input_count: int = 0
+    input_length: int = 0
+    texts: tuple[str, ...] | None = None
+    operation: str = ""
+    requested_model: str = ""
+    device: str = ""
+    tokens: int = 0
+    queue_ns: int = 0
+    forward_ns: int = 0
+    status: int = 0
+    outcome: str = "ok"
+    fault: Fault | None = None
+
+    @property
+    def boundary_ns(self) -> int:
+        """Where the next interval begins."""
+        return self.intervals[-1].ended_ns if self.intervals else self.started_ns
+
+    @property
+    def hops(self) -> dict[Service, HopRecord]:
+        return {i.name: i for i in self.intervals if isinstance(i, HopRecord)}  # type: ignore[misc]
+
+
+Record = RequestRecord | TokenizeRecord | PredictRecord | PostprocessRecord | BatchRecord | LoadRecord

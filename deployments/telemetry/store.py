@@ -1,0 +1,138 @@
+"""The local store: OTLP JSON lines in one folder, for when no collector is configured.
+
+1. Every line is one ``TracesData`` or ``MetricsData`` object, as the Collector's file exporter writes them.
+2. Each process writes files of its own, ``traces-<instance>-<pid>-<n>.jsonl`` and ``metrics-...``, so replicas never
+   write into each other's lines, and what a crash cut short is always the last line of a file that nobody continues.
+3. A file is rotated at ``max_file_mb``. All files of the folder together stay below ``max_total_mb``: at each rotation
+   the oldest go first. A process whose file was removed starts a new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from opentelemetry.exporter.otlp.json.common.metrics_encoder import encode_metrics
+from opentelemetry.exporter.otlp.json.common.trace_encoder import encode_spans
+from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+_MB = 1_000_000
+_logger = logging.getLogger("slowlens.telemetry")
+
+
+class JsonLines:
+    """Append-only lines in rotated files. Thread-safe; other processes may use the same folder.
+
+    Raises OSError from ``write`` where the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        signal: Literal["traces", "metrics"],
+        instance: str,
+        max_file_bytes: int,
+        max_total_bytes: int,
+    ) -> None:
+        safe = re.sub(r"[^A-Za-z0-9_.]+", "_", instance)
+        self._directory, self._prefix = directory, f"{signal}-{safe}-{os.getpid()}"
+        self._max_file_bytes, self._max_total_bytes = max_file_bytes, max_total_bytes
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._file: Any = None
+        self._size = 0
+
+    def write(self, line: bytes) -> None:
+        with self._lock:
+            if self._file is not None and (self._size + len(line) >= self._max_file_bytes or self._was_removed()):
+                self._close()
+            if self._file is None:
+                self._open(len(line) + 1)
+            # One unbuffered write: a crash leaves either the line or its beginning, and nothing behind it.
+            self._file.write(line + b"\n")
+            self._size += len(line) + 1
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _was_removed(self) -> bool:
+        return os.fstat(self._file.fileno()).st_nlink == 0
+
+    def _open(self, room: int) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._remove_oldest(room)
+        while self._file is None:
+            path = self._directory / f"{self._prefix}-{next(self._numbers):06d}.jsonl"
+            with contextlib.suppress(FileExistsError):
+                self._file = path.open("xb", buffering=0)
+        self._size = 0
+
+    def _remove_oldest(self, room: int) -> None:
+        """Make room for a whole file, so that the cap holds until the next rotation."""
+        files = []
+        for path in self._directory.glob("*.jsonl"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in files) + max(room, self._max_file_bytes)
+        for _, size, path in sorted(files):
+            if total <= self._max_total_bytes:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+class JsonLinesSpanExporter(SpanExporter):
+    def __init__(self, lines: JsonLines) -> None:
+        self._lines = lines
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        try:
+            self._lines.write(encode_spans(spans).to_json().encode())
+        except OSError as error:
+            _logger.warning("the local store cannot be written, %d spans are lost: %s", len(spans), error)
+            return SpanExportResult.FAILURE
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        self._lines.close()
+
+
+class JsonLinesMetricExporter(MetricExporter):
+    def __init__(self, lines: JsonLines) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def export(
+        self,
+        metrics_data: MetricsData,
+        timeout_millis: float = 10_000,
+        **_: Any,
+    ) -> MetricExportResult:
+        try:
+            self._lines.write(encode_metrics(metrics_data).to_json().encode())
+        except OSError as error:
+            _logger.warning("the local store cannot be written, an export of metrics is lost: %s", error)
+            return MetricExportResult.FAILURE
+        return MetricExportResult.SUCCESS
+
+    def shutdown(self, timeout_millis: float = 30_000, **_: Any) -> None:  # noqa: ARG002
+        self._lines.close()
+
+    def force_flush(self, timeout_millis: float = 10_000) -> bool:  # noqa: ARG002
+        return True

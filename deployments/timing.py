@@ -1,0 +1,26 @@
+"""The header ``Server-Timing``: the same numbers as the spans, for whoever has only the response."""
+
+from __future__ import annotations
+
+from deployments.telemetry.records import RequestRecord
+
+
+def server_timing(record: RequestRecord) -> str:
+    """Milliseconds by stage; all but ``total`` add up to ``total`` but for the microseconds of framing the answer.
+
+    ``queue`` and ``forward`` are the model replica's time, ``transit`` what the hops cost beside the stages' own time.
+    A request that failed in the model replica has its time there under ``queue``.
+    """
+    hops = record.hops
+    held = {name: hop.held_ns for name, hop in hops.items()}
+    validate = next((i for i in record.intervals if i.name == "validate"), None)
+    parts = {
+        "validate": validate.ended_ns - validate.started_ns if validate else 0,
+        "tokenize": held.get("tokenizer", 0),
+        "queue": held.get("model", 0) - record.forward_ns,
+        "forward": record.forward_ns,
+        "postprocess": held.get("postprocessor", 0),
+        "transit": sum(hop.transit_ns for hop in hops.values()),
+        "total": record.boundary_ns - record.started_ns,
+    }
+    return ", ".join(f"{name};dur={nanoseconds / 1e6:.3f}" for name, nanoseconds in parts.items())
