@@ -78,7 +78,7 @@ def parse_embeddings(body: bytes, card: ModelCard, limits: LimitsConfig) -> Pars
         raise InvalidField(f"model {card.name!r} serves {card.task}, not embeddings; call POST /predict", param="model")
     if parsed.dimensions is not None and card.hidden_size is not None and parsed.dimensions > card.hidden_size:
         raise InvalidField(
-            f"dimensions must be at most {card.hidden_size}, the size of this model's embeddings; got {parsed.dimensions}",
+            f"dimensions must be at most {card.hidden_size}, the size of the embeddings; got {parsed.dimensions}",
             param="dimensions",
         )
     options = AnswerOptions("/v1/embeddings", dimensions=parsed.dimensions, base64=parsed.encoding_format == "base64")

@@ -17,9 +17,9 @@ from deployments.model import ModelStage
 from deployments.postprocessor import PostprocessorStage
 from deployments.tokenizer import TokenizerStage
 
-# Far above what a replica should have at once: requests wait where they are traced, in the gate and the router, not in
-# front of the ingress. Serve's default of 5 would starve the batches.
-_MANY = 1000
+# More than the gate takes (batching.max_queue), so that requests wait, and are refused, where it is traced: in the
+# gate, not in front of the ingress. Serve's default of 5 would starve the batches.
+_MANY = 4000
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -97,6 +97,11 @@ class AdmissionGate(Generic[Payload]):
         return len(self._waiting)
 
     @property
+    def running(self) -> int:
+        """Inputs released and not done."""
+        return len(self._released)
+
+    @property
     def oldest_age_ms(self) -> float:
         """How long the first waiting input has waited; 0 with none. May be read from another thread."""
         try:

@@ -23,7 +23,7 @@ class _Section(BaseModel):
 
 
 class FakeConfig(_Section):
-    """The deterministic stand-in for a model (``engine: fake``): for tests, and for measuring all that is not a model."""
+    """The deterministic stand-in for a model (``engine: fake``): for tests, and to measure all that is not a model."""
 
     base_ms: Milliseconds = Field(0.0, description="Time one run takes, whatever is in it.")
     per_token_us: Annotated[float, Field(ge=0)] = Field(0.0, description="Time each padded token adds to a run.")
@@ -99,7 +99,7 @@ class TelemetryConfig(_Section):
     environment: str = Field("development", description="`deployment.environment.name` of every span and metric.")
     directory: str | None = Field(
         None,
-        description="Local store, used where no OTEL_EXPORTER_OTLP_* is set. Default: slowlens/ under the XDG state folder.",
+        description="Local store, used where no OTLP endpoint is set. Default: slowlens/ under the XDG state folder.",
     )
     max_file_mb: Annotated[float, Field(gt=0)] = Field(
         16.0, description="A file of the local store is rotated at this size."

@@ -93,8 +93,13 @@ class Hop:
             raise DeadlinePassed(f"the deadline passed at the {self._stage}")
 
     async def _send(self, group: tuple[Any, ...]) -> tuple[Reply[Any], ...]:
+        response = self._method.remote(group)
         try:
-            return await self._method.remote(group)  # type: ignore[no-any-return]
+            return await response  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            # Serve cancels the calls of a request that it cancels itself (a hang-up); a deadline of ours it cannot know.
+            response.cancel()
+            raise
         except BackPressureError as error:
             raise QueueFull(
                 f"{error.args[0]} requests wait for the {self._stage}, the most that may; try again later",

@@ -131,9 +131,8 @@ class ModelStage:
                 record.padded_tokens = run.padded_tokens
         except Exception as error:
             if len(items) == 1:
-                _logger.exception(
-                    "the model failed on one input of request %s", items[0].payload.record.envelope.request_id
-                )
+                request_id = items[0].payload.record.envelope.request_id
+                _logger.exception("the model failed on one input of request %s", request_id)
                 memberships[id(items[0].payload.record)].fault = Fault.of(error)
                 return {id(items[0]): _Outcome(error=error)}
             _logger.warning("a run of %d inputs failed and is repeated in halves: %s", len(items), type(error).__name__)
@@ -143,6 +142,11 @@ class ModelStage:
         return {id(item): _Outcome(output) for item, output in zip(items, run.outputs, strict=True)}
 
     # --- what operators see ---
+
+    async def queue_state(self) -> dict[str, float]:
+        """The queue as it is now: inputs ``waiting`` and ``running``, and ``oldest_age_ms``."""
+        gate = self._gate
+        return {"waiting": gate.depth, "running": gate.running, "oldest_age_ms": gate.oldest_age_ms}
 
     def _show_gauges(self) -> None:
         self._telemetry.gauge(names.QUEUE_DEPTH, lambda: [(self._gate.depth, {})])
@@ -165,7 +169,7 @@ def _output(outcome: Any, index: int, param: str) -> Output:
         raise InternalError("internal error") from outcome
     if outcome.error is not None:
         raise ModelFailed(
-            f"the model failed on {param}[{index}] ({type(outcome.error).__name__}); the other inputs of its batch are unharmed",
+            f"the model failed on {param}[{index}] ({type(outcome.error).__name__}); the rest of its batch is unharmed",
             param=param,
         ) from outcome.error
     return outcome.output

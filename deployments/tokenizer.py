@@ -19,7 +19,7 @@ from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import TokenizeRecord
 
 _INLINE_CHARS = 4_000
-"""Up to here tokenizing costs less than handing it to a thread; beyond it would hold up the replica's other requests."""
+"""Up to here tokenizing costs less than handing it to a thread; beyond, it would hold up the other requests."""
 
 
 class TokenizerStage:

@@ -63,7 +63,7 @@ class ModelCard:
             raise ConfigError(
                 f"args.model.source: {config.source!r} has no config.json, so it is no transformers model"
             )
-        sentence = _SentenceTransformers.read(files)
+        sentence = _SentenceTransformers.read(files, config.pooling)
         task = _task(config, model, is_sentence_transformer=sentence is not None)
         labels = _labels(model)
         return cls(
@@ -73,7 +73,7 @@ class ModelCard:
             max_length=_max_length(config, model, files.read("tokenizer_config.json") or {}, sentence),
             vocab_size=_integer(model, "vocab_size") or 0,
             hidden_size=_integer(model, "hidden_size", "dim", "d_model"),
-            pooling=config.pooling if config.pooling != "auto" else (sentence.pooling if sentence else "mean"),
+            pooling=sentence.pooling if sentence else _configured(config.pooling) or "mean",
             lower_case=sentence.lower_case if sentence else False,
             labels=labels,
             score_function=_score_function(model, len(labels)),
@@ -123,7 +123,7 @@ class _Files:
             return Path(hf_hub_download(self._source, name, revision=self._revision))
         except LocalEntryNotFoundError as error:
             raise ConfigError(
-                f"args.model.source: {self._source!r} is no folder here and the hub cannot be reached: {error}"
+                f"args.model.source: {self._source!r} is no folder, and the hub cannot be reached: {error}"
             ) from None
         except EntryNotFoundError:
             return None
@@ -140,26 +140,29 @@ class _SentenceTransformers:
     lower_case: bool
 
     @classmethod
-    def read(cls, files: _Files) -> _SentenceTransformers | None:
+    def read(cls, files: _Files, configured: Pooling | Literal["auto"]) -> _SentenceTransformers | None:
         modules = files.read("modules.json")
         if modules is None:
             return None
-        pooling: Pooling = "mean"
+        pooling: Pooling = _configured(configured) or "mean"
         for module in modules:
             kind = module["type"].rpartition(".")[2]
-            if kind == "Pooling":
+            if kind == "Pooling" and configured == "auto":
                 pooling = _pooling(files.read(f"{module['path']}/config.json") or {})
             elif kind == "Transformer" and module["path"]:
                 raise ConfigError(
-                    f"args.model.source: the transformer of this sentence-transformers folder lies in {module['path']!r}; "
-                    "name that folder and set model.pooling"
+                    f"args.model.source: its transformer lies in the folder {module['path']!r}; name that folder itself"
                 )
-            elif kind not in ("Transformer", "Normalize"):
+            elif kind not in ("Transformer", "Pooling", "Normalize"):
                 raise ConfigError(
-                    f"args.model.source: modules.json asks for a {kind} module; Transformer, Pooling and Normalize are supported"
+                    f"args.model.source: modules.json asks for a {kind} module; Transformer, Pooling, Normalize run"
                 )
         settings = files.read("sentence_bert_config.json") or {}
         return cls(pooling, settings.get("max_seq_length"), bool(settings.get("do_lower_case", False)))
+
+
+def _configured(pooling: Pooling | Literal["auto"]) -> Pooling | None:
+    return None if pooling == "auto" else pooling
 
 
 def _pooling(settings: dict[str, Any]) -> Pooling:
@@ -172,7 +175,7 @@ def _pooling(settings: dict[str, Any]) -> Pooling:
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _POOLING_OF_MODE:
         raise ConfigError(
-            f"args.model.source: its pooling is {modes}; one of {', '.join(_POOLING_OF_MODE)} is supported (or set model.pooling)"
+            f"args.model.pooling: the model asks for {modes}; set it to one of {', '.join(_POOLING_OF_MODE.values())}"
         )
     return _POOLING_OF_MODE[modes[0]]
 

@@ -80,7 +80,7 @@ class AnswerBuilder:
         return entities
 
     def _fills(self, output: tuple[Floats, Ids], ids: Ids, top_k: int) -> list[dict[str, Any]]:
-        """The ``top_k`` best tokens for each mask, mask after mask. With several masks each fill says which (``mask``)."""
+        """The ``top_k`` best tokens of each mask in turn. With several masks each fill says which (``mask``)."""
         probabilities, candidates = output
         positions = np.flatnonzero(ids == self._pretrained.mask_token_id)
         fills = []

@@ -72,7 +72,7 @@ class Measures:
 
 
 @functools.singledispatch
-def _measure(record: object, measures: Measures) -> None:
+def _measure(record: object, _: Measures) -> None:
     raise TypeError(f"no measurements are defined for {type(record).__name__}")
 
 

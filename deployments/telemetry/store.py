@@ -121,7 +121,7 @@ class JsonLinesMetricExporter(MetricExporter):
     def export(
         self,
         metrics_data: MetricsData,
-        timeout_millis: float = 10_000,
+        timeout_millis: float = 10_000,  # noqa: ARG002
         **_: Any,
     ) -> MetricExportResult:
         try:

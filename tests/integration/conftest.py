@@ -1,0 +1,63 @@
+"""One real cluster and one real OTLP receiver for all integration tests; each module deploys what it needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+
+from deployments.app import build
+from tests.support.otlp import OtlpReceiver
+
+
+@pytest.fixture(scope="session")
+def receiver() -> Iterator[OtlpReceiver]:
+    receiver = OtlpReceiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture(scope="session")
+def cluster(receiver: OtlpReceiver) -> Iterator[int]:
+    """A local cluster whose replicas export to the receiver. Its HTTP port."""
+    os.environ.update(
+        {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.grpc_endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+            "OTEL_METRIC_EXPORT_INTERVAL": "500",
+        }
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    # More logical CPUs than real ones: the stages wait for each other most of the time.
+    ray.init(num_cpus=4, logging_level=logging.WARNING, include_dashboard=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+    yield port
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def deploy(cluster: int) -> Iterator[Callable[..., int]]:
+    """Deploy the application with these ``args``, in place of what was there, and wait until it runs. Its HTTP port."""
+
+    def run(**args: Any) -> int:
+        undeploy()
+        serve.run(build(args), name="slowlens")
+        return cluster
+
+    yield run
+    undeploy()
+
+
+def undeploy() -> None:
+    if "slowlens" in serve.status().applications:
+        serve.delete("slowlens")
