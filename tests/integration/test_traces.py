@@ -254,7 +254,9 @@ def test_a_poisoned_input_fails_alone(port: int, receiver: OtlpReceiver, held: C
         ids = [1, *map(fake_token_id, text.split()), 2]
         assert answer.json()["data"][0]["embedding"] == pytest.approx(fake_embedding(ids).tolist())
 
-    spans = receiver.trace(bad.trace_id, names={names.PREDICT, names.HOP_MODEL, names.BATCHED_PREDICT, names.FORWARD_PASS})
+    spans = receiver.trace(
+        bad.trace_id, names={names.PREDICT, names.HOP_MODEL, names.BATCHED_PREDICT, names.FORWARD_PASS}
+    )
     for name in (names.PREDICT, names.HOP_MODEL, names.BATCHED_PREDICT, names.FORWARD_PASS):
         failed = one(spans, name)
         assert failed.status == "ERROR"
