@@ -1,0 +1,110 @@
+"""What a metrics backend gets from a running application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deployments.telemetry import names
+from deployments.telemetry.names import METRICS, MetricSpec
+from tests.support.http import Answer, call
+from tests.support.otlp import OtlpReceiver
+
+NEVER_WITHOUT_GPU = {m.name for m in METRICS if m.name.startswith(("ai.gpu.", "hw."))}
+ONLY_WHEN_LOSING = {names.DROPPED_RECORDS.name}
+
+
+@pytest.fixture(scope="module")
+def port(deploy: Callable[..., int], receiver: OtlpReceiver) -> int:
+    receiver.clear()
+    return deploy(model={"engine": "fake", "name": "fake-model"})
+
+
+@pytest.fixture(scope="module")
+def answers(port: int) -> list[Answer]:
+    good = [call(port, "POST", "/v1/embeddings", {"input": ["a b", "c"]}) for _ in range(3)]
+    return [*good, call(port, "POST", "/v1/embeddings", {"input": ""})]
+
+
+def points(receiver: OtlpReceiver, spec: MetricSpec, enough: Callable[[list[Any]], bool] = bool) -> list[Any]:
+    """The newest points of a metric (one per attribute set), once they are enough."""
+    newest: list[Any] = []
+
+    def arrived(_: object) -> bool:
+        latest = {}
+        for _service, metric, point in receiver.metrics():
+            if metric.name == spec.name:
+                assert metric.unit == spec.unit
+                latest[tuple(sorted(attributes(point).items()))] = point
+        newest[:] = latest.values()
+        return enough(newest)
+
+    receiver.wait_for(arrived)
+    return newest
+
+
+def attributes(point: Any) -> dict[str, str]:
+    return {a.key: a.value.string_value or str(a.value.int_value) for a in point.attributes}
+
+
+def test_every_metric_of_the_table_arrives_with_its_attributes(answers: list[Answer], receiver: OtlpReceiver) -> None:
+    wanted = {m.name for m in METRICS} - NEVER_WITHOUT_GPU - ONLY_WHEN_LOSING
+    specs = {m.name: m for m in METRICS}
+    receiver.wait_for(lambda _: wanted <= {metric.name for _, metric, _ in receiver.metrics()})
+
+    for service, metric, point in receiver.metrics():
+        if metric.name.startswith("otel.sdk."):
+            continue
+        spec = specs[metric.name]
+        assert metric.description == spec.description
+        assert set(attributes(point)) <= set(spec.attributes), metric.name
+        assert spec.service in ("every", service.removeprefix("slowlens."))
+    assert not NEVER_WITHOUT_GPU & {metric.name for _, metric, _ in receiver.metrics()}
+
+
+def test_outcomes_tokens_and_sizes_are_counted(answers: list[Answer], receiver: OtlpReceiver) -> None:
+    def total(spec: MetricSpec) -> Callable[[list[Any]], bool]:
+        return lambda found: sum(p.as_int for p in found) == 4
+
+    by_outcome = {attributes(p)["outcome"]: p.as_int for p in points(receiver, names.REQUESTS, total(names.REQUESTS))}
+    (tokens,) = points(receiver, names.TOKENS, lambda found: bool(found) and found[0].as_int == 3 * 7)
+    (sizes,) = points(receiver, names.BATCH_SIZE, lambda found: bool(found) and found[0].count == 3)
+    (loads,) = points(receiver, names.LOADS)
+    dispatches = points(receiver, names.DISPATCHES, lambda found: sum(p.as_int for p in found) == 3)
+    (warm,) = points(receiver, names.REPLICAS_WARM)
+
+    assert by_outcome == {"ok": 3, "invalid": 1}
+    assert attributes(tokens) == {"model": "fake-model"}
+    assert (sizes.sum, sizes.min, sizes.max) == (6, 2, 2)
+    assert (loads.as_int, attributes(loads)["load_type"]) == (1, "cold")
+    assert {attributes(p)["reason"] for p in dispatches} == {"device_idle"}
+    assert warm.as_int == 1
+
+
+def test_latencies_carry_the_trace_as_exemplar(answers: list[Answer], receiver: OtlpReceiver) -> None:
+    found = points(receiver, names.LATENCY, lambda found: sum(p.count for p in found) == 4)
+    exemplars = {e.trace_id.hex() for point in found for e in point.exemplars}
+
+    assert exemplars <= {answer.trace_id for answer in answers}
+    assert exemplars
+
+
+def test_server_duration_has_the_conventions_attributes(answers: list[Answer], receiver: OtlpReceiver) -> None:
+    found = points(receiver, names.HTTP_DURATION, lambda found: sum(p.count for p in found) == 4)
+    ok, invalid = sorted((attributes(point) for point in found), key=lambda a: a["http.response.status_code"])
+
+    expected = {"http.request.method": "POST", "http.route": "/v1/embeddings", "url.scheme": "http"}
+    assert ok == {**expected, "http.response.status_code": "200"}
+    assert invalid == {**expected, "http.response.status_code": "422", "error.type": "invalid_field"}
+
+
+def test_processes_report_their_own_use(answers: list[Answer], receiver: OtlpReceiver) -> None:
+    receiver.wait_for(lambda _: len({s for s, m, _ in receiver.metrics() if m.name == names.PROCESS_MEMORY.name}) == 4)
+    memory = [p.as_int for _, m, p in receiver.metrics() if m.name == names.PROCESS_MEMORY.name]
+    cpu = [p.as_double for _, m, p in receiver.metrics() if m.name == names.PROCESS_CPU.name]
+
+    assert min(memory) > 10e6
+    assert all(0 <= value <= 1.5 for value in cpu)
+    assert max(cpu) > 0

@@ -1,0 +1,83 @@
+"""Every task over HTTP, against transformers' own pipeline on the same small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import pipeline
+
+from tests.support.http import call
+from tests.support.models import save_model
+
+TEXTS = ["alice likes the cat", "the dog sat on the mat in london", "bob runs to paris from unknownplace", "cat"]
+MASKED = ["the [MASK] sat on the mat", "alice likes [MASK]", "[MASK] cat"]
+
+
+def predict(port: int, inputs: list[str], **parameters: Any) -> dict[str, Any]:
+    answer = call(port, "POST", "/predict", {"inputs": inputs, "parameters": parameters})
+    assert answer.status == 200, answer.body
+    return answer.json()
+
+
+@pytest.fixture(scope="module")
+def served(deploy: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[int, Path]]:
+    def run(task: str) -> tuple[int, Path]:
+        folder = save_model(task, tmp_path_factory.mktemp(task))
+        return deploy(model={"source": str(folder), "dtype": "float32", "device": "cpu"}), folder
+
+    return run
+
+
+def test_text_classification(served: Callable[[str], tuple[int, Path]]) -> None:
+    port, folder = served("text-classification")
+    body = predict(port, TEXTS)
+    expected = pipeline("text-classification", str(folder), top_k=None)(TEXTS)
+
+    assert body["task"] == "text-classification"
+    assert body["model"] == folder.name
+    for prediction, ranked in zip(body["predictions"], expected, strict=True):
+        assert prediction["truncated"] is False
+        assert [s["label"] for s in prediction["scores"]] == [s["label"] for s in ranked]
+        assert [s["score"] for s in prediction["scores"]] == pytest.approx([s["score"] for s in ranked], abs=1e-5)
+        assert (prediction["label"], prediction["score"]) == tuple(prediction["scores"][0].values())
+    assert [len(p["scores"]) for p in predict(port, TEXTS, top_k=2)["predictions"]] == [2] * len(TEXTS)
+    refused = call(port, "POST", "/v1/embeddings", {"input": "a"})
+    assert (refused.status, refused.error["param"]) == (422, "model")
+
+
+def test_token_classification(served: Callable[[str], tuple[int, Path]]) -> None:
+    port, folder = served("token-classification")
+    body = predict(port, TEXTS)
+    expected = pipeline("token-classification", str(folder))(TEXTS)
+
+    assert any(entities for entities in expected)
+    for prediction, entities in zip(body["predictions"], expected, strict=True):
+        assert len(prediction["entities"]) == len(entities)
+        for ours, theirs in zip(prediction["entities"], entities, strict=True):
+            assert ours.pop("score") == pytest.approx(theirs["score"], abs=1e-5)
+            assert ours == {key: theirs[key] for key in ("entity", "word", "start", "end")}
+
+
+def test_fill_mask(served: Callable[[str], tuple[int, Path]]) -> None:
+    port, folder = served("fill-mask")
+    fill = pipeline("fill-mask", str(folder))
+    for top_k in (None, 3):
+        body = predict(port, MASKED, **({} if top_k is None else {"top_k": top_k}))
+        for prediction, expected in zip(body["predictions"], fill(MASKED, top_k=top_k or 5), strict=True):
+            assert [(f["token"], f["sequence"]) for f in prediction["fills"]] == [
+                (e["token_str"], e["sequence"]) for e in expected
+            ]
+            assert [f["score"] for f in prediction["fills"]] == pytest.approx([e["score"] for e in expected], abs=1e-5)
+
+    (two_masks,) = predict(port, ["[MASK] likes [MASK]"], top_k=2)["predictions"]
+    expected = fill("[MASK] likes [MASK]", top_k=2)
+    assert [(f["mask"], f["token"], f["sequence"]) for f in two_masks["fills"]] == [
+        (number, e["token_str"], e["sequence"]) for number, fills in enumerate(expected) for e in fills
+    ]
+    refused = call(port, "POST", "/predict", {"inputs": ["the [MASK]", "no mask here"]})
+    assert refused.status == 422
+    assert refused.error["message"].startswith("inputs[1] must contain the mask token [MASK]")
+    assert call(port, "POST", "/predict", {"inputs": "[MASK]", "parameters": {"top_k": 101}}).status == 422
