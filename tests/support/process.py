@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.support.http import call
@@ -17,8 +18,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
-def serve_run(config: Path, log: Path, env: dict[str, str], port: int = 8000) -> Iterator[subprocess.Popen[bytes]]:
-    """``serve run CONFIG`` until healthy; stopped, with all that it started, at the end of the block."""
+def serve_run(
+    config: Path, log: Path, env: dict[str, str], *, port: int = 8000, until: str | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """``serve run CONFIG`` until it is healthy, or until its log says ``until``; stopped at the end of the block."""
+    assert not is_listening(port), f"something listens on port {port} already"
     serve = Path(sys.executable).with_name("serve")
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -31,27 +35,41 @@ def serve_run(config: Path, log: Path, env: dict[str, str], port: int = 8000) ->
             start_new_session=True,
         )
     try:
-        wait_healthy(port, log, process)
+        wait_for(lambda: is_healthy(port) if until is None else until in log.read_text(errors="replace"), log, process)
         yield process
     finally:
-        stop(process)
+        stop(process, port)
 
 
-def wait_healthy(port: int, log: Path, process: subprocess.Popen[bytes], timeout_s: float = 120) -> None:
+def is_healthy(port: int) -> bool:
+    try:
+        return call(port, "GET", "/healthz", timeout_s=5).status == 200
+    except OSError:
+        return False
+
+
+def wait_for(done: Callable[[], bool], log: Path, process: subprocess.Popen[bytes], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError):
-            if call(port, "GET", "/healthz", timeout_s=5).status == 200:
-                return
+        if done():
+            return
         time.sleep(0.2)
-    raise AssertionError(f"not healthy (exit {process.poll()}):\n{log.read_text(errors='replace')[-4000:]}")
+    raise AssertionError(f"not in {timeout_s} s (exit {process.poll()}):\n{log.read_text(errors='replace')[-4000:]}")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, as an orchestrator would; what is left of the process group after that is killed."""
-    process.send_signal(signal.SIGTERM)
+def stop(process: subprocess.Popen[bytes], port: int) -> None:
+    """SIGINT, as Ctrl-C: Serve shuts its replicas down in order. What is left of the process group is then killed."""
+    process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(60)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
+    # The proxy is an actor and may outlive the driver by a moment; the next server must not be mistaken for it.
+    while is_listening(port):
+        time.sleep(0.1)
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,175 @@
+"""``serve run serve_config.yaml`` as a user starts it: HTTP in, OTLP out, under both of Serve's HTTP fronts."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deployments.telemetry import names
+from tests.support.http import Answer, call, new_traceparent
+from tests.support.otlp import OtlpReceiver
+from tests.support.process import ROOT, serve_run
+from tests.support.traces import WHOLE_TRACE, WHOLE_TREE, Span, named, one, tree
+
+PORT = 8000
+REQUESTS = 200
+
+
+@dataclass(frozen=True)
+class Running:
+    receiver: OtlpReceiver
+    front: str
+
+
+@pytest.fixture(scope="module", params=["python", "haproxy"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The application under one front; the Python proxy exports by gRPC, HAProxy's run by HTTP."""
+    receiver = OtlpReceiver()
+    by_grpc = request.param == "python"
+    env = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.grpc_endpoint if by_grpc else receiver.http_endpoint,
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc" if by_grpc else "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+        "OTEL_METRIC_EXPORT_INTERVAL": "1000",
+        **({} if by_grpc else {"RAY_SERVE_ENABLE_HA_PROXY": "1"}),
+    }
+    log = tmp_path_factory.mktemp(request.param) / "serve.log"
+    with serve_run(ROOT / "serve_config.yaml", log, env):
+        yield Running(receiver, request.param)
+    receiver.close()
+
+
+def test_200_concurrent_requests_are_200_whole_trees(running: Running) -> None:
+    callers = [new_traceparent() for _ in range(REQUESTS)]
+
+    def send(number: int) -> Answer:
+        body = {"input": " ".join(["word"] * (1 + number % 40)) + f" {number}", "model": "all-MiniLM-L6-v2"}
+        headers = {"traceparent": callers[number][0], "X-Request-ID": f"request-{number}"}
+        return call(PORT, "POST", "/v1/embeddings", body, headers)
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        answers = list(pool.map(send, range(REQUESTS)))
+    assert [answer.status for answer in answers] == [200] * REQUESTS
+    trace_ids = {trace_id for _, trace_id, _ in callers}
+
+    def all_whole(spans: list[Span]) -> bool:
+        seen = defaultdict(set)
+        for span in spans:
+            seen[span.trace_id].add(span.name)
+        return all(seen[trace_id] >= WHOLE_TRACE for trace_id in trace_ids)
+
+    spans = running.receiver.wait_for(all_whole, timeout_s=60)
+    traces = defaultdict(list)
+    for span in spans:
+        traces[span.trace_id].append(span)
+
+    for (_, trace_id, caller_span), answer in zip(callers, answers, strict=True):
+        trace = traces[trace_id]
+        root = one(trace, names.PREDICT)
+        assert root.parent_id == caller_span
+        assert tree(trace, root) == WHOLE_TREE
+        assert len(trace) == len(WHOLE_TRACE), "an orphan: a span that no parent leads to"
+        assert answer.headers["traceresponse"] == f"00-{trace_id}-{root.span_id}-01"
+        assert root.attributes["ai.request_id"] == answer.headers["x-request-id"]
+        assert len({span.resource["service.instance.id"] for span in trace}) == 4
+        timing = answer.server_timing
+        assert abs(sum(timing.values()) - 2 * timing["total"]) <= max(1.0, 0.05 * timing["total"])
+        assert timing["total"] == pytest.approx(root.ms, abs=max(1.0, 0.05 * root.ms))
+
+    check_batches(running.receiver, traces, trace_ids)
+    assert coverage(traces, trace_ids) >= 0.95
+
+
+def check_batches(receiver: OtlpReceiver, traces: dict[str, list[Span]], trace_ids: set[str]) -> None:
+    """Every member is linked to a batch whose links name it, and the batches hold each request once."""
+    forwards = {(f.trace_id, f.span_id): f for t in trace_ids for f in named(traces[t], names.FORWARD_PASS)}
+    wanted = {link for forward in forwards.values() for link in forward.links}
+    spans = receiver.wait_for(lambda spans: wanted <= {(s.trace_id, s.span_id) for s in spans})
+    batches = {(s.trace_id, s.span_id): s for s in named(spans, names.BATCH_FORWARD)}
+
+    for key, forward in forwards.items():
+        (link,) = forward.links
+        assert key in batches[link].links
+    ours = [batches[link] for link in wanted]
+    members = [link for batch in ours for link in batch.links if link in forwards]
+    assert sorted(members) == sorted(forwards)
+    assert max(batch.attributes["ai.batch.actual_size"] for batch in ours) > 1
+    for batch in ours:
+        assert batch.attributes["ai.batch.actual_size"] == len(batch.links) <= 32
+        assert batch.trace_id not in trace_ids
+
+
+def coverage(traces: dict[str, list[Span]], trace_ids: set[str]) -> float:
+    """The least of all requests: how much of ``predict`` its children cover."""
+    shares = []
+    for trace_id in trace_ids:
+        root = one(traces[trace_id], names.PREDICT)
+        children = [s for s in traces[trace_id] if s.parent_id == root.span_id]
+        shares.append(sum(s.end - s.start for s in children) / (root.end - root.start))
+    assert statistics.fmean(shares) <= 1.0001
+    return min(shares)
+
+
+def test_a_caller_that_does_not_sample_leaves_no_span(running: Running) -> None:
+    traceparent, unsampled, _ = new_traceparent(flags="00")
+    answer = call(PORT, "POST", "/v1/embeddings", {"input": "a"}, {"traceparent": traceparent})
+    later = call(PORT, "POST", "/v1/embeddings", {"input": "b"})
+    running.receiver.trace(later.trace_id, names=WHOLE_TRACE)
+
+    assert answer.headers["traceresponse"].split("-")[1] == unsampled
+    assert [s for s in running.receiver.spans() if s.trace_id == unsampled] == []
+
+
+def test_a_client_that_hangs_up_cancels_its_work(running: Running) -> None:
+    traceparent, trace_id, _ = new_traceparent()
+    connection = http.client.HTTPConnection("127.0.0.1", PORT)
+    body = json.dumps({"input": ["many words " * 200] * 256})
+    connection.request("POST", "/v1/embeddings", body, {"traceparent": traceparent})
+    # It has passed the tokenizer, and the model needs many seconds for it.
+    running.receiver.trace(trace_id, names={names.PREPROCESS})
+    connection.close()
+    spans = running.receiver.trace(trace_id, names={names.PREDICT, names.BATCHED_PREDICT})
+
+    for name in (names.PREDICT, names.HOP_MODEL, names.BATCHED_PREDICT):
+        assert one(spans, name).attributes["error.type"] == "cancelled"
+        assert one(spans, name).status == "ERROR"
+
+
+def test_metrics_arrive_too(running: Running) -> None:
+    assert running.receiver.metric_points(names.LATENCY.name)
+    assert running.receiver.metric_points(names.BATCH_SIZE.name)
+
+
+def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path: Path) -> None:
+    with serve_run(ROOT / "serve_config.yaml", tmp_path / "serve.log", {"XDG_STATE_HOME": str(tmp_path)}):
+        answers = [call(PORT, "POST", "/v1/embeddings", {"input": f"text {i}"}) for i in range(20)]
+    # Stopped by Ctrl-C right after the last answer: what was still in memory must be here as well.
+    found = defaultdict(set)
+    metrics = set()
+    for path in (tmp_path / "slowlens").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            content = json.loads(line)
+            for resource in content.get("resourceSpans", []):
+                for span in resource["scopeSpans"][0]["spans"]:
+                    found[span["traceId"]].add(span["name"])
+            for resource in content.get("resourceMetrics", []):
+                metrics |= {m["name"] for scope in resource["scopeMetrics"] for m in scope["metrics"]}
+
+    assert all(found[answer.trace_id] == WHOLE_TRACE for answer in answers)
+    assert {names.LATENCY.name, names.BATCH_SIZE.name, names.QUEUE_DEPTH.name} <= metrics
+
+
+def test_a_wrong_key_fails_at_start_by_name(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / "serve_config.yaml").read_text().replace("max_batch_size:", "max_batchsize:"))
+    problem = "args.batching.max_batchsize: unknown key; known here: max_batch_size, max_batch_tokens"
+    with serve_run(config, tmp_path / "serve.log", {}, until=problem):
+        pass
