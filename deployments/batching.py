@@ -28,6 +28,8 @@ from deployments.errors import DeadlinePassed, QueueFull
 
 DispatchReason = Literal["full", "token_budget", "timeout", "device_idle", "deadline", "drain"]
 Payload = TypeVar("Payload")
+NEVER = -1
+"""A time that has not come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,18 @@ class Item(Generic[Payload]):
     payload: Payload
     tokens: int
     deadline_ns: int
-    arrived_ns: int = 0
+    arrived_ns: int = NEVER
     depth_on_arrival: int = 0
     busy_total_at_arrival_ns: int = 0
-    started_ns: int = 0
+    started_ns: int = NEVER
     busy_wait_ns: int = 0
     reason: DispatchReason | None = None
     queue_behind: int = 0
     admitted: asyncio.Future[None] = field(init=False)
+
+    @property
+    def has_started(self) -> bool:
+        return self.started_ns != NEVER
 
     @property
     def wait_ns(self) -> int:
@@ -144,7 +150,7 @@ class AdmissionGate(Generic[Payload]):
         if not item.admitted.done() or item.admitted.cancelled():
             if item in self._waiting:
                 self._waiting.remove(item)
-        elif item.started_ns == 0 and item in self._released:
+        elif not item.has_started and item in self._released:
             self._released.discard(item)
             self._pump()
 

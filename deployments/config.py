@@ -117,6 +117,14 @@ class TelemetryConfig(_Section):
         False, description="Put input text on the root span (the first 1,000 characters of each)."
     )
 
+    @model_validator(mode="after")
+    def _files_fit_the_store(self) -> TelemetryConfig:
+        if self.max_file_mb > self.max_total_mb:
+            raise ValueError(
+                f"telemetry.max_file_mb ({self.max_file_mb}) must be at most telemetry.max_total_mb ({self.max_total_mb})"
+            )
+        return self
+
     def store_directory(self) -> Path:
         if self.directory is not None:
             return Path(self.directory).expanduser()

@@ -97,7 +97,7 @@ class Hop:
         try:
             return await response  # type: ignore[no-any-return]
         except asyncio.CancelledError:
-            # Serve cancels the calls of a request that it cancels itself (a hang-up); a deadline of ours it cannot know.
+            # Serve cancels the calls of a request that it cancels itself (a hang-up); our deadlines it cannot know.
             response.cancel()
             raise
         except BackPressureError as error:

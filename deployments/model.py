@@ -16,7 +16,7 @@ from typing import Any
 
 from ray import serve
 
-from deployments.batching import AdmissionGate, GateLimits, Item
+from deployments.batching import NEVER, AdmissionGate, GateLimits, Item
 from deployments.config import AppConfig
 from deployments.engine.base import Output
 from deployments.engine.card import ModelCard
@@ -87,7 +87,7 @@ class ModelStage:
             try:
                 outcomes = await self._gate.submit(items)
             finally:
-                record.unfinished_wait = any(item.arrived_ns and not item.started_ns for item in items)
+                record.unfinished_wait = any(item.arrived_ns != NEVER and not item.has_started for item in items)
             outputs = tuple(_output(outcome, i, request.param) for i, outcome in enumerate(outcomes))
         if outputs is None:
             return record.reply(None)

@@ -18,7 +18,8 @@ from deployments.engine.card import ModelCard
 from tests.support.http import call
 
 CARD = ModelCard.load(ModelConfig())
-WORDS = "the quick brown fox jumps over a lazy dog while München naïve 東京 🙂 models wait in queues".split()
+_SENTENCE = "the quick brown fox jumps over a lazy dog while München naïve 東京 🙂 models wait in queues"
+WORDS = _SENTENCE.split()
 
 
 def sentences(count: int, seed: int) -> list[str]:

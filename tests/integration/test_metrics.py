@@ -65,10 +65,10 @@ def test_every_metric_of_the_table_arrives_with_its_attributes(answers: list[Ans
 
 
 def test_outcomes_tokens_and_sizes_are_counted(answers: list[Answer], receiver: OtlpReceiver) -> None:
-    def total(spec: MetricSpec) -> Callable[[list[Any]], bool]:
-        return lambda found: sum(p.as_int for p in found) == 4
-
-    by_outcome = {attributes(p)["outcome"]: p.as_int for p in points(receiver, names.REQUESTS, total(names.REQUESTS))}
+    by_outcome = {
+        attributes(p)["outcome"]: p.as_int
+        for p in points(receiver, names.REQUESTS, lambda found: sum(p.as_int for p in found) == 4)
+    }
     (tokens,) = points(receiver, names.TOKENS, lambda found: bool(found) and found[0].as_int == 3 * 7)
     (sizes,) = points(receiver, names.BATCH_SIZE, lambda found: bool(found) and found[0].count == 3)
     (loads,) = points(receiver, names.LOADS)

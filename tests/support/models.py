@@ -19,7 +19,8 @@ from transformers import (
 )
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = "the a cat dog sat on mat in london paris alice bob likes runs to from big small red blue ##s ##ed".split()
+_SENTENCE = "the a cat dog sat on mat in london paris alice bob likes runs to from big small red blue"
+WORDS = [*_SENTENCE.split(), "##s", "##ed"]
 _HEADS = {
     "text-classification": BertForSequenceClassification,
     "token-classification": BertForTokenClassification,

@@ -1,0 +1,318 @@
+"""The gate's rules, with a device that the test holds in its hand and a clock that it turns."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deployments.batching import AdmissionGate, GateLimits, Item
+from deployments.errors import DeadlinePassed, QueueFull
+
+FOREVER = 2**62
+
+
+class Device:
+    """Runs what the gate releases; each run lasts until the test ends it."""
+
+    def __init__(self, **limits: float) -> None:
+        self.now_ns = 0
+        values = {"max_batch_size": 4, "max_batch_tokens": 100, "max_wait_ms": 0, "max_queue": 100} | limits
+        self.gate: AdmissionGate[str] = AdmissionGate(GateLimits(**values), self._execute, lambda: self.now_ns)  # type: ignore[arg-type]
+        self.runs: list[list[Item[str]]] = []
+        self._arrived: list[tuple[Item[str], asyncio.Future[str]]] = []
+
+    async def _execute(self, item: Item[str]) -> str:
+        done = asyncio.get_running_loop().create_future()
+        self._arrived.append((item, done))
+        return await done
+
+    async def start(self) -> list[str]:
+        """Start one run of all that the gate has released. Returns who is in it."""
+        await settle()
+        items = [item for item, done in self._arrived if not done.done()]
+        self.gate.begin(items)
+        self.runs.append(items)
+        return [item.payload for item in items]
+
+    async def end(self) -> None:
+        items = self.runs[-1]
+        self.gate.end(items)
+        for item, done in self._arrived:
+            if item in items and not done.done():
+                done.set_result(f"done {item.payload}")
+        self._arrived.clear()
+        await settle()
+
+    def submit(self, *names: str, tokens: int = 1, deadline_ns: int = FOREVER) -> asyncio.Task[list[object]]:
+        return asyncio.ensure_future(self.gate.submit([Item(name, tokens, deadline_ns) for name in names]))
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def gate_test(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+    def run() -> None:
+        asyncio.run(test())  # type: ignore[arg-type]
+
+    run.__name__ = test.__name__  # type: ignore[attr-defined]
+    run.__doc__ = test.__doc__
+    return run
+
+
+@gate_test
+async def test_a_free_device_runs_an_input_at_once() -> None:
+    device = Device()
+    answer = device.submit("a")
+
+    assert await device.start() == ["a"]
+    assert (device.gate.depth, device.gate.running) == (0, 1)
+    await device.end()
+    assert await answer == ["done a"]
+    assert device.gate.running == 0
+
+
+@gate_test
+async def test_what_waits_for_a_busy_device_becomes_the_next_batch() -> None:
+    device = Device()
+    answers = [device.submit("a")]
+    await device.start()
+    answers += [device.submit(name) for name in "bcdef"]
+    await settle()
+    assert device.gate.depth == 5
+    await device.end()
+    assert await device.start() == ["b", "c", "d", "e"]
+    assert {item.reason for item in device.runs[-1]} == {"full"}
+    assert {item.queue_behind for item in device.runs[-1]} == {1}
+    await device.end()
+    assert await device.start() == ["f"]
+    assert device.runs[-1][0].reason == "device_idle"
+    await device.end()
+    assert [(await answer)[0] for answer in answers] == [f"done {name}" for name in "abcdef"]
+
+
+@gate_test
+async def test_padded_tokens_bound_a_batch_and_a_larger_input_runs_alone() -> None:
+    device = Device(max_batch_tokens=20)
+    device.submit("first")
+    await device.start()
+    for name, tokens in (("a", 5), ("b", 8), ("c", 5), ("huge", 50), ("d", 1)):
+        device.submit(name, tokens=tokens)
+    await settle()
+    await device.end()
+    assert await device.start() == ["a", "b"]
+    assert device.runs[-1][0].reason == "token_budget"
+    await device.end()
+    assert await device.start() == ["c"]
+    await device.end()
+    assert await device.start() == ["huge"]
+    await device.end()
+    assert await device.start() == ["d"]
+    await device.end()
+
+
+@gate_test
+async def test_the_wait_is_split_into_busy_and_fill_exactly() -> None:
+    device = Device()
+    device.submit("a")
+    await device.start()
+    device.now_ns = 10
+    device.submit("b")
+    await settle()
+    device.now_ns = 50
+    await device.end()
+    device.now_ns = 53
+    await device.start()
+    (b,) = device.runs[-1]
+
+    assert (b.wait_ns, b.busy_wait_ns, b.fill_wait_ns) == (43, 40, 3)
+    await device.end()
+
+
+@gate_test
+async def test_a_cancelled_input_leaves_the_queue_and_never_runs() -> None:
+    device = Device()
+    device.submit("a")
+    await device.start()
+    gone, stays = device.submit("gone"), device.submit("stays")
+    await settle()
+    gone.cancel()
+    await settle()
+    assert device.gate.depth == 1
+    await device.end()
+    assert await device.start() == ["stays"]
+    await device.end()
+    assert await stays == ["done stays"]
+
+
+@gate_test
+async def test_inputs_cancelled_between_release_and_run_free_the_device() -> None:
+    device = Device()
+    gone = device.submit("gone")
+    await settle()
+    assert device.gate.running == 1
+    gone.cancel()
+    await settle()
+    assert device.gate.running == 0
+    device.submit("next")
+    device._arrived.clear()
+    assert await device.start() == ["next"]
+    await device.end()
+
+
+@gate_test
+async def test_cancelling_in_the_same_tick_as_the_release_is_safe() -> None:
+    device = Device()
+    first = device.submit("first")
+    await device.start()
+    waiting = device.submit("waiting")
+    await settle()
+    waiting.cancel()
+    await device.end()
+    assert (await first, device.gate.depth, device.gate.running) == (["done first"], 0, 0)
+
+
+@gate_test
+async def test_a_running_input_that_is_cancelled_keeps_the_device_busy_until_the_run_ends() -> None:
+    device = Device()
+    gone = device.submit("gone")
+    await device.start()
+    device.submit("next")
+    gone.cancel()
+    await settle()
+    assert (device.gate.depth, device.gate.running) == (1, 1)
+    await device.end()
+    assert await device.start() == ["next"]
+    await device.end()
+
+
+@gate_test
+async def test_an_input_past_its_deadline_is_dropped_when_the_batch_is_cut() -> None:
+    device = Device()
+    device.submit("a")
+    await device.start()
+    late, fine = device.submit("late", deadline_ns=30_000_000), device.submit("fine")
+    await settle()
+    device.now_ns = 30_000_000
+    await device.end()
+    assert await device.start() == ["fine"]
+    await device.end()
+    (error,) = await late
+    assert isinstance(error, DeadlinePassed)
+    assert error.message == "the deadline passed after 30 ms in the queue, before the model ran"
+    assert await fine == ["done fine"]
+
+
+@gate_test
+async def test_a_full_queue_refuses_a_request_whole() -> None:
+    device = Device(max_queue=3)
+    device.submit("a")
+    await device.start()
+    device.submit("b", "c")
+    await settle()
+    with pytest.raises(QueueFull, match="the queue holds 2 inputs of at most 3, and this request adds 2") as refused:
+        await device.gate.submit([Item("d", 1, FOREVER), Item("e", 1, FOREVER)])
+    assert refused.value.retry_after_s == 1
+    assert device.gate.depth == 2
+    await device.end()
+
+
+@gate_test
+async def test_retry_after_follows_the_rate_of_the_device() -> None:
+    device = Device(max_queue=4, max_batch_size=1)
+    device.submit(*"abcd")
+    for _ in range(2):
+        await device.start()
+        device.now_ns += 2_000_000_000
+        await device.end()
+    device.submit(*"ef")
+    await device.start()
+    device.submit("g")
+    await settle()
+    with pytest.raises(QueueFull) as refused:
+        await device.gate.submit([Item("h", 1, FOREVER)])
+    # 4 inputs wait or would, at one every two seconds.
+    assert refused.value.retry_after_s == 2 * device.gate.depth
+
+
+@gate_test
+async def test_an_idle_device_waits_for_a_batch_to_fill_but_not_longer_than_max_wait_ms() -> None:
+    device = Device(max_wait_ms=20)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    device.gate._clock = lambda: int(loop.time() * 1e9)
+    answer = device.submit("a")
+    await settle()
+    assert device.gate.depth == 1
+    while not device._arrived:
+        await asyncio.sleep(0.001)
+    assert loop.time() - start >= 0.02
+    assert await device.start() == ["a"]
+    assert device.runs[-1][0].reason == "timeout"
+    await device.end()
+    await answer
+
+
+@gate_test
+async def test_a_full_batch_does_not_wait_and_draining_waits_for_nothing() -> None:
+    device = Device(max_wait_ms=60_000, max_batch_size=2)
+    device.submit("a", "b")
+    assert await device.start() == ["a", "b"]
+    await device.end()
+    device.submit("c")
+    await settle()
+    assert device.gate.depth == 1
+    device.gate.drain()
+    assert await device.start() == ["c"]
+    assert device.runs[-1][0].reason == "drain"
+    await device.end()
+
+
+@gate_test
+async def test_a_near_deadline_ends_the_wait_to_fill() -> None:
+    device = Device(max_wait_ms=60_000)
+    loop = asyncio.get_running_loop()
+    device.gate._clock = lambda: int(loop.time() * 1e9)
+    device.gate._last_run_ns = 50_000_000
+    device.submit("a", deadline_ns=int(loop.time() * 1e9) + 60_000_000)
+    assert await asyncio.wait_for(first_run(device), 5) == ["a"]
+    assert device.runs[-1][0].reason == "deadline"
+    await device.end()
+
+
+async def first_run(device: Device) -> list[str]:
+    while not device._arrived:
+        await asyncio.sleep(0.001)
+    return await device.start()
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    max_size=st.integers(1, 8),
+    budget=st.integers(1, 120),
+)
+def test_nothing_is_lost_reordered_or_over_the_limits(sizes: Sequence[int], max_size: int, budget: int) -> None:
+    async def run() -> None:
+        device = Device(max_batch_size=max_size, max_batch_tokens=budget)
+        answers = [device.submit(str(i), tokens=tokens) for i, tokens in enumerate(sizes)]
+        order: list[str] = []
+        while len(order) < len(sizes):
+            order += await device.start()
+            items = device.runs[-1]
+            padded = max(item.tokens for item in items) * len(items)
+            assert len(items) <= max_size
+            assert padded <= budget or len(items) == 1
+            device.now_ns += 7
+            await device.end()
+        assert order == [str(i) for i in range(len(sizes))]
+        assert [(await answer)[0] for answer in answers] == [f"done {i}" for i in range(len(sizes))]
+        for item in (item for batch in device.runs for item in batch):
+            assert item.busy_wait_ns + item.fill_wait_ns == item.wait_ns >= item.busy_wait_ns >= 0
+
+    asyncio.run(run())

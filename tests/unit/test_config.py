@@ -1,0 +1,143 @@
+"""Configuration: what is refused, how it is said, and that serve_config.yaml is what Serve reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.app import build
+from deployments.config import AppConfig
+from deployments.errors import ConfigError
+
+CONFIG_PATH = Path(__file__).parents[2] / "serve_config.yaml"
+CONFIG = yaml.safe_load(CONFIG_PATH.read_text())
+(APPLICATION,) = CONFIG["applications"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"modle": {}}, "args.modle: unknown key; known here: model, tokenizer, batching, limits, telemetry"),
+        ({"model": {"dtyp": "x"}}, "args.model.dtyp: unknown key; known here: source, name"),
+        ({"model": {"fake": {"wait": 1}}}, "args.model.fake.wait: unknown key; known here: base_ms"),
+        ({"model": {"dtype": "int4"}}, "args.model.dtype: Input should be 'auto', 'float32'"),
+        ({"batching": {"max_batch_size": 0}}, "args.batching.max_batch_size: Input should be greater than 0 (got 0)"),
+        ({"batching": {"max_wait_ms": -1}}, "args.batching.max_wait_ms: Input should be greater than or equal to 0"),
+        ({"batching": {"max_queue": 10}}, "limits.max_inputs (256) must be at most batching.max_queue (10)"),
+        ({"batching": 3}, "args.batching: "),
+        ({"telemetry": {"max_file_mb": 100, "max_total_mb": 50}}, "telemetry.max_file_mb (100.0) must be at most"),
+    ],
+)
+def test_wrong_configuration_is_refused_by_name(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        AppConfig.parse(args)
+
+    assert message in str(refused.value)
+
+
+def test_every_wrong_key_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        AppConfig.parse({"model": {"a": 1}, "batching": {"b": 2}})
+
+    assert "args.model.a" in str(refused.value)
+    assert "args.batching.b" in str(refused.value)
+
+
+def test_the_builder_validates_its_args() -> None:
+    with pytest.raises(ConfigError, match=r"args\.model\.dtyp"):
+        build({"model": {"dtyp": "x"}})
+
+
+def test_serve_config_parses_and_builds() -> None:
+    schema = ServeDeploySchema.model_validate(CONFIG)
+    (application,) = schema.applications
+
+    assert (application.name, application.route_prefix, application.import_path) == (
+        "slowlens",
+        "/",
+        "deployments.app:build",
+    )
+    assert build(application.args)._bound_deployment.name == "Ingress"
+
+
+def test_serve_config_holds_the_defaults() -> None:
+    """A reader who deletes a line gets what the line said."""
+    stated, defaults = AppConfig.parse(APPLICATION["args"]), AppConfig.parse({})
+
+    assert stated.model_copy(update={"model": defaults.model}) == defaults
+    assert stated.model.model_copy(update={"name": None}) == defaults.model
+
+
+def test_every_key_outside_args_is_one_that_serve_knows() -> None:
+    """Serve drops unknown keys there without a word."""
+    unknown = list(unknown_keys(CONFIG, ServeDeploySchema, ""))
+
+    assert unknown == []
+
+
+def test_the_check_finds_a_typo() -> None:
+    typo = {"applications": [{"deployments": [{"name": "Model", "num_replica": 2}]}], "http_option": {}}
+
+    assert list(unknown_keys(typo, ServeDeploySchema, "")) == ["applications.deployments.num_replica", "http_option"]
+
+
+def unknown_keys(values: dict[str, Any], schema: type[BaseModel], where: str) -> list[str]:
+    found = []
+    for key, value in values.items():
+        field = schema.model_fields.get(key)
+        if field is None:
+            found.append(where + key)
+            continue
+        inner = nested_model(field.annotation)
+        if inner is None or key == "args":
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                found += unknown_keys(item, inner, f"{where}{key}.")
+    return found
+
+
+def nested_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for part in getattr(annotation, "__args__", ()) if (m := nested_model(part))), None)
+
+
+def test_the_names_of_the_deployments_are_those_that_the_builder_makes() -> None:
+    assert sorted(d["name"] for d in APPLICATION["deployments"]) == ["Ingress", "Model", "Postprocessor", "Tokenizer"]
+
+
+def test_all_stages_together_fit_two_cores() -> None:
+    assert sum(d["num_replicas"] * d["ray_actor_options"]["num_cpus"] for d in APPLICATION["deployments"]) <= 2
+
+
+def test_every_stage_takes_more_requests_than_the_queue_holds() -> None:
+    for deployment in APPLICATION["deployments"]:
+        assert deployment["max_ongoing_requests"] > APPLICATION["args"]["batching"]["max_queue"]
+
+
+def test_every_value_is_commented() -> None:
+    """A comment stands above every key, or above the first of a group of keys that it explains."""
+    lines = CONFIG_PATH.read_text().splitlines()
+    explained = False
+    uncommented = []
+    seen_before: set[str] = set()
+    for line in lines:
+        if line.strip().startswith("#"):
+            explained = True
+        elif not line.strip():
+            explained = False
+        elif match := re.match(r"\s*(?:- )?(\w+):(\s+\S.*)?$", line):
+            key, value = match.groups()
+            if value is not None and not explained and key not in seen_before:
+                uncommented.append(key)
+            if value is None:
+                explained = False
+            seen_before.add(key)
+    assert uncommented == []

@@ -1,0 +1,154 @@
+"""The local store: lines that the Collector's readers take, from several writers, within a cap, through a crash."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import ParseDict
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
+from opentelemetry.trace import Link, SpanKind, Status, StatusCode
+
+from deployments.telemetry.store import JsonLines, JsonLinesMetricExporter, JsonLinesSpanExporter
+
+WRITER = """
+import sys
+from pathlib import Path
+from deployments.telemetry.store import JsonLines
+lines = JsonLines(Path(sys.argv[1]), "traces", "replica#" + sys.argv[2], 20_000, 100_000)
+print("ready", flush=True)
+for number in range(int(sys.argv[3])):
+    lines.write(b'{"writer": %s, "number": %d, "padding": "%s"}' % (sys.argv[2].encode(), number, b"x" * 100))
+if sys.argv[4] == "crash":
+    lines._file.write(b'{"writer": 9, "numb')
+    lines._file.flush()
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def lines_in(folder: Path) -> list[dict[str, Any]]:
+    """All whole lines; fails if anything but the last line of a file is broken."""
+    found = []
+    for path in sorted(folder.glob("*.jsonl")):
+        *whole, rest = path.read_bytes().split(b"\n")
+        found += [json.loads(line) for line in whole]
+        assert not rest or rest.startswith(b"{")
+    return found
+
+
+def writer(folder: Path, number: int, lines: int, end: str = "close") -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(number), str(lines), end])
+
+
+def with_bytes_ids(value: Any) -> Any:
+    """OTLP JSON writes ids in hex where protobuf's JSON has base64: the one difference between the two."""
+    if isinstance(value, dict):
+        return {
+            key: base64.b64encode(bytes.fromhex(inner)).decode()
+            if key in ("traceId", "spanId", "parentSpanId")
+            else with_bytes_ids(inner)
+            for key, inner in value.items()
+        }
+    return [with_bytes_ids(item) for item in value] if isinstance(value, list) else value
+
+
+def test_spans_are_otlp_json(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path, "traces", "replica", 10**6, 10**7)
+    provider = TracerProvider(resource=Resource({"service.name": "slowlens.model"}))
+    provider.add_span_processor(SimpleSpanProcessor(JsonLinesSpanExporter(lines)))
+    tracer = provider.get_tracer("slowlens")
+    with tracer.start_as_current_span("parent", kind=SpanKind.SERVER) as parent:
+        attributes = {"text": "a", "number": 2**40, "ratio": 0.5, "flag": True, "list": ["a", "b"]}
+        child = tracer.start_span("child", attributes=attributes, links=[Link(parent.get_span_context())])
+        child.add_event("event", {"key": "value"})
+        child.set_status(Status(StatusCode.ERROR, "why"))
+        child.end()
+    (path,) = tmp_path.glob("traces-replica-*.jsonl")
+    first = json.loads(path.read_text().splitlines()[0])
+    span = first["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
+    parsed = ParseDict(with_bytes_ids(first), ExportTraceServiceRequest())
+    read = parsed.resource_spans[0].scope_spans[0].spans[0]
+
+    assert span["traceId"] == f"{parent.get_span_context().trace_id:032x}"
+    assert isinstance(span["startTimeUnixNano"], str)
+    assert {"key": "number", "value": {"intValue": str(2**40)}} in span["attributes"]
+    assert read.parent_span_id == parent.get_span_context().span_id.to_bytes(8, "big")
+    assert read.links[0].span_id == read.parent_span_id
+    assert (read.name, read.status.code, read.status.message, read.events[0].name) == ("child", 2, "why", "event")
+
+
+def test_metrics_are_otlp_json(tmp_path: Path) -> None:
+    reader = InMemoryMetricReader()
+    meter = MeterProvider([reader]).get_meter("slowlens")
+    meter.create_histogram("h", "ms").record(5, {"model": "m"})
+    meter.create_counter("c").add(2)
+    data = reader.get_metrics_data()
+    assert data is not None
+    JsonLinesMetricExporter(JsonLines(tmp_path, "metrics", "replica", 10**6, 10**7)).export(data)
+    (path,) = tmp_path.glob("metrics-replica-*.jsonl")
+    parsed = ParseDict(with_bytes_ids(json.loads(path.read_text())), ExportMetricsServiceRequest())
+    histogram, counter = parsed.resource_metrics[0].scope_metrics[0].metrics
+
+    assert (histogram.name, histogram.histogram.data_points[0].count) == ("h", 1)
+    assert counter.sum.data_points[0].as_int == 2
+
+
+def test_several_processes_write_whole_lines_and_lose_none(tmp_path: Path) -> None:
+    writers = [writer(tmp_path, number, 200) for number in range(3)]
+    assert [process.wait(60) for process in writers] == [0, 0, 0]
+    found = lines_in(tmp_path)
+
+    for number in range(3):
+        assert [line["number"] for line in found if line["writer"] == number] == list(range(200))
+
+
+def test_files_are_rotated_and_the_oldest_go_when_the_cap_is_reached(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path, "traces", "replica", max_file_bytes=1_000, max_total_bytes=5_000)
+    for number in range(200):
+        lines.write(b'{"number": %3d, "padding": "%s"}' % (number, b"x" * 70))
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5_000
+    numbers = [line["number"] for line in lines_in(tmp_path)]
+
+    assert numbers == list(range(numbers[0], 200))
+    assert 35 <= len(numbers) < 60
+    assert all(path.stat().st_size <= 1_000 for path in tmp_path.iterdir())
+
+
+def test_a_crash_in_the_middle_of_a_line_harms_no_other_line(tmp_path: Path) -> None:
+    assert writer(tmp_path, 1, 20, "crash").wait(60) == -signal.SIGKILL
+    assert writer(tmp_path, 1, 20).wait(60) == 0
+    found = lines_in(tmp_path)
+
+    assert [line["number"] for line in found] == [*range(20), *range(20)]
+
+
+def test_a_file_removed_under_its_writer_is_begun_anew(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path, "traces", "replica", 10**6, 10**7)
+    lines.write(b'{"number": 1}')
+    for path in tmp_path.iterdir():
+        path.unlink()
+    lines.write(b'{"number": 2}')
+
+    assert lines_in(tmp_path) == [{"number": 2}]
+
+
+def test_a_folder_that_cannot_be_written_fails_the_export_and_nothing_else(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    exporter = JsonLinesSpanExporter(JsonLines(blocked / "store", "traces", "replica", 10**6, 10**7))
+
+    assert exporter.export([]) is SpanExportResult.FAILURE
+    assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
