@@ -121,7 +121,7 @@ class TelemetryConfig(_Section):
     def _files_fit_the_store(self) -> TelemetryConfig:
         if self.max_file_mb > self.max_total_mb:
             raise ValueError(
-                f"telemetry.max_file_mb ({self.max_file_mb}) must be at most telemetry.max_total_mb ({self.max_total_mb})"
+                f"telemetry.max_file_mb ({self.max_file_mb}) must be at most max_total_mb ({self.max_total_mb})"
             )
         return self
 

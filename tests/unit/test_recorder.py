@@ -1,0 +1,213 @@
+"""Telemetry of one process: sampling, endings, and that nothing it does reaches a request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.trace import INVALID_SPAN_CONTEXT
+
+from deployments.config import AppConfig
+from deployments.errors import InvalidField
+from deployments.messages import Carrier, Envelope
+from deployments.telemetry import names
+from deployments.telemetry.provider import ReplicaIdentity
+from deployments.telemetry.recorder import Telemetry
+from deployments.telemetry.records import Membership, PostprocessRecord, PredictRecord, RequestRecord
+from deployments.timing import server_timing
+
+SAMPLED = Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01", "vendor=1")
+UNSAMPLED = Carrier("00-" + "c" * 32 + "-" + "d" * 16 + "-00")
+Start = Callable[..., Telemetry]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    started = []
+
+    def run(**environ: str) -> Telemetry:
+        for key, value in environ.items():
+            monkeypatch.setenv(key, value)
+        config = AppConfig.parse({"telemetry": {"directory": str(tmp_path)}})
+        started.append(Telemetry("ingress", config, "model", ReplicaIdentity("replica", "node")))
+        return started[-1]
+
+    yield run
+    for telemetry in started:
+        telemetry.close()
+
+
+def stored(folder: Path) -> list[dict[str, Any]]:
+    return [
+        span
+        for path in folder.glob("traces-*.jsonl")
+        for line in path.read_text().splitlines()
+        for span in json.loads(line)["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    ]
+
+
+def envelope(carrier: Carrier) -> Envelope:
+    return Envelope(carrier, "id", 1000.0, 0)
+
+
+def request(telemetry: Telemetry, **headers: str) -> RequestRecord:
+    with telemetry.request(
+        method="POST", path="/p", scheme="http", route="/p", request_id="id", headers=headers
+    ) as record:
+        with telemetry.interval(record, "validate"):
+            pass
+        record.status = 200
+    return record
+
+
+@pytest.mark.parametrize(
+    ("sampler", "traceparent", "sampled"),
+    [
+        ("parentbased_always_on", None, True),
+        ("parentbased_always_on", UNSAMPLED.traceparent, False),
+        ("parentbased_always_off", None, False),
+        ("parentbased_always_off", SAMPLED.traceparent, True),
+        ("always_off", SAMPLED.traceparent, False),
+        ("always_on", UNSAMPLED.traceparent, True),
+    ],
+)
+def test_sampling_follows_the_standard_variables(
+    start: Start, tmp_path: Path, sampler: str, traceparent: str | None, sampled: bool
+) -> None:
+    telemetry = start(OTEL_TRACES_SAMPLER=sampler)
+    record = request(telemetry, **({"traceparent": traceparent} if traceparent else {}))
+    telemetry.close()
+
+    assert record.context.trace_flags.sampled == sampled
+    assert [span["name"] for span in stored(tmp_path)] == ([names.VALIDATE, names.PREDICT] if sampled else [])
+
+
+def test_a_disabled_sdk_records_nothing_and_the_request_keeps_its_ids(start: Start, tmp_path: Path) -> None:
+    telemetry = start(OTEL_SDK_DISABLED="true")
+    record = request(telemetry)
+    telemetry.close()
+
+    assert record.context.is_valid
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tracestate_travels_through_the_carrier(start: Start, tmp_path: Path) -> None:
+    telemetry = start()
+    headers = {"traceparent": SAMPLED.traceparent, "tracestate": "vendor=1,other=2"}
+    with telemetry.request(
+        method="POST", path="/p", scheme="http", route="/p", request_id="id", headers=headers
+    ) as record:
+        with telemetry.hop(record, "model") as hop:
+            carrier = telemetry.carrier_of(record, hop)
+        record.status = 200
+    with telemetry.stage(PostprocessRecord(envelope(carrier))):
+        pass
+    telemetry.close()
+
+    assert carrier.tracestate == "vendor=1,other=2"
+    by_name = {span["name"]: span for span in stored(tmp_path)}
+    assert by_name[names.POSTPROCESS]["parentSpanId"] == by_name[names.HOP_MODEL]["spanId"]
+    assert by_name[names.POSTPROCESS]["traceState"] == "vendor=1,other=2"
+
+
+@pytest.mark.parametrize(
+    ("error", "error_type", "message"),
+    [
+        (InvalidField("x must be y", param="x"), "invalid_field", "x must be y"),
+        (ValueError("the input was: secret"), "ValueError", ""),
+        (asyncio.CancelledError(), "cancelled", "the client hung up"),
+    ],
+)
+def test_a_failed_stage_says_why_without_quoting_the_input(
+    start: Start, tmp_path: Path, error: BaseException, error_type: str, message: str
+) -> None:
+    telemetry = start()
+    record = PostprocessRecord(envelope(SAMPLED))
+    try:
+        with telemetry.stage(record):
+            raise error
+    except asyncio.CancelledError:
+        assert error_type == "cancelled"
+    telemetry.close()
+    (span,) = stored(tmp_path)
+    attributes = {a["key"]: a["value"] for a in span["attributes"]}
+    (event,) = span["events"]
+    exception = {a["key"]: a["value"].get("stringValue", "") for a in event["attributes"]}
+
+    assert span["status"]["code"] == 2
+    assert attributes["error.type"] == {"stringValue": error_type}
+    assert event["name"] == "exception"
+    assert exception["exception.message"] == message
+    assert "test_recorder.py" in exception["exception.stacktrace"]
+    assert "secret" not in json.dumps(span)
+    assert record.reply(None).failure is not None
+
+
+def test_a_record_that_cannot_be_exported_harms_no_other(start: Start, tmp_path: Path) -> None:
+    telemetry = start()
+    broken = PostprocessRecord(envelope(Carrier("not a traceparent at 01")))
+    with telemetry.stage(broken):
+        pass
+    with telemetry.stage(PostprocessRecord(envelope(SAMPLED))):
+        pass
+    telemetry.close()
+
+    assert [span["name"] for span in stored(tmp_path)] == [names.POSTPROCESS]
+
+
+def test_what_does_not_fit_is_counted_not_kept(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    telemetry = start()
+    monkeypatch.setattr("deployments.telemetry.recorder._MAX_RECORDS", 0)
+    with telemetry.stage(PostprocessRecord(envelope(SAMPLED))):
+        pass
+    telemetry.close()
+    (path,) = tmp_path.glob("metrics-*.jsonl")
+
+    assert stored(tmp_path) == []
+    assert names.DROPPED_RECORDS.name in path.read_text()
+
+
+runs = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 50)), max_size=6)
+
+
+@given(runs=runs, held=st.integers(0, 200))
+def test_queue_and_forward_add_up_to_the_time_in_the_replica(runs: list[tuple[int, int]], held: int) -> None:
+    record = PredictRecord(envelope(SAMPLED), started_ns=0, ended_ns=held)
+    for begin, length in runs:
+        membership = Membership(INVALID_SPAN_CONTEXT, min(begin, held), 0, 0, 0)
+        membership.runs = [_Run(min(begin + length, held))]  # type: ignore[list-item]
+        record.memberships.append(membership)
+    forward = record.forward_ns()
+    covered = {t for m in record.memberships for t in range(m.started_ns, m.ended_ns)}
+    last = max((m.started_ns for m in record.memberships), default=held)
+
+    assert 0 <= forward <= held
+    assert forward == len(covered | set(range(last, held)))
+
+
+class _Run:
+    def __init__(self, ended_ns: int) -> None:
+        self.ended_ns = ended_ns
+
+
+def test_server_timing_adds_up(start: Start) -> None:
+    telemetry = start()
+    record = request(telemetry)
+    record.intervals[0].ended_ns = record.started_ns + 2_000_000
+    with telemetry.hop(record, "tokenizer") as hop:
+        pass
+    hop.ended_ns, hop.held_ns = hop.started_ns + 5_000_000, 3_000_000
+    with telemetry.hop(record, "model") as hop:
+        pass
+    hop.ended_ns, hop.held_ns, record.forward_ns = hop.started_ns + 20_000_000, 18_000_000, 15_000_000
+
+    assert server_timing(record) == (
+        "validate;dur=2.000, tokenize;dur=3.000, queue;dur=3.000, forward;dur=15.000, postprocess;dur=0.000, "
+        "transit;dur=4.000, total;dur=27.000"
+    )
