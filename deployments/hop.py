@@ -98,7 +98,7 @@ class Hop:
             return await response  # type: ignore[no-any-return]
         except asyncio.CancelledError:
             # Serve cancels the calls of a request that it cancels itself (a hang-up); our deadlines it cannot know.
-            response.cancel()
+            response.cancel()  # type: ignore[no-untyped-call]
             raise
         except BackPressureError as error:
             raise QueueFull(

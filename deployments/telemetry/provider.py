@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ _MB = 1_000_000
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 # Room for a burst of some thousand requests, and fresh traces within a second, where the operator says nothing.
 _DEFAULT_QUEUE, _DEFAULT_DELAY_MS = 16_384, 1_000.0
+_FLUSH_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,16 @@ class Provider:
         return self._meters.get_meter(names.SCOPE, __version__)
 
     def close(self) -> None:
-        self.tracer_provider.shutdown()
-        self._meters.shutdown(timeout_millis=3_000)
+        """Flush what is left, but do not wait for a collector that does not answer: the replica has to stop in time."""
+        flushes = [
+            threading.Thread(target=shutdown, name="slowlens-flush", daemon=True)
+            for shutdown in (self.tracer_provider.shutdown, self._meters.shutdown)
+        ]
+        for flush in flushes:
+            flush.start()
+        deadline_s = time.monotonic() + _FLUSH_S
+        for flush in flushes:
+            flush.join(max(0.0, deadline_s - time.monotonic()))
 
     # --- traces ---
 

@@ -14,6 +14,7 @@ import pytest
 
 from deployments.engine.fake import fake_embedding, fake_token_id
 from deployments.telemetry import names
+from tests.support.cluster import wait_for_depth
 from tests.support.http import Answer, call, new_traceparent
 from tests.support.otlp import OtlpReceiver
 from tests.support.traces import WHOLE_TRACE, WHOLE_TREE, Span, named, one, tree
@@ -45,19 +46,10 @@ def held(hold_path: Path, port: int, receiver: OtlpReceiver) -> Iterator[Callabl
     hold_path.touch()
     first = threading.Thread(target=call, args=(port, "POST", "/v1/embeddings", {"input": "holds the device"}))
     first.start()
-    wait_for_depth(port, 0, running=True)
+    wait_for_depth(0, running=True)
     yield hold_path.unlink
     hold_path.unlink(missing_ok=True)
     first.join()
-
-
-def wait_for_depth(port: int, depth: int, *, running: bool = False) -> None:
-    """Until so many inputs wait in the model replica (and, with ``running``, one more is on the device)."""
-    from ray import serve
-
-    handle = serve.get_deployment_handle("Model", "slowlens")
-    while (state := handle.queue_state.remote().result())["waiting"] < depth or (running and not state["running"]):
-        pass
 
 
 def embed(port: int, text: str | list[Any], **headers: str) -> Answer:
@@ -177,7 +169,7 @@ def test_requests_that_waited_together_run_as_one_batch(
         answers = []
         for depth, text in enumerate(texts, start=1):
             answers.append(pool.submit(embed, port, text))
-            wait_for_depth(port, depth)
+            wait_for_depth(depth)
         held()
         trace_ids = [answer.result().trace_id for answer in answers]
     traces = [receiver.trace(trace_id, names=WHOLE_TRACE) for trace_id in trace_ids]
@@ -216,7 +208,7 @@ def test_a_request_spread_over_batches_has_a_queue_and_a_forward_span_for_each(
     texts = [f"text number {i}" for i in range(6)]
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(embed, port, texts)
-        wait_for_depth(port, 6)
+        wait_for_depth(6)
         held()
         answer = future.result()
     spans = receiver.trace(answer.trace_id, names=WHOLE_TRACE)
@@ -241,7 +233,7 @@ def test_a_poisoned_input_fails_alone(port: int, receiver: OtlpReceiver, held: C
         futures = []
         for depth, text in enumerate(texts, start=1):
             futures.append(pool.submit(embed, port, text))
-            wait_for_depth(port, depth)
+            wait_for_depth(depth)
         held()
         answers = [future.result() for future in futures]
     bad = answers[1]
@@ -278,7 +270,7 @@ def test_a_client_that_hangs_up_ends_every_span_and_its_input_never_runs(
     connection = http.client.HTTPConnection("127.0.0.1", port)
     body = json.dumps({"input": "never mind"})
     connection.request("POST", "/v1/embeddings", body, {"traceparent": traceparent})
-    wait_for_depth(port, 1)
+    wait_for_depth(1)
     connection.close()
     ended = {names.PREDICT, names.HOP_MODEL, names.BATCHED_PREDICT, names.QUEUE}
     spans = receiver.trace(trace_id, names=ended)
@@ -311,7 +303,7 @@ def test_a_full_queue_answers_429_and_says_when_to_come_back(
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(embed, port, [f"text {i}" for i in range(8)])
-        wait_for_depth(port, 8)
+        wait_for_depth(8)
         refused = embed(port, "one too many")
         held()
         accepted = waiting.result()

@@ -20,9 +20,9 @@ from tests.support.traces import Span, spans_of
 
 
 class OtlpReceiver:
-    """Listens on two free ports of 127.0.0.1 until closed."""
+    """Listens on two free ports of 127.0.0.1 (or, for HTTP, on the given one) until closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, http_port: int = 0) -> None:
         self._lock = threading.Lock()
         self._spans: list[Span] = []
         self._metrics: list[Any] = []
@@ -31,7 +31,7 @@ class OtlpReceiver:
         metrics_grpc.add_MetricsServiceServicer_to_server(_Metrics(self), self._grpc)
         self.grpc_endpoint = f"http://127.0.0.1:{self._grpc.add_insecure_port('127.0.0.1:0')}"
         self._grpc.start()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http = ThreadingHTTPServer(("127.0.0.1", http_port), _handler(self))
         self.http_endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from deployments.telemetry.provider import ReplicaIdentity
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import Membership, PostprocessRecord, PredictRecord, RequestRecord
 from deployments.timing import server_timing
+from tests.support.otlp import OtlpReceiver
 
 SAMPLED = Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01", "vendor=1")
 UNSAMPLED = Carrier("00-" + "c" * 32 + "-" + "d" * 16 + "-00")
@@ -171,6 +174,45 @@ def test_what_does_not_fit_is_counted_not_kept(start: Start, tmp_path: Path, mon
 
     assert stored(tmp_path) == []
     assert names.DROPPED_RECORDS.name in path.read_text()
+
+
+def test_a_dead_collector_costs_nothing_but_spans_and_they_are_counted(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    telemetry = start(
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
+        OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+        OTEL_EXPORTER_OTLP_TIMEOUT="1",
+        OTEL_BSP_SCHEDULE_DELAY="50",
+        OTEL_METRIC_EXPORT_INTERVAL="200",
+    )
+    for _ in range(100):
+        request(telemetry)
+    while not any("Failed to export spans" in message for message in caplog.messages):
+        time.sleep(0.05)
+    receiver = OtlpReceiver(port)
+    lost = 0
+    while lost < 200:
+        points = receiver.metric_points("otel.sdk.exporter.span.exported")
+        lost = max((p.as_int for p in points if any(a.key == "error.type" for a in p.attributes)), default=0)
+    receiver.close()
+
+    assert lost == 200
+
+
+def test_a_silent_collector_does_not_hold_up_the_end_of_a_replica(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        telemetry = start(
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            OTEL_EXPORTER_OTLP_PROTOCOL="grpc",
+        )
+        request(telemetry)
+        started = time.monotonic()
+        telemetry.close()
+        # The exporter itself would try for 10 s, and then for its metrics again.
+        assert time.monotonic() - started < 9
 
 
 runs = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 50)), max_size=6)
