@@ -1,0 +1,80 @@
+"""What only a real GPU shows. Skipped, with its reason, where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from deployments.config import BatchingConfig, ModelConfig
+from deployments.engine.card import ModelCard
+from deployments.engine.transformers_engine import TransformersEngine
+from deployments.telemetry.gpu import GpuReader
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+TEXT_IDS = [np.arange(1000, 1000 + length, dtype=np.int32) for length in (3, 17, 64, 200)]
+
+
+def engine(**config: str) -> TransformersEngine:
+    model = ModelConfig(**config)  # type: ignore[arg-type]
+    built = TransformersEngine(model, ModelCard.load(model), BatchingConfig(), has_gpu=True, cpus=1)
+    phases: list[str] = []
+
+    class Phase:
+        def __init__(self, name: str) -> None:
+            phases.append(name)
+
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    built.load(Phase)
+    assert phases == ["weights", "device_move", "warm_up"]
+    return built
+
+
+def test_the_gpu_agrees_with_the_cpu() -> None:
+    reference = engine(device="cpu", dtype="float32").run(TEXT_IDS)
+    for dtype, least in (("float32", 0.9999), ("bfloat16", 0.999)):
+        run = engine(device="auto", dtype=dtype).run(TEXT_IDS)
+        cosines = [float(a @ b) for a, b in zip(run.outputs, reference.outputs, strict=True)]
+        assert min(cosines) >= least
+
+
+def test_events_agree_with_the_clock() -> None:
+    gpu = engine(device="auto")
+    batch = [TEXT_IDS[3]] * 32
+    gpu.run(batch)
+    started = time.perf_counter()
+    run = gpu.run(batch)
+    wall_ms = (time.perf_counter() - started) * 1e3
+
+    assert 0 < run.inference_ms <= wall_ms
+    assert gpu.device.startswith("cuda")
+    assert run.peak_memory_gb is not None
+    memory = gpu.memory()
+    assert memory is not None
+    assert 0 < memory.allocated_gb <= memory.reserved_gb
+
+
+def test_nvml_says_what_nvidia_smi_says_and_moves_under_load() -> None:
+    query = ["nvidia-smi", "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits", "--id=0"]
+    uuid, total_mib = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+    reader = GpuReader(["0"], interval_s=0.05)
+    sample = reader.first()
+    assert sample is not None
+    assert sample.uuid == uuid
+    assert sample.memory_total_bytes == pytest.approx(int(total_mib) * 2**20, rel=0.01)
+
+    left = torch.randn(8192, 8192, device="cuda")
+    busy = 0.0
+    until = time.monotonic() + 30
+    while busy < 50 and time.monotonic() < until:
+        left @ left
+        torch.cuda.synchronize()
+        now = reader.first()
+        busy = (now.utilization_percent or 0.0) if now is not None else 0.0
+    reader.close()
+    assert busy >= 50

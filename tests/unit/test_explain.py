@@ -1,0 +1,107 @@
+"""``slowlens trace``: from files to a waterfall."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.explain.command import main
+
+TRACE, BATCH = "a" * 32, "b" * 32
+
+
+def span(trace: str, ident: str, parent: str, name: str, start: int, end: int, **more: Any) -> dict[str, Any]:
+    times = {"startTimeUnixNano": str(start * 10**6), "endTimeUnixNano": str(end * 10**6)}
+    return {"traceId": trace, "spanId": ident, "parentSpanId": parent, "name": name, **times, **more}
+
+
+def line(service: str, *spans: dict[str, Any]) -> str:
+    resource = {"attributes": [{"key": "service.name", "value": {"stringValue": service}}]}
+    return json.dumps({"resourceSpans": [{"resource": resource, "scopeSpans": [{"spans": list(spans)}]}]})
+
+
+def attribute(key: str, **value: Any) -> dict[str, Any]:
+    return {"key": key, "value": value}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    older = span("c" * 32, "9", "", "ai.inference.predict", 0, 50)
+    ingress = [
+        span(TRACE, "1", "f" * 16, "ai.inference.predict", 1000, 1040),
+        span(
+            TRACE, "2", "1", "ai.hop.model", 1000, 1040, attributes=[attribute("ai.hop.transit_ms", doubleValue=10.0)]
+        ),
+    ]
+    model = [
+        span(TRACE, "3", "2", "ai.inference.batched_predict", 1010, 1030, status={"code": 2}),
+        span(TRACE, "4", "3", "ai.inference.forward_pass", 1020, 1030, links=[{"traceId": BATCH, "spanId": "5"}]),
+    ]
+    batch = span(
+        BATCH,
+        "5",
+        "",
+        "ai.inference.batch_forward",
+        1020,
+        1030,
+        attributes=[attribute("ai.batch.actual_size", intValue="2")],
+        links=[{"traceId": TRACE, "spanId": "4"}, {"traceId": "c" * 32, "spanId": "8"}],
+    )
+    (tmp_path / "traces-a.jsonl").write_text(line("slowlens.ingress", *ingress, older) + '\n{"resourceSp')
+    (tmp_path / "traces-b.jsonl").write_text(
+        line("slowlens.model", *model) + "\n" + line("slowlens.model", batch) + "\n"
+    )
+    (tmp_path / "metrics-b.jsonl").write_text('{"resourceMetrics": []}\n')
+    return tmp_path
+
+
+def test_the_newest_request_is_drawn_with_its_batch(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "--source", str(store)]) == 0
+    printed = capsys.readouterr()
+    bars = 40
+
+    assert printed.out.splitlines() == [
+        f"trace {TRACE}",
+        f"predict                  ingress           40.00 ms |{'=' * bars}|",
+        f"  hop.model              ingress           40.00 ms |{'=' * bars}| transit_ms 10.00",
+        f"    batched_predict      model             20.00 ms |{' ' * 10}{'x' * 20}{' ' * 10}|",
+        f"      forward_pass       model             10.00 ms |{' ' * 20}{'=' * 10}{' ' * 10}|",
+        f"linked: 2 requests in it, trace {BATCH}",
+        f"batch_forward            model             10.00 ms |{' ' * 20}{'=' * 10}{' ' * 10}| actual_size 2",
+    ]
+    assert printed.err == "1 broken lines were passed over\n"
+
+
+def test_a_request_by_its_id_and_from_one_file(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "c" * 32, "--source", str(store / "traces-a.jsonl")]) == 0
+    assert capsys.readouterr().out.startswith(f"trace {'c' * 32}\npredict")
+
+
+def test_a_span_whose_parent_is_missing_is_shown_all_the_same(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", TRACE, "--source", str(store / "traces-b.jsonl")]) == 0
+    assert "\nbatched_predict" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["d" * 32], f"no span of trace {'d' * 32} is here"),
+        (["--source", "/nowhere"], "no traces at /nowhere"),
+    ],
+)
+def test_nothing_to_show(store: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    source = [] if "--source" in arguments else ["--source", str(store)]
+
+    assert main(["trace", *arguments, *source]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_neither_ray_nor_torch_is_imported() -> None:
+    code = "import sys, deployments.explain.command; print([m for m in ('ray', 'torch', 'numpy') if m in sys.modules])"
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
