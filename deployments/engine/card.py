@@ -48,6 +48,8 @@ class ModelCard:
     hidden_size: int | None
     pooling: Pooling
     lower_case: bool
+    prompt: str
+    """Text put before every input: the default prompt of a sentence-transformers folder."""
     labels: tuple[str, ...]
     score_function: Literal["softmax", "sigmoid", "none"]
 
@@ -75,6 +77,7 @@ class ModelCard:
             hidden_size=_integer(model, "hidden_size", "dim", "d_model"),
             pooling=sentence.pooling if sentence else _configured(config.pooling) or "mean",
             lower_case=sentence.lower_case if sentence else False,
+            prompt=sentence.prompt if sentence else "",
             labels=labels,
             score_function=_score_function(model, len(labels)),
         )
@@ -138,6 +141,7 @@ class _SentenceTransformers:
     pooling: Pooling
     max_length: int | None
     lower_case: bool
+    prompt: str
 
     @classmethod
     def read(cls, files: _Files, configured: Pooling | Literal["auto"]) -> _SentenceTransformers | None:
@@ -158,7 +162,9 @@ class _SentenceTransformers:
                     f"args.model.source: modules.json asks for a {kind} module; Transformer, Pooling, Normalize run"
                 )
         settings = files.read("sentence_bert_config.json") or {}
-        return cls(pooling, settings.get("max_seq_length"), bool(settings.get("do_lower_case", False)))
+        library = files.read("config_sentence_transformers.json") or {}
+        prompt = (library.get("prompts") or {}).get(library.get("default_prompt_name")) or ""
+        return cls(pooling, settings.get("max_seq_length"), bool(settings.get("do_lower_case", False)), prompt)
 
 
 def _configured(pooling: Pooling | Literal["auto"]) -> Pooling | None:
@@ -256,6 +262,7 @@ def _fake_card(config: ModelConfig) -> ModelCard:
         hidden_size=4,
         pooling="mean",
         lower_case=False,
+        prompt="",
         labels=(),
         score_function="none",
     )

@@ -45,11 +45,13 @@ class FastTokenizer:
         self._backend.no_padding()
         self._backend.enable_truncation(card.max_length)
         self._special_tokens: int = pretrained.num_special_tokens_to_add()
-        self._lower_case = card.lower_case
+        self._lower_case, self._prompt = card.lower_case, card.prompt
         self.mask_token: str | None = pretrained.mask_token
         self.mask_token_id: int | None = pretrained.mask_token_id
 
     def encode(self, texts: Sequence[str], *, with_offsets: bool) -> list[Encoded]:
+        if self._prompt:
+            texts = [self._prompt + text for text in texts]
         if self._lower_case:
             texts = [text.lower() for text in texts]
         return [self._read(encoding, with_offsets) for encoding in self._backend.encode_batch(list(texts))]

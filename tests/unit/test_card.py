@@ -59,10 +59,12 @@ def test_a_sentence_transformers_folder_embeds_whatever_its_architecture(tmp_pat
         "modules.json": modules("Transformer", "Pooling"),
         "1_Pooling/config.json": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
         "sentence_bert_config.json": {"max_seq_length": 128, "do_lower_case": True},
+        "config_sentence_transformers.json": {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
     }
     found = card(tmp_path, BERT | {"architectures": ["BertForMaskedLM"]}, files)
 
     assert (found.task, found.pooling, found.max_length, found.lower_case) == ("embeddings", "cls", 128, True)
+    assert found.prompt == "query: "
 
 
 @pytest.mark.parametrize(
