@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from deployments.api import (
 )
 from deployments.config import AppConfig, LimitsConfig
 from deployments.engine.card import ModelCard
-from deployments.errors import ApiError, InvalidField, ModelNotFound, NoReplicaReady, TooLarge
+from deployments.errors import ApiError, DeadlinePassed, InvalidField, ModelNotFound, NoReplicaReady, TooLarge
 from deployments.hop import Hop
 from deployments.messages import (
     Answer,
@@ -123,7 +124,8 @@ class IngressStage:
     async def _infer(self, http: Request, route: Route, record: RequestRecord) -> bytes:
         with self._telemetry.interval(record, "validate"):
             deadline_ns = record.started_ns + int(self._timeout_ms(http.headers) * 1e6)
-            request = route.parse(await _read(http, self._limits.max_body_bytes), self._card, self._limits)
+            body = await _read(http, self._limits.max_body_bytes, deadline_ns)
+            request = route.parse(body, self._card, self._limits)
             self._describe(record, route, request)
 
         tokenized = await self._tokenizer.call(
@@ -258,17 +260,21 @@ class IngressStage:
             self._telemetry.close()
 
 
-async def _read(http: Request, limit: int) -> bytes:
-    """The body. Raises TooLarge as soon as it is known to be."""
+async def _read(http: Request, limit: int, deadline_ns: int) -> bytes:
+    """The body. Raises TooLarge as soon as it is known to be, DeadlinePassed where it comes too slowly."""
     announced = http.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
     parts, size = [], 0
-    async for part in http.stream():
-        size += len(part)
-        if size > limit:
-            raise TooLarge(f"the body has more than {limit} bytes, the most that are taken")
-        parts.append(part)
+    try:
+        async with asyncio.timeout((deadline_ns - time.monotonic_ns()) / 1e9):
+            async for part in http.stream():
+                size += len(part)
+                if size > limit:
+                    raise TooLarge(f"the body has more than {limit} bytes, the most that are taken")
+                parts.append(part)
+    except TimeoutError:
+        raise DeadlinePassed(f"the deadline passed after {size} bytes of the body had come") from None
     return b"".join(parts)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import statistics
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -143,33 +145,18 @@ def test_a_client_that_hangs_up_cancels_its_work(running: Running) -> None:
         assert one(spans, name).status == "ERROR"
 
 
+def test_the_examples_of_the_readme_run(running: Running) -> None:
+    text = (ROOT / "README.md").read_text()
+    (curl,) = re.findall(r"^curl -i .*?^```", text, re.MULTILINE | re.DOTALL)
+    (python,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    answer = subprocess.run(["bash", "-c", curl.removesuffix("```")], capture_output=True, text=True, check=True).stdout
+    subprocess.run([sys.executable, "-c", python], check=True)
+    trace_id = re.search(r"traceresponse: 00-(\w{32})-", answer)
+
+    assert trace_id is not None
+    assert one(running.receiver.trace(trace_id[1], names=WHOLE_TRACE), names.PREDICT).attributes["ai.input_count"] == 2
+
+
 def test_metrics_arrive_too(running: Running) -> None:
     assert running.receiver.metric_points(names.LATENCY.name)
     assert running.receiver.metric_points(names.BATCH_SIZE.name)
-
-
-def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path: Path) -> None:
-    with serve_run(ROOT / "serve_config.yaml", tmp_path / "serve.log", {"XDG_STATE_HOME": str(tmp_path)}):
-        answers = [call(PORT, "POST", "/v1/embeddings", {"input": f"text {i}"}) for i in range(20)]
-    # Stopped by Ctrl-C right after the last answer: what was still in memory must be here as well.
-    found = defaultdict(set)
-    metrics = set()
-    for path in (tmp_path / "slowlens").glob("*.jsonl"):
-        for line in path.read_text().splitlines():
-            content = json.loads(line)
-            for resource in content.get("resourceSpans", []):
-                for span in resource["scopeSpans"][0]["spans"]:
-                    found[span["traceId"]].add(span["name"])
-            for resource in content.get("resourceMetrics", []):
-                metrics |= {m["name"] for scope in resource["scopeMetrics"] for m in scope["metrics"]}
-
-    assert all(found[answer.trace_id] == WHOLE_TRACE for answer in answers)
-    assert {names.LATENCY.name, names.BATCH_SIZE.name, names.QUEUE_DEPTH.name} <= metrics
-
-
-def test_a_wrong_key_fails_at_start_by_name(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text((ROOT / "serve_config.yaml").read_text().replace("max_batch_size:", "max_batchsize:"))
-    problem = "args.batching.max_batchsize: unknown key; known here: max_batch_size, max_batch_tokens"
-    with serve_run(config, tmp_path / "serve.log", {}, until=problem):
-        pass

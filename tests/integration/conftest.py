@@ -26,6 +26,7 @@ def receiver() -> Iterator[OtlpReceiver]:
 @pytest.fixture(scope="session")
 def cluster(receiver: OtlpReceiver) -> Iterator[int]:
     """A local cluster whose replicas export to the receiver. Its HTTP port."""
+    before = dict(os.environ)
     os.environ.update(
         {
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.grpc_endpoint,
@@ -39,10 +40,12 @@ def cluster(receiver: OtlpReceiver) -> Iterator[int]:
         port: int = probe.getsockname()[1]
     # More logical CPUs than real ones: the stages wait for each other most of the time.
     ray.init(num_cpus=4, logging_level=logging.WARNING, include_dashboard=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
     yield port
     serve.shutdown()
     ray.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from deployments.telemetry import names
 from tests.support.http import Answer, call
+from tests.support.otlp import OtlpReceiver
+from tests.support.traces import one
 
 MAX_BODY = 4000
 
@@ -18,6 +22,8 @@ MAX_BODY = 4000
 def port(deploy: Callable[..., int]) -> int:
     return deploy(
         model={"engine": "fake", "name": "fake-model", "max_length": 16},
+        telemetry={"capture_text": True},
+        tokenizer={"slow_ms": 0, "cache_max_chars": 20},
         limits={"max_body_bytes": MAX_BODY, "max_inputs": 4, "max_input_chars": 100, "max_timeout_ms": 60_000},
     )
 
@@ -185,17 +191,29 @@ def test_504_when_the_deadline_is_too_short_to_begin(port: int) -> None:
     assert (answer.status, answer.error["code"]) == (504, "deadline_passed")
 
 
+def test_504_for_a_body_that_comes_too_slowly(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = "POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\nX-Request-Timeout-Ms: 200\r\n\r\n"
+        connection.sendall(head.encode() + b'{"input": ')
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        body = json.loads(response.read())
+
+    assert response.status == 504
+    assert body["error"]["message"] == "the deadline passed after 10 bytes of the body had come"
+
+
 @pytest.mark.parametrize(
     ("body", "status"), [({"input": "a b"}, 200), ({"input": 1}, 422), ({"input": [1, 29_999, 30_001]}, 422)]
 )
 def test_every_answer_has_the_headers_once(port: int, body: Any, status: int) -> None:
     answer = call(port, "POST", "/v1/embeddings", body, {"X-Request-ID": "mine"})
-    names = [name for name, _ in answer.header_list]
+    sent = [name for name, _ in answer.header_list]
 
     assert answer.status == status
     assert answer.headers["x-request-id"] == "mine"
     for name in ("x-request-id", "traceresponse", "server-timing"):
-        assert names.count(name) == 1
+        assert sent.count(name) == 1
     timing = answer.server_timing
     assert set(timing) == {"validate", "tokenize", "queue", "forward", "postprocess", "transit", "total"}
     parts = sum(timing.values()) - timing["total"]
@@ -227,6 +245,26 @@ def test_docs_describe_the_bodies(port: int) -> None:
     assert set(body["properties"]) == {"input", "model", "encoding_format", "dimensions", "user"}
     assert body["required"] == ["input"]
     assert call(port, "GET", "/docs").status == 200
+
+
+def test_text_is_captured_only_where_asked_for(port: int, receiver: OtlpReceiver) -> None:
+    answer = embed(port, input=["first text", "second"])
+    root = one(receiver.trace(answer.trace_id, names={names.PREDICT}), names.PREDICT)
+
+    assert root.attributes["ai.input_text"] == ["first text", "second"]
+
+
+def test_repeated_texts_come_from_the_cache_unless_they_are_long(port: int, receiver: OtlpReceiver) -> None:
+    long = "longer than the cache takes"
+    embed(port, input=["cached once", long])
+    answer = embed(port, input=["cached once", long, "new"])
+    preprocess = one(receiver.trace(answer.trace_id, names={names.PREPROCESS}), names.PREPROCESS)
+
+    assert preprocess.attributes["ai.preprocess.cache_hits"] == 1
+    # slow_ms is 0 here, so every tokenization is a slow one.
+    ((event, attributes),) = preprocess.events
+    assert event == "slow_tokenization"
+    assert attributes == {"duration_ms": pytest.approx(preprocess.ms, abs=0.01), "input_length": 11 + len(long) + 3}
 
 
 def test_healthz(port: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import NoReturn
 
 import pytest
@@ -14,3 +15,9 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a unit test must not start Ray")
 
     monkeypatch.setattr(ray, "init", forbidden)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)

@@ -1,0 +1,41 @@
+"""``serve run serve_config.yaml`` without a collector, and with a mistake in the file."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from deployments.telemetry import names
+from tests.support.http import call
+from tests.support.process import ROOT, serve_run
+from tests.support.traces import WHOLE_TRACE
+
+PORT = 8000
+
+
+def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path: Path) -> None:
+    with serve_run(ROOT / "serve_config.yaml", tmp_path / "serve.log", {"XDG_STATE_HOME": str(tmp_path)}):
+        answers = [call(PORT, "POST", "/v1/embeddings", {"input": f"text {i}"}) for i in range(20)]
+    # Stopped by Ctrl-C right after the last answer: what was still in memory must be here as well.
+    found = defaultdict(set)
+    metrics = set()
+    for path in (tmp_path / "slowlens").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            content = json.loads(line)
+            for resource in content.get("resourceSpans", []):
+                for span in resource["scopeSpans"][0]["spans"]:
+                    found[span["traceId"]].add(span["name"])
+            for resource in content.get("resourceMetrics", []):
+                metrics |= {m["name"] for scope in resource["scopeMetrics"] for m in scope["metrics"]}
+
+    assert all(found[answer.trace_id] == WHOLE_TRACE for answer in answers)
+    assert {names.LATENCY.name, names.BATCH_SIZE.name, names.QUEUE_DEPTH.name} <= metrics
+
+
+def test_a_wrong_key_fails_at_start_by_name(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / "serve_config.yaml").read_text().replace("max_batch_size:", "max_batchsize:"))
+    problem = "args.batching.max_batchsize: unknown key; known here: max_batch_size, max_batch_tokens"
+    with serve_run(config, tmp_path / "serve.log", {}, until=problem):
+        pass
