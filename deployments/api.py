@@ -16,6 +16,8 @@ from deployments.errors import InvalidField, InvalidJson, ModelNotFound, TooLarg
 from deployments.messages import AnswerOptions
 
 Body = TypeVar("Body", bound="_Body")
+_SHOWN_CHARS = 80
+"""Of what a caller sent, in messages: they go into telemetry too."""
 Inputs = tuple[str, ...] | tuple[tuple[int, ...], ...]
 _STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -129,16 +131,17 @@ def _parse(kind: type[Body], body: bytes) -> Body:
         problem = error.errors(include_url=False)[0]
     if problem["type"] == "json_invalid":
         raise InvalidJson(f"the body is not JSON: {problem['ctx']['error']}")
-    field = ".".join(map(str, problem["loc"]))
+    field = ".".join(map(str, problem["loc"]))[:_SHOWN_CHARS]
     if problem["type"] == "missing":
         raise InvalidField(f"{field} is required", param=field)
     if problem["type"] == "extra_forbidden":
-        raise InvalidField(
-            f"{field} is not a field of this request; known: {', '.join(kind.model_fields)}", param=field
-        )
+        section = Parameters if len(problem["loc"]) > 1 else kind
+        known = ", ".join(section.model_fields)
+        raise InvalidField(f"{field} is not a field of this request; known: {known}", param=field)
     if not field:
         raise InvalidField(f"the body must be a JSON object; got {_kind(problem['input'])}")
-    raise InvalidField(f"{field}: {problem['msg']}; got {_shown(problem['input'])}", param=field)
+    got = _kind(problem["input"]) if field == "parameters" else _shown(problem["input"])
+    raise InvalidField(f"{field}: {problem['msg']}; got {got}", param=field)
 
 
 def _inputs(value: Any, param: str, limits: LimitsConfig, *, tokens_allowed: bool) -> Inputs:
@@ -158,7 +161,7 @@ def _inputs(value: Any, param: str, limits: LimitsConfig, *, tokens_allowed: boo
             param=param,
         )
     if tokens_allowed and isinstance(value[0], list):
-        return tuple(_token_ids(ids, f"{param}[{i}]", param) for i, ids in enumerate(value))
+        return tuple(_token_ids(ids, f"{param}[{i}]", param, limits) for i, ids in enumerate(value))
     return tuple(_text(text, f"{param}[{i}]", param, rule, limits) for i, text in enumerate(value))
 
 
@@ -174,9 +177,11 @@ def _text(text: Any, where: str, param: str, rule: str, limits: LimitsConfig) ->
     return text
 
 
-def _token_ids(ids: Any, where: str, param: str) -> tuple[int, ...]:
+def _token_ids(ids: Any, where: str, param: str, limits: LimitsConfig) -> tuple[int, ...]:
     if not isinstance(ids, list) or not ids:
         raise InvalidField(f"{where} must be a list of token ids, not empty; got {_kind(ids)}", param=param)
+    if len(ids) > limits.max_input_chars:
+        raise InvalidField(f"{where} has {len(ids)} token ids; at most {limits.max_input_chars} are taken", param=param)
     for position, token in enumerate(ids):
         if not _is_integer(token):
             raise InvalidField(f"{where}[{position}] must be a token id; got {_kind(token)}", param=param)
@@ -206,4 +211,4 @@ def _kind(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A short value of a field that is not input text."""
-    return repr(value)[:80] if isinstance(value, (str, int, float, bool)) else _kind(value)
+    return repr(value)[:_SHOWN_CHARS] if isinstance(value, (str, int, float, bool)) else _kind(value)

@@ -15,6 +15,7 @@ from deployments.engine.card import ModelCard
 from deployments.ingress import IngressStage
 from deployments.model import ModelStage
 from deployments.postprocessor import PostprocessorStage
+from deployments.telemetry.provider import destination
 from deployments.tokenizer import TokenizerStage
 
 # More than the gate takes (batching.max_queue), so that requests wait, and are refused, where it is traced: in the
@@ -29,6 +30,8 @@ def build(args: dict[str, Any]) -> Application:
     """
     config = AppConfig.parse(args)
     ModelCard.load(config.model)
+    for signal in ("traces", "metrics"):
+        destination(signal)
     tokenizer = _deployment("Tokenizer", TokenizerStage, num_cpus=0.2).bind(config)
     model = _deployment("Model", ModelStage, num_cpus=1.0).bind(config)
     postprocessor = _deployment("Postprocessor", PostprocessorStage, num_cpus=0.1).bind(config)

@@ -51,6 +51,8 @@ class Item(Generic[Payload]):
     depth_on_arrival: int = 0
     busy_total_at_arrival_ns: int = 0
     started_ns: int = NEVER
+    left_ns: int = NEVER
+    """When it left without having run."""
     busy_wait_ns: int = 0
     reason: DispatchReason | None = None
     queue_behind: int = 0
@@ -62,7 +64,7 @@ class Item(Generic[Payload]):
 
     @property
     def wait_ns(self) -> int:
-        return self.started_ns - self.arrived_ns
+        return (self.started_ns if self.has_started else self.left_ns) - self.arrived_ns
 
     @property
     def fill_wait_ns(self) -> int:
@@ -136,7 +138,12 @@ class AdmissionGate(Generic[Payload]):
             item.admitted = loop.create_future()
             self._waiting.append(item)
         self._pump()
-        return await asyncio.gather(*map(self._pass, items), return_exceptions=True)
+        try:
+            return await asyncio.gather(*map(self._pass, items), return_exceptions=True)
+        finally:
+            # Once more for those cancelled before their ``_pass`` had begun: its own ``finally`` never ran.
+            for item in items:
+                self._leave(item)
 
     async def _pass(self, item: Item[Payload]) -> Any:
         try:
@@ -147,6 +154,9 @@ class AdmissionGate(Generic[Payload]):
 
     def _leave(self, item: Item[Payload]) -> None:
         """The item is gone, by whatever way. One that runs stays in flight until its run is over."""
+        if not item.has_started and item.left_ns == NEVER:
+            item.left_ns = self._clock()
+            item.busy_wait_ns = self._busy_at(item.left_ns) - item.busy_total_at_arrival_ns
         if not item.admitted.done() or item.admitted.cancelled():
             if item in self._waiting:
                 self._waiting.remove(item)
@@ -171,7 +181,7 @@ class AdmissionGate(Generic[Payload]):
         self._last_run_ns = now - self._busy_since_ns if self._busy_since_ns is not None else 0
         self._busy_total_ns += self._last_run_ns
         self._busy_since_ns = None
-        self._drain_rate.add(len(items), now)
+        self._drain_rate.add(len(items), self._last_run_ns)
         self._released.difference_update(items)
         self._pump()
 
@@ -251,19 +261,16 @@ class AdmissionGate(Generic[Payload]):
 
 
 class _Rate:
-    """How fast the device drains the queue: items a second, smoothed over the last runs."""
+    """How fast a busy device drains the queue: items a second, smoothed over the last runs."""
 
     _WEIGHT = 0.2
 
     def __init__(self) -> None:
         self._per_second: float | None = None
-        self._last_ns = 0
 
-    def add(self, items: int, now_ns: int) -> None:
-        elapsed_s = (now_ns - self._last_ns) / 1e9
-        self._last_ns = now_ns
-        if 0 < elapsed_s < 10:
-            rate = items / elapsed_s
+    def add(self, items: int, run_ns: int) -> None:
+        if run_ns > 0:
+            rate = items / run_ns * 1e9
             old = self._per_second
             self._per_second = rate if old is None else old + self._WEIGHT * (rate - old)
 

@@ -19,7 +19,7 @@ Milliseconds = Annotated[float, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class FakeConfig(_Section):
@@ -82,7 +82,9 @@ class BatchingConfig(_Section):
 class LimitsConfig(_Section):
     max_body_bytes: Positive = Field(4 * 1024 * 1024, description="Larger bodies get 413.")
     max_inputs: Positive = Field(256, description="More inputs in one request get 413.")
-    max_input_chars: Positive = Field(200_000, description="Longer inputs get 422, before they reach the tokenizer.")
+    max_input_chars: Positive = Field(
+        200_000, description="Longer inputs (also in token ids) get 422, before the tokenizer."
+    )
     default_timeout_ms: Annotated[float, Field(gt=0)] = Field(
         60_000.0, description="Deadline of a request that sends no X-Request-Timeout-Ms."
     )
@@ -94,9 +96,22 @@ class LimitsConfig(_Section):
         description="How long a request waits for a first replica (scale from zero) before it gets 503.",
     )
 
+    @model_validator(mode="after")
+    def _default_is_allowed(self) -> LimitsConfig:
+        if self.default_timeout_ms > self.max_timeout_ms:
+            raise ValueError(
+                f"limits.default_timeout_ms ({self.default_timeout_ms:g}) must be at most limits.max_timeout_ms "
+                f"({self.max_timeout_ms:g})"
+            )
+        return self
+
 
 class TelemetryConfig(_Section):
-    environment: str = Field("development", description="`deployment.environment.name` of every span and metric.")
+    environment: str | None = Field(
+        None,
+        description="`deployment.environment.name` of every span and metric. Default: what OTEL_RESOURCE_ATTRIBUTES "
+        "says, else development.",
+    )
     directory: str | None = Field(
         None,
         description="Local store, used where no OTLP endpoint is set. Default: slowlens/ under the XDG state folder.",
@@ -119,9 +134,10 @@ class TelemetryConfig(_Section):
 
     @model_validator(mode="after")
     def _files_fit_the_store(self) -> TelemetryConfig:
-        if self.max_file_mb > self.max_total_mb:
+        if self.max_file_mb * 4 > self.max_total_mb:
             raise ValueError(
-                f"telemetry.max_file_mb ({self.max_file_mb}) must be at most max_total_mb ({self.max_total_mb})"
+                f"telemetry.max_file_mb ({self.max_file_mb}) must be at most a quarter of max_total_mb "
+                f"({self.max_total_mb})"
             )
         return self
 

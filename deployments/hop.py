@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -23,6 +24,9 @@ from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import HopRecord, RequestRecord
 
+_logger = logging.getLogger("slowlens.ingress")
+_CONTROLLER_PATIENCE_S = 1.0
+_GRACE_S = 0.1
 Result = TypeVar("Result")
 
 
@@ -68,29 +72,32 @@ class Hop:
             envelope = Envelope(
                 self._telemetry.carrier_of(record, hop), record.request_id, remaining_ms, time.time_ns()
             )
-            (reply,) = await self._answer((request(envelope),), remaining_ms / 1000)
+            (reply,) = await self._answer((request(envelope),), deadline_ns)
             return self._open(reply, hop, result)
 
-    async def _answer(self, group: tuple[Any, ...], remaining_s: float) -> tuple[Reply[Any], ...]:
+    async def _answer(self, group: tuple[Any, ...], deadline_ns: int) -> tuple[Reply[Any], ...]:
         call = asyncio.ensure_future(self._send(group))
         try:
-            patience_s = min(remaining_s, self._no_replica_wait_s)
-            done, _ = await asyncio.wait([call], timeout=patience_s)
-            if not done:
-                await self._still_worth_waiting(remaining_s <= self._no_replica_wait_s)
-                done, _ = await asyncio.wait([call], timeout=remaining_s - patience_s)
-            if not done:
+            await asyncio.wait([call], timeout=min(_left_s(deadline_ns), self._no_replica_wait_s))
+            if not call.done() and not await self._has_replica() and not call.done():
+                raise NoReplicaReady(f"no replica of the {self._stage} is ready", retry_after_s=5)
+            if not call.done():
+                # The stage keeps the deadline itself and says where the time went; it has a moment to say so.
+                await asyncio.wait([call], timeout=_left_s(deadline_ns) + _GRACE_S)
+            if not call.done():
                 raise DeadlinePassed(f"the deadline passed at the {self._stage}")
             return call.result()
         finally:
             # Cancels the call in the stage too, where it is still running.
             call.cancel()
 
-    async def _still_worth_waiting(self, deadline_is_now: bool) -> None:
-        if not await self._readiness.has_replica(self._stage):
-            raise NoReplicaReady(f"no replica of the {self._stage} is ready", retry_after_s=5)
-        if deadline_is_now:
-            raise DeadlinePassed(f"the deadline passed at the {self._stage}")
+    async def _has_replica(self) -> bool:
+        """Whether to wait on. A controller that does not answer says nothing about replicas."""
+        try:
+            return await asyncio.wait_for(self._readiness.has_replica(self._stage), _CONTROLLER_PATIENCE_S)
+        except Exception as error:
+            _logger.warning("Serve's controller did not say whether the %s has replicas: %r", self._stage, error)
+            return True
 
     async def _send(self, group: tuple[Any, ...]) -> tuple[Reply[Any], ...]:
         response = self._method.remote(group)
@@ -115,8 +122,12 @@ class Hop:
             raise asyncio.CancelledError from None
 
     def _open(self, reply: Reply[Any], hop: HopRecord, result: type[Result]) -> Result:
-        hop.held_ns = reply.held_ns
+        hop.held_ns, hop.answered = reply.held_ns, True
         if reply.failure is not None:
             raise reply.failure.error()
         assert isinstance(reply.result, result)
         return reply.result
+
+
+def _left_s(deadline_ns: int) -> float:
+    return max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from deployments import __version__
 from deployments.api import (
@@ -31,7 +32,16 @@ from deployments.api import (
 )
 from deployments.config import AppConfig, LimitsConfig
 from deployments.engine.card import ModelCard
-from deployments.errors import ApiError, DeadlinePassed, InvalidField, ModelNotFound, NoReplicaReady, TooLarge
+from deployments.errors import (
+    ApiError,
+    Cancelled,
+    DeadlinePassed,
+    InternalError,
+    InvalidField,
+    ModelNotFound,
+    NoReplicaReady,
+    TooLarge,
+)
 from deployments.hop import Hop
 from deployments.messages import (
     Answer,
@@ -50,6 +60,7 @@ from deployments.telemetry.records import RequestRecord
 from deployments.timing import server_timing
 
 _logger = logging.getLogger("slowlens.ingress")
+_CONTROLLER_PATIENCE_S = 5.0
 _MAX_REQUEST_ID = 256
 """Characters of it that telemetry keeps."""
 
@@ -124,9 +135,10 @@ class IngressStage:
     async def _infer(self, http: Request, route: Route, record: RequestRecord) -> bytes:
         with self._telemetry.interval(record, "validate"):
             deadline_ns = record.started_ns + int(self._timeout_ms(http.headers) * 1e6)
+            record.operation = route.operation
             body = await _read(http, self._limits.max_body_bytes, deadline_ns)
             request = route.parse(body, self._card, self._limits)
-            self._describe(record, route, request)
+            self._describe(record, request)
 
         tokenized = await self._tokenizer.call(
             record,
@@ -164,8 +176,8 @@ class IngressStage:
         texts = request.texts if self._card.task == "token-classification" else ()
         return PostprocessRequest(envelope, tokenized, predicted.outputs, request.options, texts)
 
-    def _describe(self, record: RequestRecord, route: Route, request: ParsedRequest) -> None:
-        record.operation, record.requested_model = route.operation, request.model
+    def _describe(self, record: RequestRecord, request: ParsedRequest) -> None:
+        record.requested_model = request.model
         record.input_count, record.input_length = len(request.inputs), sum(map(len, request.texts))
         if self._config.telemetry.capture_text:
             record.texts = request.texts
@@ -222,10 +234,15 @@ class IngressStage:
         return _json(self._models()[0])
 
     async def _healthz(self) -> Response:
-        missing = await self._readiness.missing()
-        if missing:
-            error = NoReplicaReady(f"no replica is ready: {', '.join(missing)}", retry_after_s=5)
-            return _error_response(error, error.body())
+        try:
+            missing = await asyncio.wait_for(self._readiness.missing(), _CONTROLLER_PATIENCE_S)
+            problem = f"no replica is ready: {', '.join(missing)}" if missing else None
+        except Exception as error:
+            _logger.warning("Serve's controller did not say which replicas are ready: %r", error)
+            problem = "Serve's controller does not say which replicas are ready"
+        if problem is not None:
+            unready = NoReplicaReady(problem, retry_after_s=5)
+            return _error_response(unready, unready.body())
         return _json({"status": "ok"})
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -245,8 +262,11 @@ class IngressStage:
             )
         app.add_api_route("/v1/models", self._list_models, methods=["GET"], summary="The served model, as a list")
         app.add_api_route("/v1/models/{model:path}", self._show_model, methods=["GET"], summary="The served model")
-        app.add_api_route("/healthz", self._healthz, methods=["GET"], summary="Whether every stage has a warm replica")
+        app.add_api_route(
+            "/healthz", self._healthz, methods=["GET", "HEAD"], summary="Whether every stage has a warm replica"
+        )
         app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(Exception, _unforeseen)
         return app
 
     def _endpoint(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
@@ -273,6 +293,8 @@ async def _read(http: Request, limit: int, deadline_ns: int) -> bytes:
                 if size > limit:
                     raise TooLarge(f"the body has more than {limit} bytes, the most that are taken")
                 parts.append(part)
+    except ClientDisconnect:
+        raise Cancelled("the client hung up") from None
     except TimeoutError:
         raise DeadlinePassed(f"the deadline passed after {size} bytes of the body had come") from None
     return b"".join(parts)
@@ -302,6 +324,13 @@ async def _http_error(_: Request, error: Exception) -> Response:
     response = _json(body, error.status_code)
     response.headers.update(error.headers or {})
     return response
+
+
+async def _unforeseen(_: Request, error: Exception) -> Response:
+    """A fault of ours outside the way of an inference request."""
+    _logger.error("an answer failed", exc_info=error)
+    answer = InternalError("internal error")
+    return _error_response(answer, answer.body())
 
 
 def _body_schema(route: Route) -> dict[str, Any]:

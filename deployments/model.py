@@ -21,12 +21,12 @@ from deployments.config import AppConfig
 from deployments.engine.base import Output
 from deployments.engine.card import ModelCard
 from deployments.engine.load import load_engine
-from deployments.errors import ApiError, InternalError, ModelFailed
+from deployments.errors import ApiError, DeadlinePassed, InternalError, ModelFailed
 from deployments.messages import Predicted, PredictRequest, Reply
 from deployments.replica import placement
 from deployments.telemetry import names
 from deployments.telemetry.recorder import Telemetry
-from deployments.telemetry.records import Fault, Membership, PredictRecord, RunInput
+from deployments.telemetry.records import Fault, Membership, PredictRecord, RunInput, UnfinishedWait
 
 _logger = logging.getLogger("slowlens.model")
 Queued = Item[RunInput]
@@ -48,7 +48,12 @@ class ModelStage:
         self._engine = load_engine(config, self._card, has_gpu=bool(place.gpus), cpus=place.cpus)
         self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slowlens-device")
         self._warm = False
-        self._load()
+        try:
+            self._load()
+        except BaseException:
+            # Serve kills a replica whose constructor raises: say why before that.
+            self._telemetry.close()
+            raise
         limits = config.batching
         # Decorated here and not on the class: the batch queue belongs to one function and one event loop.
         run_batch = serve.batch(max_batch_size=limits.max_batch_size, batch_wait_timeout_s=0)(self._run_batch)
@@ -82,12 +87,14 @@ class ModelStage:
         outputs: tuple[Output, ...] | None = None
         with self._telemetry.stage(PredictRecord(request.envelope)) as record:
             self._note_cold_start(record)
-            record.inputs, record.depth_on_arrival = len(request.ids.lengths), self._gate.depth
             items = [Item(RunInput(record, ids), len(ids), record.deadline_ns) for ids in request.ids]
             try:
-                outcomes = await self._gate.submit(items)
+                async with asyncio.timeout(request.envelope.remaining_ms / 1000):
+                    outcomes = await self._gate.submit(items)
+            except TimeoutError:
+                raise DeadlinePassed("the deadline passed in the model replica") from None
             finally:
-                record.unfinished_wait = any(item.arrived_ns != NEVER and not item.has_started for item in items)
+                record.unfinished = _unfinished_wait(items)
             outputs = tuple(_output(outcome, i, request.param) for i, outcome in enumerate(outcomes))
         if outputs is None:
             return record.reply(None)
@@ -96,17 +103,16 @@ class ModelStage:
 
     def _note_cold_start(self, record: PredictRecord) -> None:
         """A request sent before this replica was ready waited for its load, though in the caller's router."""
-        waited_ns = self._ready_unix_ns - record.envelope.sent_unix_ns
-        if waited_ns > 0:
-            record.load, record.load_wait_ns = self._load_context, waited_ns
+        if record.envelope.sent_unix_ns < self._ready_unix_ns:
+            record.load = self._load_context
 
     # --- one batch ---
 
     async def _run_batch(self, items: list[Queued]) -> list[_Outcome]:
         """Runs under ``@serve.batch``: what Serve hands over together runs together."""
-        started_ns = self._gate.begin(items)
-        memberships = self._telemetry.batch_begins(items, started_ns)
         try:
+            started_ns = self._gate.begin(items)
+            memberships = self._telemetry.batch_begins(items, started_ns)
             outcomes = await self._run_isolated(items, memberships, started_ns)
         except Exception as error:
             # Not a fault of the model, those are isolated: of ours. It still must not fail inside Serve's batcher.
@@ -129,19 +135,34 @@ class ModelStage:
                 record.device, record.inference_ms = self._engine.device, run.inference_ms
                 record.output_shape, record.peak_memory_gb = run.output_shape, run.peak_memory_gb
                 record.padded_tokens = run.padded_tokens
+            return {id(item): _Outcome(output) for item, output in zip(items, run.outputs, strict=True)}
         except Exception as error:
-            if len(items) == 1:
-                request_id = items[0].payload.record.envelope.request_id
-                _logger.exception("the model failed on one input of request %s", request_id)
-                memberships[id(items[0].payload.record)].fault = Fault.of(error)
-                return {id(items[0]): _Outcome(error=error)}
-            _logger.warning("a run of %d inputs failed and is repeated in halves: %s", len(items), type(error).__name__)
-            half = len(items) // 2
-            first = await self._run_isolated(items[:half], memberships, time.monotonic_ns())
-            return first | await self._run_isolated(items[half:], memberships, time.monotonic_ns())
-        return {id(item): _Outcome(output) for item, output in zip(items, run.outputs, strict=True)}
+            failure = self._note_failure(error, items, memberships)
+        # Out of the handler, which would keep the failed run's tensors alive while its halves run.
+        if len(items) == 1 or self._engine.broken is not None:
+            return dict.fromkeys(map(id, items), _Outcome(error=failure))
+        half = len(items) // 2
+        first = await self._run_isolated(items[:half], memberships, time.monotonic_ns())
+        return first | await self._run_isolated(items[half:], memberships, time.monotonic_ns())
+
+    def _note_failure(
+        self, error: Exception, items: Sequence[Queued], memberships: Mapping[int, Membership]
+    ) -> Exception:
+        if len(items) == 1:
+            record = items[0].payload.record
+            _logger.error("the model failed on one input of request %s", record.envelope.request_id, exc_info=error)
+            memberships[id(record)].fault = Fault.of(error)
+        else:
+            _logger.warning("a run of %d inputs failed: %s", len(items), type(error).__name__)
+        # Its frames hold the tensors of the failed run.
+        return error.with_traceback(None)
 
     # --- what operators see ---
+
+    async def check_health(self) -> None:
+        """Asked by Serve: a replica whose device is beyond use is replaced."""
+        if self._engine.broken is not None:
+            raise RuntimeError(f"the device can be used no more: {self._engine.broken}")
 
     async def queue_state(self) -> dict[str, float]:
         """The queue as it is now: inputs ``waiting`` and ``running``, and ``oldest_age_ms``."""
@@ -159,6 +180,16 @@ class ModelStage:
             self._device_thread.shutdown(wait=False)
         if hasattr(self, "_telemetry"):
             self._telemetry.close()
+
+
+def _unfinished_wait(items: Sequence[Queued]) -> UnfinishedWait | None:
+    """Of the first input that was queued and never ran."""
+    for item in items:
+        if item.left_ns != NEVER and item.arrived_ns != NEVER:
+            return UnfinishedWait(
+                item.arrived_ns, item.left_ns, item.depth_on_arrival, item.busy_wait_ns, item.fill_wait_ns
+            )
+    return None
 
 
 def _output(outcome: Any, index: int, param: str) -> Output:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.tasks import AnswerBuilder
@@ -17,16 +19,22 @@ class PostprocessorStage:
         card = ModelCard.load(config.model)
         answers_in_words = card.task in ("token-classification", "fill-mask")
         pretrained = load_pretrained_tokenizer(config.model, card) if answers_in_words else None
+        # Decoding a sequence for each candidate would hold up the replica's other requests.
+        self._takes_long = card.task == "fill-mask"
         self._answers = AnswerBuilder(card, pretrained)
         self._telemetry = Telemetry("postprocessor", config, card.name, placement().identity)
 
     async def postprocess(self, requests: tuple[PostprocessRequest, ...]) -> tuple[Reply[Answer], ...]:
-        return tuple(map(self._postprocess, requests))
+        return tuple(await asyncio.gather(*map(self._postprocess, requests)))
 
-    def _postprocess(self, request: PostprocessRequest) -> Reply[Answer]:
+    async def _postprocess(self, request: PostprocessRequest) -> Reply[Answer]:
         result = None
         with self._telemetry.stage(PostprocessRecord(request.envelope)) as record:
-            fragments = self._answers.fragments(request.tokenized, request.outputs, request.options, request.texts)
+            arguments = (request.tokenized, request.outputs, request.options, request.texts)
+            if self._takes_long:
+                fragments = await asyncio.to_thread(self._answers.fragments, *arguments)
+            else:
+                fragments = self._answers.fragments(*arguments)
             record.output_length = sum(map(len, fragments))
             result = Answer(fragments)
         return record.reply(result)

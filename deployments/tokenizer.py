@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deployments.config import AppConfig
-from deployments.engine.base import Encoded
+from deployments.engine.base import MAX_MASKS, Encoded
 from deployments.engine.card import ModelCard
 from deployments.engine.tokenizers import load_tokenizer
 from deployments.errors import InvalidField
@@ -78,9 +78,16 @@ class TokenizerStage:
         return Encoded(array.astype(np.int32), len(array))
 
     def _cut(self, encoded: Encoded, index: int, request: TokenizeRequest) -> Encoded:
-        """Refuse what is too long where the caller asked for that, cut token ids (texts are cut already), and check
-        that a fill-mask input has a mask."""
+        """Refuse what the model cannot take, and cut token ids that are too long (texts are cut already)."""
         longest = self._card.max_length
+        if encoded.full_length == 0:
+            raise InvalidField(f"{request.param}[{index}] has no tokens", param=request.param)
+        if encoded.ids.max() >= self._card.vocab_size:
+            # A token that was added to the tokenizer and not to the model; on a GPU it would break the device.
+            raise InvalidField(
+                f"{request.param}[{index}] contains a token that the model does not know (id {encoded.ids.max()})",
+                param=request.param,
+            )
         if encoded.full_length > longest and not request.truncate:
             raise InvalidField(
                 f"{request.param}[{index}] is {encoded.full_length} tokens long; the model takes at most {longest}, "
@@ -89,13 +96,18 @@ class TokenizerStage:
             )
         if len(encoded.ids) > longest:
             encoded = Encoded(encoded.ids[:longest], encoded.full_length)
-        if self._card.task == "fill-mask" and self._tokenizer.mask_token_id not in encoded.ids:
-            raise InvalidField(
-                f"{request.param}[{index}] must contain the mask token {self._tokenizer.mask_token} within its first "
-                f"{longest} tokens",
-                param=request.param,
-            )
+        if self._card.task == "fill-mask":
+            self._check_masks(encoded, index, request.param)
         return encoded
+
+    def _check_masks(self, encoded: Encoded, index: int, param: str) -> None:
+        masks = int((encoded.ids == self._tokenizer.mask_token_id).sum())
+        if not 0 < masks <= MAX_MASKS:
+            raise InvalidField(
+                f"{param}[{index}] must contain the mask token {self._tokenizer.mask_token}, once to {MAX_MASKS} times "
+                f"within its first {self._card.max_length} tokens; got {masks}",
+                param=param,
+            )
 
     def __del__(self) -> None:
         if hasattr(self, "_telemetry"):

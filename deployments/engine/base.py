@@ -21,6 +21,9 @@ Output = Any
 MAX_FILLS = 100
 """Candidates kept for each mask, and so the largest ``top_k`` of fill-mask."""
 
+MAX_MASKS = 16
+"""Masks in one fill-mask input: each costs a row of the vocabulary in the model and many decodings after it."""
+
 Phase = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -64,6 +67,8 @@ class Memory:
 
 class Engine(Protocol):
     device: str
+    broken: str | None
+    """Why no further run can succeed in this process; the replica must then be replaced."""
 
     def load(self, phase: Phase) -> None:
         """Load weights, move them to the device, warm up: each inside ``with phase(name)``. Blocks."""

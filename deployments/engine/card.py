@@ -23,6 +23,8 @@ _TASK_OF_HEAD: dict[str, Task] = {
     "ForMaskedLM": "fill-mask",
     "Model": "embeddings",
 }
+# They end as a bare encoder does, and are something else.
+_OTHER_HEADS = ("LMHeadModel", "DoubleHeadsModel", "EncoderModel")
 _POOLING_OF_MODE: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
 # Position ids of these architectures start behind the padding id, so the table holds fewer usable positions.
 _OFFSET_POSITIONS = {
@@ -193,6 +195,8 @@ def _task(config: ModelConfig, model: dict[str, Any], *, is_sentence_transformer
         return "embeddings"
     architectures = model.get("architectures") or []
     for architecture in architectures:
+        if architecture.endswith(_OTHER_HEADS):
+            continue
         for head, task in _TASK_OF_HEAD.items():
             if architecture.endswith(head):
                 return task

@@ -49,6 +49,7 @@ class FakeTokenizer:
 
 class FakeEngine:
     device = "cpu"
+    broken: str | None = None
 
     def __init__(self, config: FakeConfig) -> None:
         self._config = config

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pydantic_core import to_json
 
 from deployments.engine.card import ModelCard
+from deployments.errors import ModelFailed
 from deployments.messages import AnswerOptions, Ids, Tokenized
 
 Floats = npt.NDArray[np.float32]
@@ -31,7 +32,11 @@ class AnswerBuilder:
     def fragments(
         self, tokenized: Tokenized, outputs: Sequence[Any], options: AnswerOptions, texts: Sequence[str]
     ) -> tuple[bytes, ...]:
-        """One JSON object per input, in order."""
+        """One JSON object per input, in order. Raises ModelFailed where an output is not finite."""
+        for index, output in enumerate(outputs):
+            values = output[0] if isinstance(output, tuple) else output
+            if not np.isfinite(values).all():
+                raise ModelFailed(f"the model gave a number that is not finite for input {index}")
         if options.route == "/v1/embeddings":
             return tuple(_openai_embedding(index, out, options) for index, out in enumerate(outputs))
         ids, offsets = list(tokenized.ids), list(tokenized.offsets or [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +48,8 @@ class TransformersEngine:
     def __init__(
         self, config: ModelConfig, card: ModelCard, batching: BatchingConfig, *, has_gpu: bool, cpus: float
     ) -> None:
+        # NVML and Ray number GPUs so; CUDA would otherwise put the fastest first.
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         self._config, self._card, self._batching = config, card, batching
         self._device = _device(config.device, has_gpu)
         self.device = str(self._device)
@@ -54,6 +57,7 @@ class TransformersEngine:
         self._dtype = _dtype(config.dtype, self._device)
         self._pad_id = 0
         self._mask_id: int | None = None
+        self.broken: str | None = None
         self._model: Any = None
         if not self._on_gpu:
             torch.set_num_threads(config.threads or max(1, int(np.ceil(cpus))))
@@ -70,10 +74,10 @@ class TransformersEngine:
             )
             tokenizer = load_pretrained_tokenizer(self._config, self._card)
             self._mask_id = tokenizer.mask_token_id
-            self._pad_id = next(
-                (int(i) for i in (tokenizer.pad_token_id, self._model.config.pad_token_id) if i is not None),
-                0,
-            )
+            stated = (tokenizer.pad_token_id, self._model.config.pad_token_id, tokenizer.eos_token_id)
+            self._pad_id = next((int(i) for i in stated if i is not None), 0)
+            # Classifiers of decoders find the last token of each row by it.
+            self._model.config.pad_token_id = self._pad_id
         with phase("device_move"):
             self._model = self._model.to(self._device).eval()
         with phase("warm_up"):
@@ -82,11 +86,13 @@ class TransformersEngine:
     def _warm_up(self) -> None:
         """The shortest, a typical and the longest input alone, then a full batch of each that the limits allow."""
         longest = self._card.max_length
-        token = self._mask_id or self._pad_id
         for length in sorted({min(3, longest), min(_TYPICAL_LENGTH, longest), longest}):
+            ids = np.full(length, min(1, self._card.vocab_size - 1), dtype=np.int32)
+            if self._mask_id is not None:
+                ids[0] = self._mask_id
             full = max(1, min(self._batching.max_batch_size, self._batching.max_batch_tokens // length))
             for size in sorted({1, full}):
-                self.run([np.full(length, token, dtype=np.int32)] * size)
+                self.run([ids] * size)
 
     def run(self, batch: Sequence[Ids]) -> Run:
         lengths = [len(ids) for ids in batch]
@@ -99,20 +105,24 @@ class TransformersEngine:
         try:
             return self._run(torch.from_numpy(padded), torch.from_numpy(mask), lengths)
         except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            raise
+        except torch.AcceleratorError as error:
+            # An illegal access or a device-side assertion: this process can use the device no more.
+            self.broken = f"{type(error).__name__} on {self.device}"
             raise
 
     @torch.inference_mode()
     def _run(self, ids: torch.Tensor, mask: torch.Tensor, lengths: list[int]) -> Run:
         timer = _CudaTimer(self._device) if self._on_gpu else _CpuTimer()
         if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
             ids = ids.pin_memory().to(self._device, non_blocking=True)
             mask = mask.pin_memory().to(self._device, non_blocking=True)
         with timer:
             raw = self._model(input_ids=ids, attention_mask=mask)
             hidden = raw.last_hidden_state if self._card.task == "embeddings" else raw.logits
             result = self._reduce(hidden, ids, mask)
-        outputs = self._split(result, ids, lengths)
+        outputs = self._split(result, lengths)
         # The outputs are on the host by now, so the timer's last event has happened and reading it waits for nothing.
         return Run(
             outputs=outputs,
@@ -128,17 +138,22 @@ class TransformersEngine:
             pooled = pool(hidden.float(), mask, self._card.pooling)
             return torch.nn.functional.normalize(pooled, dim=-1)
         if self._card.task == "fill-mask":
-            at_masks = hidden[ids.eq(self._mask_id or 0)].float().softmax(dim=-1)
-            return at_masks.topk(min(MAX_FILLS, at_masks.shape[-1]), dim=-1)
+            at_masks = hidden[self._masks(ids, mask)].float()
+            best = at_masks.topk(min(MAX_FILLS, at_masks.shape[-1]), dim=-1)
+            probabilities = (best.values - at_masks.logsumexp(dim=-1, keepdim=True)).exp()
+            return probabilities, best.indices.to(torch.int32), self._masks(ids, mask).sum(dim=1)
         return hidden.float()
 
-    def _split(self, result: Any, ids: torch.Tensor, lengths: list[int]) -> list[Output]:
+    def _masks(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Where the mask tokens are: some models pad with a token of the same id."""
+        return ids.eq(-1 if self._mask_id is None else self._mask_id) & mask.bool()
+
+    def _split(self, result: Any, lengths: list[int]) -> list[Output]:
         """To the host, one output per input, padding cut off."""
         if self._card.task == "fill-mask":
-            values, indices = result.values.cpu().numpy(), result.indices.to(torch.int32).cpu().numpy()
-            ends = np.cumsum(ids.eq(self._mask_id or 0).sum(dim=1).cpu().numpy())
-            starts = [0, *ends[:-1]]
-            return [(values[a:b], indices[a:b]) for a, b in zip(starts, ends, strict=True)]
+            probabilities, candidates, counts = (part.cpu().numpy() for part in result)
+            ends = np.cumsum(counts)
+            return [(probabilities[b - n : b], candidates[b - n : b]) for b, n in zip(ends, counts, strict=True)]
         array = result.cpu().numpy()
         if self._card.task == "token-classification":
             return [row[:length] for row, length in zip(array, lengths, strict=True)]

@@ -15,8 +15,14 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 def from_headers(headers: Mapping[str, str]) -> SpanContext | None:
     """The caller's span, or None where there is none or the header is malformed (W3C: then start a new trace)."""
-    context = get_current_span(_PROPAGATOR.extract(headers)).get_span_context()
+    context = get_current_span(_PROPAGATOR.extract(_combined(headers))).get_span_context()
     return context if context.is_valid else None
+
+
+def _combined(headers: Mapping[str, str]) -> dict[str, str]:
+    """W3C: several ``tracestate`` headers are one list; several ``traceparent`` headers are malformed."""
+    found = {name: [v for k, v in headers.items() if k.lower() == name] for name in ("traceparent", "tracestate")}
+    return {name: ",".join(values) for name, values in found.items() if values}
 
 
 def from_carrier(carrier: Carrier) -> SpanContext:

@@ -46,26 +46,31 @@ class GpuReader:
 
     def __init__(self, devices: Sequence[str], interval_s: float) -> None:
         self._interval_s = interval_s
-        self._samples: dict[str, GpuSample] = {}
+        self._devices = list(devices)
+        self._handles: dict[str, Any] = {}
+        self._samples: list[GpuSample | None] = []
         self._stopped = threading.Event()
         self._warned: set[str] = set()
         self._thread: threading.Thread | None = None
         self._nvml: Any = self._start_nvml() if devices else None
         if self._nvml is None:
             return
-        self._handles = [handle for device in devices if (handle := self._open(device)) is not None]
-        if self._handles:
-            self._sample_all()
-            self._thread = threading.Thread(target=self._work, name="slowlens-gpu", daemon=True)
-            self._thread.start()
+        self._sample_all()
+        self._thread = threading.Thread(target=self._work, name="slowlens-gpu", daemon=True)
+        self._thread.start()
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether there is something to ask, now or later."""
+        return self._thread is not None
 
     def samples(self) -> list[GpuSample]:
         """The last reading of every device that answers."""
-        return list(self._samples.values())
+        return [sample for sample in self._samples if sample is not None]
 
     def first(self) -> GpuSample | None:
-        """The last reading of the replica's first device: the one that ``cuda:0`` is."""
-        return next(iter(self._samples.values()), None)
+        """The last reading of the replica's first device, the one that ``cuda:0`` is; None while it does not answer."""
+        return self._samples[0] if self._samples else None
 
     def close(self) -> None:
         self._stopped.set()
@@ -109,20 +114,21 @@ class GpuReader:
             self._sample_all()
 
     def _sample_all(self) -> None:
-        samples = {}
-        for handle in self._handles:
-            sample = self._sample(handle)
-            if sample is not None:
-                samples[sample.uuid] = sample
-        self._samples = samples
+        self._samples = [self._sample(device) for device in self._devices]
 
-    def _sample(self, handle: Any) -> GpuSample | None:
+    def _sample(self, device: str) -> GpuSample | None:
         nvml = self._nvml
+        handle = self._handles.get(device)
+        if handle is None:
+            handle = self._open(device)
+            if handle is None:
+                return None
+            self._handles[device] = handle
         uuid = self._ask("uuid", lambda: _text(nvml.nvmlDeviceGetUUID(handle)))
-        memory = self._ask("memory", lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
-        if uuid is None or memory is None:
-            # Even a device that supports nothing else tells these two; this one has fallen off.
+        if uuid is None:
+            # Even a device that supports nothing else tells this; this one has fallen off.
             return None
+        memory = self._ask("memory", lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
         utilization = self._ask("utilization", lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
         power_mw = self._ask("power", lambda: nvml.nvmlDeviceGetPowerUsage(handle))
         temperature = self._ask("temperature", lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
@@ -130,8 +136,8 @@ class GpuReader:
             index=self._index(handle),
             uuid=uuid,
             utilization_percent=float(utilization.gpu) if utilization is not None else None,
-            memory_used_bytes=int(memory.used),
-            memory_total_bytes=int(memory.total),
+            memory_used_bytes=int(memory.used) if memory is not None else None,
+            memory_total_bytes=int(memory.total) if memory is not None else None,
             power_w=power_mw / 1000 if power_mw is not None else None,
             temperature_c=float(temperature) if temperature is not None else None,
         )
@@ -150,7 +156,7 @@ class GpuReader:
         """The answer, or None with one warning per kind of failure."""
         try:
             return call()
-        except self._nvml.NVMLError as error:
+        except Exception as error:
             if not quiet:
                 self._warn(f"{what}: {error}", f"NVML does not tell {what}: {error}")
             return None

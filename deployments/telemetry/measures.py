@@ -70,6 +70,9 @@ class Measures:
     def count_dropped(self, amount: int) -> None:
         self._instruments[names.DROPPED_RECORDS.name].add(amount, {})
 
+    def count_unwritten(self, spans: int) -> None:
+        self._instruments[names.UNWRITTEN_SPANS.name].add(spans, {})
+
 
 @functools.singledispatch
 def _measure(record: object, _: Measures) -> None:
@@ -90,6 +93,8 @@ def _(record: RequestRecord, measures: Measures) -> None:
         http["error.type"] = record.fault.error_type
     measures.raw(names.HTTP_DURATION, latency_ns / 1e9, record.context, http)
     for stage, hop in record.hops.items():
+        if not hop.answered:
+            continue
         measures.record(names.TRANSIT, hop.transit_ns / 1e6, record.context, stage=stage)
     measures.count(names.REQUESTS, 1, outcome=record.outcome)
     if record.fault is None:
@@ -110,6 +115,9 @@ def _(record: PredictRecord, measures: Measures) -> None:
     for membership in record.memberships:
         waited_ns = membership.busy_wait_ns + membership.fill_wait_ns
         measures.record(names.QUEUE_WAIT, waited_ns / 1e6, _exemplar(record))
+    if record.unfinished is not None:
+        waited_ns = record.unfinished.ended_ns - record.unfinished.started_ns
+        measures.record(names.QUEUE_WAIT, waited_ns / 1e6, _exemplar(record))
 
 
 @_measure.register
@@ -127,5 +135,6 @@ def _(record: PostprocessRecord, measures: Measures) -> None:
 
 
 @_measure.register
-def _(record: LoadRecord, measures: Measures) -> None:  # noqa: ARG001
-    measures.count(names.LOADS, 1, load_type="cold")
+def _(record: LoadRecord, measures: Measures) -> None:
+    if record.fault is None:
+        measures.count(names.LOADS, 1, load_type="cold")

@@ -96,7 +96,6 @@ SPANS: tuple[SpanSpec, ...] = (
             "ai.batch.timeout_ms",
             "ai.batch.wait_time_ms",
             "ai.model.load_type",
-            "ai.model.load_wait_ms",
         ),
     ),
     SpanSpec(
@@ -305,6 +304,9 @@ DROPPED_RECORDS = MetricSpec(
     "{record}",
     "every",
     "Records lost because the telemetry thread fell behind",
+)
+UNWRITTEN_SPANS = MetricSpec(
+    "ai.telemetry.unwritten_spans", "counter", "{span}", "every", "Spans that the local store could not write"
 )
 
 METRICS: tuple[MetricSpec, ...] = tuple(value for value in list(vars().values()) if isinstance(value, MetricSpec))

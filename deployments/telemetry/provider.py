@@ -66,6 +66,10 @@ class Provider:
         if self.processor is not None:
             self.tracer_provider.add_span_processor(self.processor)
 
+    def unwritten_spans(self) -> int:
+        """Spans that the local store could not write, in all."""
+        return self._exporter.unwritten if isinstance(self._exporter, JsonLinesSpanExporter) else 0
+
     def meter(self) -> Meter:
         return self._meters.get_meter(names.SCOPE, __version__)
 
@@ -180,13 +184,21 @@ def make_resource(service: Service, config: TelemetryConfig, identity: ReplicaId
             "service.name": f"slowlens.{service}",
             "service.instance.id": identity.replica_id,
             "service.version": __version__,
-            "deployment.environment.name": config.environment,
+            **_environment(config.environment),
             "ray.node.id": identity.node_id,
             "host.name": socket.gethostname(),
             "process.pid": os.getpid(),
             **_kubernetes(os.environ),
         }
     )
+
+
+def _environment(configured: str | None) -> dict[str, str]:
+    """Our default must not hide what the operator's OTEL_RESOURCE_ATTRIBUTES say."""
+    key = "deployment.environment.name"
+    if configured is None and f"{key}=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
+        return {}
+    return {key: configured or "development"}
 
 
 def _kubernetes(environ: Mapping[str, str]) -> dict[str, str]:

@@ -102,7 +102,7 @@ class Telemetry:
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
         self._gauges()
         self._queue: deque[Record] = deque()
-        self._lost = 0
+        self._lost = self._unwritten = 0
         self._stopped = threading.Event()
         self._drain_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="slowlens-telemetry", daemon=True)
@@ -308,7 +308,7 @@ class Telemetry:
         gauge = self._measures.gauge
         gauge(names.PROCESS_CPU, lambda: [(usage.cpu_utilization(), {})])
         gauge(names.PROCESS_MEMORY, lambda: [(resident_bytes(), {})])
-        if not self.gpu.samples():
+        if not self.gpu.has_devices:
             return
         samples = self.gpu.samples
 
@@ -354,10 +354,14 @@ class Telemetry:
                 max_wait_ms=self._config.batching.max_wait_ms,
                 wall_offset_ns=time.time_ns() - time.monotonic_ns(),
             )
-            while self._queue:
+            for _ in range(len(self._queue)):
                 self._export(self._queue.popleft(), factory)
                 # Let the event loop have the GIL between two records, not only at the interpreter's next switch.
                 time.sleep(0)
+            unwritten = self._provider.unwritten_spans()
+            if unwritten > self._unwritten:
+                self._measures.count_unwritten(unwritten - self._unwritten)
+                self._unwritten = unwritten
             if self._lost:
                 lost, self._lost = self._lost, 0
                 self._measures.count_dropped(lost)
@@ -370,3 +374,4 @@ class Telemetry:
             self._measures.measure(record)
         except Exception:
             _logger.exception("a %s could not be exported", type(record).__name__)
+            self._lost += 1

@@ -19,6 +19,7 @@ from deployments.messages import Carrier, Envelope, Ids, Reply
 from deployments.telemetry.names import Service
 
 Result = TypeVar("Result")
+_MESSAGE_LIMIT = 500
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class Fault:
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         frames = "".join(traceback.format_tb(error.__traceback__))
         if isinstance(error, ApiError):
-            return cls(error.code, name, error.message, frames)
+            return cls(error.code, name, error.message[:_MESSAGE_LIMIT], frames)
         return cls(name, name, "", frames)
 
 
@@ -69,7 +70,7 @@ class StageRecord:
         if error is None:
             return
         if isinstance(error, asyncio.CancelledError):
-            past = self.ended_ns >= self.deadline_ns
+            past = self._past_deadline()
             error = (
                 DeadlinePassed("the deadline passed while this stage had the request")
                 if past
@@ -77,6 +78,11 @@ class StageRecord:
             ).with_traceback(error.__traceback__)
         self.fault = Fault.of(error)
         self.failure = Failure.of(error if isinstance(error, ApiError) else InternalError("internal error"))
+
+    def _past_deadline(self) -> bool:
+        """Whether a cancellation now is the ingress's deadline: by its clock, which began before the way here did."""
+        sent_for_ms = (time.time_ns() - self.envelope.sent_unix_ns) / 1e6
+        return self.ended_ns >= self.deadline_ns or sent_for_ms >= self.envelope.remaining_ms
 
     def reply(self, result: Result | None) -> Reply[Result]:
         if self.failure is not None:
@@ -142,20 +148,33 @@ class Membership:
     fault: Fault | None = None
 
     @property
+    def is_over(self) -> bool:
+        """Whether its runs have ended; a request can end before, by a hang-up or its deadline."""
+        return all(run.ended_ns for run in self.runs)
+
+    @property
     def ended_ns(self) -> int:
         return max((run.ended_ns for run in self.runs), default=self.started_ns)
 
 
+@dataclass(frozen=True, slots=True)
+class UnfinishedWait:
+    """A wait in the queue that no run ended."""
+
+    started_ns: int
+    ended_ns: int
+    depth_on_arrival: int
+    busy_wait_ns: int
+    fill_wait_ns: int
+
+
 @dataclass(slots=True)
 class PredictRecord(StageRecord):
-    inputs: int = 0
-    depth_on_arrival: int = 0
     memberships: list[Membership] = field(default_factory=list)
     load: SpanContext | None = None
     """The model load that the request had to wait for."""
-    load_wait_ns: int = 0
-    unfinished_wait: bool = False
-    """Whether the request ended while inputs of it still waited."""
+    unfinished: UnfinishedWait | None = None
+    """Where the request ended while inputs of it still waited."""
 
     def forward_ns(self) -> int:
         """The union of the request's runs; the last one lasts until the request has its result."""
@@ -207,6 +226,7 @@ class HopRecord(Interval):
     span_id: int = 0
     held_ns: int = 0
     """What the stage reported; 0 where no answer came."""
+    answered: bool = False
     group_size: int = 1
 
     @property

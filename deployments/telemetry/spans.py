@@ -25,6 +25,7 @@ from deployments.telemetry.records import (
     PredictRecord,
     RequestRecord,
     TokenizeRecord,
+    UnfinishedWait,
 )
 
 Value = str | bool | int | float | Sequence[str]
@@ -154,7 +155,8 @@ _INTERVAL_SPANS = {
 
 
 def _hop_attributes(hop: HopRecord) -> dict[str, Value | None]:
-    return {"ai.hop.transit_ms": _ms(hop.transit_ns), "ai.hop.group_size": hop.group_size}
+    transit_ms = _ms(hop.transit_ns) if hop.answered else None
+    return {"ai.hop.transit_ms": transit_ms, "ai.hop.group_size": hop.group_size}
 
 
 def _root_attributes(record: RequestRecord, model: str) -> dict[str, Value | None]:
@@ -215,24 +217,27 @@ def _(record: PredictRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
     for membership in record.memberships:
         yield _queue_span(membership, own, make)
         last = membership.runs[-1]
+        ended_ns = membership.ended_ns if membership.is_over else record.ended_ns
         yield make.make(
             names.FORWARD_PASS,
             membership.context,
             own,
             membership.started_ns,
-            membership.ended_ns,
+            ended_ns,
             {
-                "ai.forward_pass.duration_ms": _ms(membership.ended_ns - membership.started_ns),
+                "ai.forward_pass.duration_ms": _ms(ended_ns - membership.started_ns),
                 "ai.batch.actual_size": last.size,
                 "ai.batch.padding_ratio": last.padding_ratio,
                 "ai.model.name": make.model,
             },
-            membership.fault,
+            membership.fault if membership.is_over else record.fault,
             links=[run.context for run in membership.runs],
         )
-    if record.unfinished_wait:
-        yield _unfinished_queue_span(record, own, make)
-    waited_ns = max((m.busy_wait_ns + m.fill_wait_ns for m in record.memberships), default=record.held_ns)
+    waits = [m.busy_wait_ns + m.fill_wait_ns for m in record.memberships]
+    if record.unfinished is not None:
+        yield _unfinished_queue_span(record.unfinished, record.fault, own, make)
+        waits.append(record.unfinished.ended_ns - record.unfinished.started_ns)
+    waited_ns = max(waits, default=0)
     yield make.make(
         names.BATCHED_PREDICT,
         own,
@@ -244,7 +249,6 @@ def _(record: PredictRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
             "ai.batch.timeout_ms": make.max_wait_ms,
             "ai.batch.wait_time_ms": _ms(waited_ns),
             "ai.model.load_type": "cold" if record.load is not None else "warm",
-            "ai.model.load_wait_ms": _ms(record.load_wait_ns),
         },
         record.fault,
         links=[record.load] if record.load is not None else [],
@@ -252,32 +256,33 @@ def _(record: PredictRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
 
 
 def _queue_span(membership: Membership, parent: SpanContext, make: SpanFactory) -> ReadableSpan:
+    waited_ns = membership.busy_wait_ns + membership.fill_wait_ns
     return make.make(
         names.QUEUE,
         make.child(parent),
         parent,
-        membership.started_ns - membership.busy_wait_ns - membership.fill_wait_ns,
+        membership.started_ns - waited_ns,
         membership.started_ns,
-        {
-            "ai.queue.depth_on_arrival": membership.depth_on_arrival,
-            "ai.queue.device_busy_ms": _ms(membership.busy_wait_ns),
-            "ai.queue.fill_wait_ms": _ms(membership.fill_wait_ns),
-            # The model is loaded before a replica takes its first call, so nothing waits for it here.
-            "ai.queue.load_wait_ms": 0.0,
-        },
+        _queue_attributes(membership),
     )
 
 
-def _unfinished_queue_span(record: PredictRecord, parent: SpanContext, make: SpanFactory) -> ReadableSpan:
+def _unfinished_queue_span(
+    wait: UnfinishedWait, fault: Fault | None, parent: SpanContext, make: SpanFactory
+) -> ReadableSpan:
     return make.make(
-        names.QUEUE,
-        make.child(parent),
-        parent,
-        record.started_ns,
-        record.ended_ns,
-        {"ai.queue.depth_on_arrival": record.depth_on_arrival},
-        record.fault,
+        names.QUEUE, make.child(parent), parent, wait.started_ns, wait.ended_ns, _queue_attributes(wait), fault
     )
+
+
+def _queue_attributes(wait: Membership | UnfinishedWait) -> dict[str, Value | None]:
+    return {
+        "ai.queue.depth_on_arrival": wait.depth_on_arrival,
+        "ai.queue.device_busy_ms": _ms(wait.busy_wait_ns),
+        "ai.queue.fill_wait_ms": _ms(wait.fill_wait_ns),
+        # The model is loaded before a replica takes its first call, so nothing waits for it here.
+        "ai.queue.load_wait_ms": 0.0,
+    }
 
 
 @_spans_of.register

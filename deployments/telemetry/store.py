@@ -3,13 +3,14 @@
 1. Every line is one ``TracesData`` or ``MetricsData`` object, as the Collector's file exporter writes them.
 2. Each process writes files of its own, ``traces-<instance>-<pid>-<n>.jsonl`` and ``metrics-...``, so replicas never
    write into each other's lines, and what a crash cut short is always the last line of a file that nobody continues.
-3. A file is rotated at ``max_file_mb``. All files of the folder together stay below ``max_total_mb``: at each rotation
-   the oldest go first. A process whose file was removed starts a new one.
+3. A file is rotated at ``max_file_mb``. All files of the folder together stay below ``max_total_mb``, but for an eighth
+   of a file for each writing process: the oldest go first. A process whose file was removed starts a new one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -25,7 +26,7 @@ from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult,
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-_MB = 1_000_000
+_OUR_FILES = re.compile(r"(traces|metrics)-.+-\d+-\d{6}\.jsonl")
 _logger = logging.getLogger("slowlens.telemetry")
 
 
@@ -49,7 +50,7 @@ class JsonLines:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._file: Any = None
-        self._size = 0
+        self._size = self._unchecked = 0
 
     def write(self, line: bytes) -> None:
         with self._lock:
@@ -57,9 +58,18 @@ class JsonLines:
                 self._close()
             if self._file is None:
                 self._open(len(line) + 1)
-            # One unbuffered write: a crash leaves either the line or its beginning, and nothing behind it.
-            self._file.write(line + b"\n")
+            try:
+                # One unbuffered write: a crash leaves either the line or its beginning, and nothing behind it.
+                if self._file.write(line + b"\n") <= len(line):
+                    raise OSError(errno.ENOSPC, "the disk is full")
+            except OSError:
+                # What was written of the line must stay the last of its file.
+                self._close()
+                raise
             self._size += len(line) + 1
+            self._unchecked += len(line) + 1
+            if self._unchecked > self._max_file_bytes // 8:
+                self._remove_oldest(0)
 
     def close(self) -> None:
         with self._lock:
@@ -69,13 +79,14 @@ class JsonLines:
         if self._file is not None:
             self._file.close()
             self._file = None
+            self._size = 0
 
     def _was_removed(self) -> bool:
         return os.fstat(self._file.fileno()).st_nlink == 0
 
     def _open(self, room: int) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._remove_oldest(room)
+        self._remove_oldest(max(room, self._max_file_bytes))
         while self._file is None:
             path = self._directory / f"{self._prefix}-{next(self._numbers):06d}.jsonl"
             with contextlib.suppress(FileExistsError):
@@ -83,13 +94,17 @@ class JsonLines:
         self._size = 0
 
     def _remove_oldest(self, room: int) -> None:
-        """Make room for a whole file, so that the cap holds until the next rotation."""
+        """Keep the folder below the cap with ``room`` to spare. Only files of our own making are touched."""
+        self._unchecked = 0
+        own = self._file.name if self._file is not None else None
         files = []
         for path in self._directory.glob("*.jsonl"):
+            if str(path) == str(own) or not _OUR_FILES.fullmatch(path.name):
+                continue
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
                 files.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in files) + max(room, self._max_file_bytes)
+        total = sum(size for _, size, _ in files) + self._size + room
         for _, size, path in sorted(files):
             if total <= self._max_total_bytes:
                 return
@@ -98,13 +113,17 @@ class JsonLines:
 
 
 class JsonLinesSpanExporter(SpanExporter):
+    """Writes spans; ``unwritten`` counts those that it could not write."""
+
     def __init__(self, lines: JsonLines) -> None:
         self._lines = lines
+        self.unwritten = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         try:
             self._lines.write(encode_spans(spans).to_json().encode())
         except OSError as error:
+            self.unwritten += len(spans)
             _logger.warning("the local store cannot be written, %d spans are lost: %s", len(spans), error)
             return SpanExportResult.FAILURE
         return SpanExportResult.SUCCESS

@@ -91,6 +91,8 @@ BAD_FIELDS = [
     ({"input": [[1, True]]}, "input", "input[0][1] must be a token id; got a boolean"),
     ({"input": [1, "a"]}, "input", "input[0][1] must be a token id; got a string"),
     ({"input": [1, 30_000]}, "input", "input[0][1] must be a token id from 0 to 29999; got 30000"),
+    ({"input": [1] * 101}, "input", "input[0] has 101 token ids; at most 100 are taken"),
+    ({"input": "a", "k" * 999: 1}, "k" * 80, "k is not a field of this request"),
     ({"input": [-1]}, "input", "input[0][0] must be a token id of the vocabulary; got -1"),
     ({"input": [10**30]}, "input", "must be a token id of the vocabulary"),
     ({"input": "x" * 101}, "input", "input[0] has 101 characters; at most 100 are taken"),
@@ -119,7 +121,10 @@ def test_422_names_the_field_and_the_rule(port: int, body: dict[str, Any], param
         ({"inputs": [1, 2]}, "inputs[0] is an integer"),
         ({"inputs": "a", "parameters": {"truncate": "yes"}}, "parameters.truncate"),
         ({"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k"),
-        ({"inputs": "a", "parameters": {"topk": 1}}, "parameters.topk is not a field"),
+        (
+            {"inputs": "a", "parameters": {"topk": 1}},
+            "parameters.topk is not a field of this request; known: truncate, top_k",
+        ),
         (
             {"inputs": "a " * 20, "parameters": {"truncate": False}},
             "inputs[0] is 22 tokens long; the model takes at most 16",

@@ -13,7 +13,7 @@ from tests.support.http import Answer, call
 from tests.support.otlp import OtlpReceiver
 
 NEVER_WITHOUT_GPU = {m.name for m in METRICS if m.name.startswith(("ai.gpu.", "hw."))}
-ONLY_WHEN_LOSING = {names.DROPPED_RECORDS.name}
+ONLY_WHEN_LOSING = {names.DROPPED_RECORDS.name, names.UNWRITTEN_SPANS.name}
 
 
 @pytest.fixture(scope="module")

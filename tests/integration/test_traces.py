@@ -294,7 +294,14 @@ def test_work_past_its_deadline_is_dropped_before_the_model_runs(
     assert answer.status == 504
     assert answer.error["code"] == "deadline_passed"
     assert one(spans, names.PREDICT).attributes["error.type"] == "deadline_passed"
-    assert one(spans, names.BATCHED_PREDICT).attributes["error.type"] == "deadline_passed"
+    for name in (names.BATCHED_PREDICT, names.QUEUE):
+        assert one(spans, name).attributes["error.type"] == "deadline_passed"
+    queue = one(spans, names.QUEUE)
+    waits = [queue.attributes[f"ai.queue.{part}_ms"] for part in ("device_busy", "fill_wait", "load_wait")]
+    assert sum(waits) == pytest.approx(queue.ms, abs=0.01)
+    timing = answer.server_timing
+    assert timing["queue"] == pytest.approx(queue.ms, abs=20)
+    assert abs(sum(timing.values()) - 2 * timing["total"]) <= max(1.0, 0.05 * timing["total"])
     assert named(spans, names.FORWARD_PASS) == []
 
 

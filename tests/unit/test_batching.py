@@ -192,6 +192,43 @@ async def test_a_running_input_that_is_cancelled_keeps_the_device_busy_until_the
 
 
 @gate_test
+async def test_a_request_cancelled_before_its_inputs_begin_to_wait_leaves_nothing_behind() -> None:
+    for busy in (False, True):
+        device = Device()
+        if busy:
+            device.submit("first")
+            await device.start()
+        gone = device.submit("gone")
+        # Between the tick in which the request is queued and the one in which its inputs begin to wait.
+        asyncio.get_running_loop().call_soon(gone.cancel)
+        await settle()
+        if busy:
+            await device.end()
+        assert (device.gate.depth, device.gate.running) == (0, 0)
+        device._arrived.clear()
+        device.submit("next")
+        assert await device.start() == ["next"]
+        await device.end()
+
+
+@gate_test
+async def test_an_input_that_never_ran_knows_what_it_waited_for() -> None:
+    device = Device()
+    device.submit("a")
+    device.now_ns = 5
+    await device.start()
+    item = Item("b", 1, FOREVER)
+    device.now_ns = 10
+    waiting = asyncio.ensure_future(device.gate.submit([item]))
+    await settle()
+    device.now_ns = 40
+    waiting.cancel()
+    await settle()
+    assert (item.wait_ns, item.busy_wait_ns, item.fill_wait_ns) == (30, 30, 0)
+    await device.end()
+
+
+@gate_test
 async def test_an_input_past_its_deadline_is_dropped_when_the_batch_is_cut() -> None:
     device = Device()
     device.submit("a")

@@ -31,7 +31,14 @@ CONFIG = yaml.safe_load(CONFIG_PATH.read_text())
         ({"batching": {"max_wait_ms": -1}}, "args.batching.max_wait_ms: Input should be greater than or equal to 0"),
         ({"batching": {"max_queue": 10}}, "limits.max_inputs (256) must be at most batching.max_queue (10)"),
         ({"batching": 3}, "args.batching: "),
-        ({"telemetry": {"max_file_mb": 100, "max_total_mb": 50}}, "telemetry.max_file_mb (100.0) must be at most"),
+        ({"batching": {"max_wait_ms": float("inf")}}, "args.batching.max_wait_ms: Input should be a finite number"),
+        ({"batching": {"max_queue": "many"}}, "args.batching.max_queue: Input should be a valid integer"),
+        ({"telemetry": {"capture_text": "yes"}}, "args.telemetry.capture_text: Input should be a valid boolean"),
+        ({"limits": {"max_timeout_ms": 1}}, "limits.default_timeout_ms (60000) must be at most"),
+        (
+            {"telemetry": {"max_file_mb": 100, "max_total_mb": 50}},
+            "telemetry.max_file_mb (100.0) must be at most a quarter",
+        ),
     ],
 )
 def test_wrong_configuration_is_refused_by_name(args: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -10,18 +11,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import INVALID_SPAN_CONTEXT
+from starlette.datastructures import Headers
 
+from deployments.batching import Item
 from deployments.config import AppConfig
 from deployments.errors import InvalidField
 from deployments.messages import Carrier, Envelope
 from deployments.telemetry import names
+from deployments.telemetry.carrier import from_headers
+from deployments.telemetry.names import Service
 from deployments.telemetry.provider import ReplicaIdentity
 from deployments.telemetry.recorder import Telemetry
-from deployments.telemetry.records import Membership, PostprocessRecord, PredictRecord, RequestRecord
+from deployments.telemetry.records import Membership, PostprocessRecord, PredictRecord, RequestRecord, RunInput
 from deployments.timing import server_timing
 from tests.support.otlp import OtlpReceiver
 
@@ -34,11 +40,11 @@ Start = Callable[..., Telemetry]
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     started = []
 
-    def run(**environ: str) -> Telemetry:
+    def run(service: Service = "ingress", **environ: str) -> Telemetry:
         for key, value in environ.items():
             monkeypatch.setenv(key, value)
         config = AppConfig.parse({"telemetry": {"directory": str(tmp_path)}})
-        started.append(Telemetry("ingress", config, "model", ReplicaIdentity("replica", "node")))
+        started.append(Telemetry(service, config, "model", ReplicaIdentity("replica", "node")))
         return started[-1]
 
     yield run
@@ -56,7 +62,7 @@ def stored(folder: Path) -> list[dict[str, Any]]:
 
 
 def envelope(carrier: Carrier) -> Envelope:
-    return Envelope(carrier, "id", 1000.0, 0)
+    return Envelope(carrier, "id", 1000.0, time.time_ns())
 
 
 def request(telemetry: Telemetry, **headers: str) -> RequestRecord:
@@ -130,7 +136,7 @@ def test_tracestate_travels_through_the_carrier(start: Start, tmp_path: Path) ->
 def test_a_failed_stage_says_why_without_quoting_the_input(
     start: Start, tmp_path: Path, error: BaseException, error_type: str, message: str
 ) -> None:
-    telemetry = start()
+    telemetry = start("postprocessor")
     record = PostprocessRecord(envelope(SAMPLED))
     try:
         with telemetry.stage(record):
@@ -153,7 +159,7 @@ def test_a_failed_stage_says_why_without_quoting_the_input(
 
 
 def test_a_record_that_cannot_be_exported_harms_no_other(start: Start, tmp_path: Path) -> None:
-    telemetry = start()
+    telemetry = start("postprocessor")
     broken = PostprocessRecord(envelope(Carrier("not a traceparent at 01")))
     with telemetry.stage(broken):
         pass
@@ -165,7 +171,7 @@ def test_a_record_that_cannot_be_exported_harms_no_other(start: Start, tmp_path:
 
 
 def test_what_does_not_fit_is_counted_not_kept(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    telemetry = start()
+    telemetry = start("postprocessor")
     monkeypatch.setattr("deployments.telemetry.recorder._MAX_RECORDS", 0)
     with telemetry.stage(PostprocessRecord(envelope(SAMPLED))):
         pass
@@ -213,6 +219,37 @@ def test_a_silent_collector_does_not_hold_up_the_end_of_a_replica(start: Start) 
         telemetry.close()
         # The exporter itself would try for 10 s, and then for its metrics again.
         assert time.monotonic() - started < 9
+
+
+def test_a_request_cancelled_while_its_batch_runs_ends_with_it(start: Start, tmp_path: Path) -> None:
+    telemetry = start("model")
+    record = PredictRecord(envelope(SAMPLED))
+    item = Item(RunInput(record, np.array([1, 2], dtype=np.int32)), 2, 0, arrived_ns=record.started_ns)
+    item.started_ns = time.monotonic_ns()
+    memberships = telemetry.batch_begins([item], item.started_ns)
+    with telemetry.batch_run([item], memberships, item.started_ns):
+        with contextlib.suppress(asyncio.CancelledError), telemetry.stage(record):
+            raise asyncio.CancelledError
+        telemetry._drain()
+    telemetry.close()
+    by_name = {span["name"]: span for span in stored(tmp_path)}
+    forward, batched = by_name[names.FORWARD_PASS], by_name[names.BATCHED_PREDICT]
+
+    assert forward["endTimeUnixNano"] == batched["endTimeUnixNano"]
+    assert int(forward["endTimeUnixNano"]) >= int(forward["startTimeUnixNano"])
+    assert forward["status"]["code"] == 2
+    assert by_name[names.BATCH_FORWARD]["links"][0]["spanId"] == forward["spanId"]
+
+
+def test_the_last_of_two_tracestate_headers_is_not_lost() -> None:
+    headers = Headers(
+        raw=[(b"traceparent", SAMPLED.traceparent.encode()), (b"tracestate", b"a=1"), (b"tracestate", b"b=2")]
+    )
+    context = from_headers(headers)
+
+    assert context is not None
+    assert context.trace_state.to_header() == "a=1,b=2"
+    assert from_headers(Headers(raw=[(b"traceparent", SAMPLED.traceparent.encode())] * 2)) is None
 
 
 runs = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 50)), max_size=6)

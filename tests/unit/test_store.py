@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from google.protobuf.json_format import ParseDict
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -125,6 +126,51 @@ def test_files_are_rotated_and_the_oldest_go_when_the_cap_is_reached(tmp_path: P
     assert numbers == list(range(numbers[0], 200))
     assert 35 <= len(numbers) < 60
     assert all(path.stat().st_size <= 1_000 for path in tmp_path.iterdir())
+
+
+def test_only_files_of_our_own_making_are_removed(tmp_path: Path) -> None:
+    foreign = tmp_path / "my-dataset.jsonl"
+    foreign.write_text("x" * 10_000)
+    lines = JsonLines(tmp_path, "traces", "replica", max_file_bytes=1_000, max_total_bytes=4_000)
+    for _ in range(100):
+        lines.write(b"{}" + b" " * 98)
+
+    assert foreign.exists()
+
+
+def test_the_cap_holds_for_many_writers(tmp_path: Path) -> None:
+    writers = [JsonLines(tmp_path, "traces", f"replica-{n}", 1_000, 5_000) for n in range(12)]
+    for _ in range(30):
+        for lines in writers:
+            lines.write(b"{}" + b" " * 98)
+            assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5_000 + len(writers) * 125
+
+    assert len(lines_in(tmp_path)) > 20
+
+
+def test_a_line_that_a_full_disk_cut_short_stays_the_last_of_its_file(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path, "traces", "replica", 10**6, 10**7)
+    lines.write(b'{"number": 1}')
+    whole, lines._file = lines._file, _FullDisk(lines._file)
+    with pytest.raises(OSError, match="the disk is full"):
+        lines.write(b'{"number": 2}')
+    assert whole.closed
+    lines.write(b'{"number": 3}')
+
+    assert lines_in(tmp_path) == [{"number": 1}, {"number": 3}]
+
+
+class _FullDisk:
+    """Takes three bytes of what is written, as the system call does when the disk fills up."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        return self._file.write(data[:3])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def test_a_crash_in_the_middle_of_a_line_harms_no_other_line(tmp_path: Path) -> None:
