@@ -16,14 +16,14 @@ from deployments.app import build
 from tests.support.otlp import OtlpReceiver
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def receiver() -> Iterator[OtlpReceiver]:
     receiver = OtlpReceiver()
     yield receiver
     receiver.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(receiver: OtlpReceiver) -> Iterator[int]:
     """A local cluster whose replicas export to the receiver. Its HTTP port."""
     before = dict(os.environ)
