@@ -47,9 +47,14 @@ def waterfall(trace: Sequence[Span], spans: Sequence[Span]) -> Iterator[str]:
         yield from _branch(root, trace, start, scale, 0)
     links = {link for span in trace for link in span.links}
     for batch in _by_start(span for span in spans if span.key in links):
-        members = f"{len(batch.links)} requests in it" if batch.name == names.BATCH_FORWARD else "waited for"
+        members = _members(batch) if batch.name == names.BATCH_FORWARD else "waited for"
         yield f"linked: {members}, trace {batch.trace_id}"
         yield _line(batch, start, scale, 0)
+
+
+def _members(batch: Span) -> str:
+    count = len(batch.links)
+    return f"{count} request{'' if count == 1 else 's'} in it"
 
 
 def _branch(span: Span, trace: Sequence[Span], start: int, scale: int, depth: int) -> Iterator[str]:
