@@ -75,7 +75,7 @@ class ModelCard:
             source=source,
             task=task,
             max_length=_max_length(config, model, files.read("tokenizer_config.json") or {}, sentence),
-            vocab_size=_integer(model, "vocab_size") or 0,
+            vocab_size=_vocab_size(model),
             hidden_size=_integer(model, "hidden_size", "dim", "d_model"),
             pooling=sentence.pooling if sentence else _configured(config.pooling) or "mean",
             lower_case=sentence.lower_case if sentence else False,
@@ -227,6 +227,14 @@ def _max_length(
     if not usable:
         raise ConfigError("args.model.max_length: the model states no limit; set one")
     return min(usable)
+
+
+def _vocab_size(model: dict[str, Any]) -> int:
+    """Inputs are checked against it, so a model that does not state it cannot be served."""
+    size = _integer(model, "vocab_size")
+    if size is None:
+        raise ConfigError("args.model.source: its config.json states no vocab_size, so it is no text model")
+    return size
 
 
 def _labels(model: dict[str, Any]) -> tuple[str, ...]:

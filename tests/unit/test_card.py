@@ -157,5 +157,7 @@ def test_a_source_that_is_not_there(source: str, message: str) -> None:
 def test_a_folder_without_a_model_and_an_unknown_architecture(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         ModelCard.load(ModelConfig(source=str(tmp_path)))
+    with pytest.raises(ConfigError, match="states no vocab_size"):
+        card(tmp_path, {k: v for k, v in BERT.items() if k != "vocab_size"})
     with pytest.raises(ConfigError, match=r"args\.model\.task: the architecture \['GPT2LMHead'\]"):
         card(tmp_path, BERT | {"architectures": ["GPT2LMHead"]})
