@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -24,7 +23,6 @@ from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import HopRecord, RequestRecord
 
-_logger = logging.getLogger("slowlens.ingress")
 _CONTROLLER_PATIENCE_S = 1.0
 _GRACE_S = 0.1
 Result = TypeVar("Result")
@@ -93,11 +91,8 @@ class Hop:
 
     async def _has_replica(self) -> bool:
         """Whether to wait on. A controller that does not answer says nothing about replicas."""
-        try:
-            return await asyncio.wait_for(self._readiness.has_replica(self._stage), _CONTROLLER_PATIENCE_S)
-        except Exception as error:
-            _logger.warning("Serve's controller did not say whether the %s has replicas: %r", self._stage, error)
-            return True
+        missing = await self._readiness.missing(_CONTROLLER_PATIENCE_S)
+        return missing is None or self._stage not in missing
 
     async def _send(self, group: tuple[Any, ...]) -> tuple[Reply[Any], ...]:
         response = self._method.remote(group)

@@ -154,11 +154,7 @@ class IngressStage:
             lambda envelope: PredictRequest(envelope, tokenized.ids, request.param),
             Predicted,
         )
-        record.device, record.queue_ns, record.forward_ns = (
-            predicted.device,
-            predicted.queue_ns,
-            predicted.forward_ns,
-        )
+        record.device, record.forward_ns = predicted.device, predicted.forward_ns
 
         answer = await self._postprocessor.call(
             record,
@@ -234,16 +230,14 @@ class IngressStage:
         return _json(self._models()[0])
 
     async def _healthz(self) -> Response:
-        try:
-            missing = await asyncio.wait_for(self._readiness.missing(), _CONTROLLER_PATIENCE_S)
-            problem = f"no replica is ready: {', '.join(missing)}" if missing else None
-        except Exception as error:
-            _logger.warning("Serve's controller did not say which replicas are ready: %r", error)
-            problem = "Serve's controller does not say which replicas are ready"
-        if problem is not None:
-            unready = NoReplicaReady(problem, retry_after_s=5)
-            return _error_response(unready, unready.body())
-        return _json({"status": "ok"})
+        missing = await self._readiness.missing(_CONTROLLER_PATIENCE_S)
+        if missing == []:
+            return _json({"status": "ok"})
+        problem = "Serve's controller does not say which replicas are ready"
+        if missing is not None:
+            problem = f"no replica is ready: {', '.join(missing)}"
+        unready = NoReplicaReady(problem, retry_after_s=5)
+        return _error_response(unready, unready.body())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes. Serve calls this once, after the constructor."""

@@ -106,10 +106,8 @@ class PredictRequest:
 class Predicted:
     outputs: tuple[Any, ...]
     """One per input, see ``engine.base.Output``."""
-    queue_ns: int
     forward_ns: int
-    """``queue_ns + forward_ns`` is the time between arrival and result: the union of the runs that the request was
-    in, and the rest."""
+    """The union of the runs that the request was in. The rest of ``Reply.held_ns`` it was in the queue."""
     device: str
 
 

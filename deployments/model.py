@@ -98,8 +98,7 @@ class ModelStage:
             outputs = tuple(_output(outcome, i, request.param) for i, outcome in enumerate(outcomes))
         if outputs is None:
             return record.reply(None)
-        forward_ns = record.forward_ns()
-        return record.reply(Predicted(outputs, record.held_ns - forward_ns, forward_ns, self._engine.device))
+        return record.reply(Predicted(outputs, record.forward_ns(), self._engine.device))
 
     def _note_cold_start(self, record: PredictRecord) -> None:
         """A request sent before this replica was ready waited for its load, though in the caller's router."""

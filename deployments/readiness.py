@@ -6,6 +6,7 @@ A replica counts as running once its constructor is over, which for the model me
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -13,6 +14,7 @@ from ray import serve
 
 from deployments.telemetry.names import Service
 
+_logger = logging.getLogger("slowlens.ingress")
 _MAX_AGE_S = 0.5
 RunningReplicas = Callable[[], Mapping[str, int]]
 
@@ -42,13 +44,13 @@ class Readiness:
         self._answered_s = float("-inf")
         self._asking: asyncio.Task[None] | None = None
 
-    async def has_replica(self, stage: Service) -> bool:
-        await self._refresh()
-        return self._answer.get(self._deployments[stage], 0) > 0
-
-    async def missing(self) -> list[Service]:
-        """The stages without a running replica."""
-        await self._refresh()
+    async def missing(self, patience_s: float) -> list[Service] | None:
+        """The stages without a running replica; None where the controller fails or does not answer in time."""
+        try:
+            await asyncio.wait_for(self._refresh(), patience_s)
+        except Exception as error:
+            _logger.warning("Serve's controller did not say which replicas are running: %r", error)
+            return None
         return [stage for stage, name in self._deployments.items() if self._answer.get(name, 0) == 0]
 
     async def _refresh(self) -> None:

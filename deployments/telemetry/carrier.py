@@ -21,8 +21,11 @@ def from_headers(headers: Mapping[str, str]) -> SpanContext | None:
 
 def _combined(headers: Mapping[str, str]) -> dict[str, str]:
     """W3C: several ``tracestate`` headers are one list; several ``traceparent`` headers are malformed."""
-    found = {name: [v for k, v in headers.items() if k.lower() == name] for name in ("traceparent", "tracestate")}
-    return {name: ",".join(values) for name, values in found.items() if values}
+    found: dict[str, list[str]] = {}
+    for name, value in headers.items():
+        if name.lower() in ("traceparent", "tracestate"):
+            found.setdefault(name.lower(), []).append(value)
+    return {name: ",".join(values) for name, values in found.items()}
 
 
 def from_carrier(carrier: Carrier) -> SpanContext:
@@ -30,6 +33,11 @@ def from_carrier(carrier: Carrier) -> SpanContext:
     _, trace_id, span_id, flags = carrier.traceparent.split("-")
     state = TraceState.from_header([carrier.tracestate]) if carrier.tracestate else TraceState.get_default()
     return SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)), state)
+
+
+def child_of(parent: SpanContext, span_id: int) -> SpanContext:
+    """A context in the parent's trace, for a span of this process."""
+    return SpanContext(parent.trace_id, span_id, False, parent.trace_flags, parent.trace_state)
 
 
 def is_sampled(carrier: Carrier) -> bool:

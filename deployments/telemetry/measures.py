@@ -54,11 +54,8 @@ class Measures:
     def measure(self, record: object) -> None:
         _measure(record, self)
 
-    def record(
-        self, spec: MetricSpec, value: float, exemplar: SpanContext | None = None, **attributes: str | int
-    ) -> None:
-        context = set_span_in_context(NonRecordingSpan(exemplar), Context()) if exemplar is not None else Context()
-        self._instruments[spec.name].record(value, {"model": self.model, **attributes}, context=context)
+    def record(self, spec: MetricSpec, value: float, exemplar: SpanContext, **attributes: str | int) -> None:
+        self.raw(spec, value, exemplar, {"model": self.model, **attributes})
 
     def raw(self, spec: MetricSpec, value: float, exemplar: SpanContext, attributes: dict[str, Any]) -> None:
         context = set_span_in_context(NonRecordingSpan(exemplar), Context())
@@ -67,11 +64,9 @@ class Measures:
     def count(self, spec: MetricSpec, amount: int, **attributes: str) -> None:
         self._instruments[spec.name].add(amount, {"model": self.model, **attributes})
 
-    def count_dropped(self, amount: int) -> None:
-        self._instruments[names.DROPPED_RECORDS.name].add(amount, {})
-
-    def count_unwritten(self, spans: int) -> None:
-        self._instruments[names.UNWRITTEN_SPANS.name].add(spans, {})
+    def count_lost(self, spec: MetricSpec, amount: int) -> None:
+        """Telemetry that this process lost, of whatever model."""
+        self._instruments[spec.name].add(amount, {})
 
 
 @functools.singledispatch

@@ -6,12 +6,11 @@ and queued; a thread makes spans and measurements of it later. An unsampled requ
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -21,14 +20,14 @@ from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags, set_span_in_context
 
 from deployments.config import AppConfig
-from deployments.errors import ApiError, Cancelled, InternalError
+from deployments.errors import ApiError, InternalError
 from deployments.messages import Carrier
 from deployments.telemetry import names
-from deployments.telemetry.carrier import from_carrier, from_headers, is_sampled, to_carrier
-from deployments.telemetry.gpu import GpuReader, GpuSample
+from deployments.telemetry.carrier import child_of, from_carrier, from_headers, is_sampled, to_carrier
+from deployments.telemetry.gauges import show_gpus, show_process
+from deployments.telemetry.gpu import GpuReader
 from deployments.telemetry.measures import Measures, Reading
 from deployments.telemetry.names import MetricSpec, Service
-from deployments.telemetry.process import ProcessUsage, resident_bytes
 from deployments.telemetry.provider import Provider, ReplicaIdentity
 from deployments.telemetry.records import (
     BatchRecord,
@@ -44,12 +43,12 @@ from deployments.telemetry.records import (
     RunInput,
     StageRecord,
     TokenizeRecord,
+    named,
 )
 from deployments.telemetry.spans import SpanFactory
 
 Stage = TypeVar("Stage", TokenizeRecord, PredictRecord, PostprocessRecord)
 Part = TypeVar("Part", bound=Interval)
-Read = Callable[[GpuSample], float | None]
 _MAX_RECORDS = 20_000
 _DRAIN_INTERVAL_S = 0.1
 _logger = logging.getLogger("slowlens.telemetry")
@@ -100,7 +99,8 @@ class Telemetry:
         self._measures = Measures(self._provider.meter(), service, model)
         self._ids = RandomIdGenerator()
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
-        self._gauges()
+        show_process(self._measures)
+        show_gpus(self._measures, self.gpu)
         self._queue: deque[Record] = deque()
         self._lost = self._unwritten = 0
         self._stopped = threading.Event()
@@ -142,13 +142,10 @@ class Telemetry:
 
     def fail(self, record: RequestRecord, error: BaseException) -> ApiError:
         """Note why a request failed, and return what its caller is told."""
+        error = named(error)
         record.fault = Fault.of(error)
-        answer = error if isinstance(error, ApiError) else None
-        if isinstance(error, asyncio.CancelledError):
-            answer = Cancelled("the client hung up").with_traceback(error.__traceback__)
-            record.fault = Fault.of(answer)
-        if answer is None:
-            answer = InternalError(f"internal error; its trace id is {record.context.trace_id:032x}")
+        trace_id = f"{record.context.trace_id:032x}"
+        answer = error if isinstance(error, ApiError) else InternalError(f"internal error; its trace id is {trace_id}")
         record.outcome, record.status = answer.outcome, answer.status
         return answer
 
@@ -168,8 +165,7 @@ class Telemetry:
         try:
             yield interval
         except BaseException as error:
-            cancelled = isinstance(error, asyncio.CancelledError)
-            interval.fault = Fault.of(Cancelled("the client hung up") if cancelled else error)
+            interval.fault = Fault.of(named(error))
             raise
         finally:
             interval.ended_ns = time.monotonic_ns()
@@ -268,8 +264,7 @@ class Telemetry:
         """A context for a span of this request. For an unsampled one it is only told apart, never exported."""
         if not is_sampled(record.carrier):
             return SpanContext(0, 0, False)
-        hop = from_carrier(record.carrier)
-        return SpanContext(hop.trace_id, self._ids.generate_span_id(), False, hop.trace_flags, hop.trace_state)
+        return child_of(from_carrier(record.carrier), self._ids.generate_span_id())
 
     # --- the load of the model ---
 
@@ -303,35 +298,6 @@ class Telemetry:
         """Show, at every export, what ``reading`` gives; the model's name is added."""
         self._measures.gauge(spec, lambda: [(value, {"model": self._model, **more}) for value, more in reading()])
 
-    def _gauges(self) -> None:
-        usage = ProcessUsage()
-        gauge = self._measures.gauge
-        gauge(names.PROCESS_CPU, lambda: [(usage.cpu_utilization(), {})])
-        gauge(names.PROCESS_MEMORY, lambda: [(resident_bytes(), {})])
-        if not self.gpu.has_devices:
-            return
-        samples = self.gpu.samples
-
-        def by_index(read: Read) -> Reading:
-            return lambda: [(v, {"gpu.index": s.index}) for s in samples() if (v := read(s)) is not None]
-
-        def by_id(read: Read, **more: str) -> Reading:
-            return lambda: [(v, {"hw.id": s.uuid, **more}) for s in samples() if (v := read(s)) is not None]
-
-        gauge(names.GPU_UTILIZATION, by_index(lambda s: s.utilization_percent))
-        gauge(
-            names.GPU_MEMORY,
-            by_index(lambda s: s.memory_used_bytes / 1e9 if s.memory_used_bytes is not None else None),
-        )
-        gauge(
-            names.HW_UTILIZATION,
-            by_id(lambda s: s.utilization_percent / 100 if s.utilization_percent is not None else None),
-        )
-        gauge(names.HW_MEMORY_USAGE, by_id(lambda s: s.memory_used_bytes))
-        gauge(names.HW_MEMORY_LIMIT, by_id(lambda s: s.memory_total_bytes))
-        gauge(names.HW_POWER, by_id(lambda s: s.power_w, **{"hw.type": "gpu"}))
-        gauge(names.HW_TEMPERATURE, by_id(lambda s: s.temperature_c, **{"hw.type": "gpu"}))
-
     # --- off the request path ---
 
     def _emit(self, record: Record) -> None:
@@ -360,11 +326,11 @@ class Telemetry:
                 time.sleep(0)
             unwritten = self._provider.unwritten_spans()
             if unwritten > self._unwritten:
-                self._measures.count_unwritten(unwritten - self._unwritten)
+                self._measures.count_lost(names.UNWRITTEN_SPANS, unwritten - self._unwritten)
                 self._unwritten = unwritten
             if self._lost:
                 lost, self._lost = self._lost, 0
-                self._measures.count_dropped(lost)
+                self._measures.count_lost(names.DROPPED_RECORDS, lost)
 
     def _export(self, record: Record, factory: SpanFactory) -> None:
         try:

@@ -22,6 +22,13 @@ Result = TypeVar("Result")
 _MESSAGE_LIMIT = 500
 
 
+def named(error: BaseException) -> BaseException:
+    """The error as we speak of it: asyncio's cancellation is a client that hung up."""
+    if isinstance(error, asyncio.CancelledError):
+        return Cancelled("the client hung up").with_traceback(error.__traceback__)
+    return error
+
+
 @dataclass(slots=True)
 class Fault:
     """Why a span has status ERROR."""
@@ -69,13 +76,10 @@ class StageRecord:
         self.ended_ns = time.monotonic_ns()
         if error is None:
             return
-        if isinstance(error, asyncio.CancelledError):
-            past = self._past_deadline()
-            error = (
-                DeadlinePassed("the deadline passed while this stage had the request")
-                if past
-                else Cancelled("the client hung up")
-            ).with_traceback(error.__traceback__)
+        error = named(error)
+        if isinstance(error, Cancelled) and self._past_deadline():
+            passed = DeadlinePassed("the deadline passed while this stage had the request")
+            error = passed.with_traceback(error.__traceback__)
         self.fault = Fault.of(error)
         self.failure = Failure.of(error if isinstance(error, ApiError) else InternalError("internal error"))
 
@@ -258,7 +262,6 @@ class RequestRecord:
     requested_model: str = ""
     device: str = ""
     tokens: int = 0
-    queue_ns: int = 0
     forward_ns: int = 0
     status: int = 0
     outcome: str = "ok"

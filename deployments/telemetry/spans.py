@@ -14,7 +14,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
 from deployments import __version__
 from deployments.telemetry import names
-from deployments.telemetry.carrier import from_carrier, is_sampled
+from deployments.telemetry.carrier import child_of, from_carrier, is_sampled
 from deployments.telemetry.records import (
     BatchRecord,
     Fault,
@@ -102,13 +102,7 @@ class SpanFactory:
 
     def child(self, parent: SpanContext, span_id: int | None = None) -> SpanContext:
         """A context in the parent's trace, for a span made here."""
-        return SpanContext(
-            parent.trace_id,
-            span_id or self.ids.generate_span_id(),
-            False,
-            parent.trace_flags,
-            parent.trace_state,
-        )
+        return child_of(parent, span_id or self.ids.generate_span_id())
 
 
 @functools.singledispatch

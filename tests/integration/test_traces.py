@@ -56,6 +56,17 @@ def embed(port: int, text: str | list[Any], **headers: str) -> Answer:
     return call(port, "POST", "/v1/embeddings", {"input": text}, headers)
 
 
+def run_together(port: int, texts: list[str], let_go: Callable[[], None]) -> list[Answer]:
+    """Send each text when the one before it waits for the held device, then let the device go."""
+    with ThreadPoolExecutor(len(texts)) as pool:
+        futures = []
+        for depth, text in enumerate(texts, start=1):
+            futures.append(pool.submit(embed, port, text))
+            wait_for_depth(depth)
+        let_go()
+        return [future.result() for future in futures]
+
+
 def test_one_request_is_one_whole_trace(port: int, receiver: OtlpReceiver) -> None:
     traceparent, trace_id, caller_span = new_traceparent()
     answer = embed(port, "one two three", traceparent=traceparent, tracestate="vendor=value", **{"X-Request-ID": "r-1"})
@@ -164,14 +175,7 @@ def test_a_caller_that_does_not_sample_is_honoured_in_every_actor(port: int, rec
 def test_requests_that_waited_together_run_as_one_batch(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
-    texts = ["a", "b c d", "e f"]
-    with ThreadPoolExecutor(3) as pool:
-        answers = []
-        for depth, text in enumerate(texts, start=1):
-            answers.append(pool.submit(embed, port, text))
-            wait_for_depth(depth)
-        held()
-        trace_ids = [answer.result().trace_id for answer in answers]
+    trace_ids = [answer.trace_id for answer in run_together(port, ["a", "b c d", "e f"], held)]
     traces = [receiver.trace(trace_id, names=WHOLE_TRACE) for trace_id in trace_ids]
     forwards = [one(spans, names.FORWARD_PASS) for spans in traces]
     batch = batch_of(receiver, forwards[0])
@@ -229,13 +233,7 @@ def test_a_request_spread_over_batches_has_a_queue_and_a_forward_span_for_each(
 
 def test_a_poisoned_input_fails_alone(port: int, receiver: OtlpReceiver, held: Callable[[], None]) -> None:
     texts = ["good one", POISON, "good two"]
-    with ThreadPoolExecutor(3) as pool:
-        futures = []
-        for depth, text in enumerate(texts, start=1):
-            futures.append(pool.submit(embed, port, text))
-            wait_for_depth(depth)
-        held()
-        answers = [future.result() for future in futures]
+    answers = run_together(port, texts, held)
     bad = answers[1]
 
     assert [answer.status for answer in answers] == [200, 500, 200]

@@ -1,0 +1,42 @@
+"""The gauges that every replica shows of itself: its process, and the GPUs that it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deployments.telemetry import names
+from deployments.telemetry.gpu import GpuReader, GpuSample
+from deployments.telemetry.measures import Measures, Reading
+from deployments.telemetry.process import ProcessUsage, resident_bytes
+
+Read = Callable[[GpuSample], float | None]
+
+
+def show_process(measures: Measures) -> None:
+    usage = ProcessUsage()
+    measures.gauge(names.PROCESS_CPU, lambda: [(usage.cpu_utilization(), {})])
+    measures.gauge(names.PROCESS_MEMORY, lambda: [(resident_bytes(), {})])
+
+
+def show_gpus(measures: Measures, reader: GpuReader) -> None:
+    """Nothing at all for a replica without a GPU; of a device, what it tells."""
+    if not reader.has_devices:
+        return
+
+    def by_index(read: Read) -> Reading:
+        return lambda: [(v, {"gpu.index": s.index}) for s in reader.samples() if (v := read(s)) is not None]
+
+    def by_id(read: Read, **more: str) -> Reading:
+        return lambda: [(v, {"hw.id": s.uuid, **more}) for s in reader.samples() if (v := read(s)) is not None]
+
+    measures.gauge(names.GPU_UTILIZATION, by_index(lambda s: s.utilization_percent))
+    measures.gauge(names.GPU_MEMORY, by_index(lambda s: _scaled(s.memory_used_bytes, 1e9)))
+    measures.gauge(names.HW_UTILIZATION, by_id(lambda s: _scaled(s.utilization_percent, 100)))
+    measures.gauge(names.HW_MEMORY_USAGE, by_id(lambda s: s.memory_used_bytes))
+    measures.gauge(names.HW_MEMORY_LIMIT, by_id(lambda s: s.memory_total_bytes))
+    measures.gauge(names.HW_POWER, by_id(lambda s: s.power_w, **{"hw.type": "gpu"}))
+    measures.gauge(names.HW_TEMPERATURE, by_id(lambda s: s.temperature_c, **{"hw.type": "gpu"}))
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return value / unit if value is not None else None
