@@ -88,6 +88,15 @@ def test_every_key_outside_args_is_one_that_serve_knows() -> None:
     assert unknown == []
 
 
+def test_the_configs_of_the_benchmarks_are_whole_too() -> None:
+    paths = list(CONFIG_PATH.parent.glob("benchmarks/*.yaml"))
+    assert paths
+    for path in paths:
+        config = yaml.safe_load(path.read_text())
+        assert list(unknown_keys(config, ServeDeploySchema, "")) == []
+        AppConfig.parse(config["applications"][0]["args"])
+
+
 def test_the_check_finds_a_typo() -> None:
     typo = {"applications": [{"deployments": [{"name": "Model", "num_replica": 2}]}], "http_option": {}}
 
