@@ -1,10 +1,11 @@
-"""A hop: one actor call from the ingress to a stage, for one request."""
+"""A hop: one actor call from the ingress to a stage, shared by the requests that wait for the same stage."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledError
@@ -16,16 +17,20 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
-from deployments.errors import DeadlinePassed, NoReplicaReady, QueueFull, ReplicaDied
+from deployments.errors import Cancelled, DeadlinePassed, NoReplicaReady, QueueFull, ReplicaDied
 from deployments.messages import Envelope, Reply
 from deployments.readiness import Readiness
+from deployments.sharing import Replies, SharedCalls
 from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import HopRecord, RequestRecord
 
 _CONTROLLER_PATIENCE_S = 1.0
 _GRACE_S = 0.1
+_MAX_COST_US = 5_000
+"""Of a shared call, in the stage: how long one request may have to wait for the others. A larger one goes alone."""
 Result = TypeVar("Result")
+_logger = logging.getLogger("slowlens.ingress")
 
 
 class Hop:
@@ -33,7 +38,10 @@ class Hop:
 
     Args:
         stage: its name.
-        method: the handle's method. It takes a tuple of requests and returns a tuple of replies.
+        handle: the deployment's handle.
+        method: its method. It takes a tuple of requests (each with ``cost_us``) and returns a tuple of replies. With
+            ``replies_as_ready`` it yields tuples of ``(place of the request, reply)``, and the deployment has a method
+            ``forget`` that takes a tuple of traceparents.
         telemetry: for the hop's span.
         readiness: whether the stage has a replica, asked only of calls that wait for one.
         no_replica_wait_ms: how long a call may wait for a first replica.
@@ -42,13 +50,30 @@ class Hop:
     def __init__(
         self,
         stage: Service,
-        method: DeploymentHandle[Any],
+        handle: DeploymentHandle[Any],
+        method: str,
         telemetry: Telemetry,
         readiness: Readiness,
         no_replica_wait_ms: float,
+        *,
+        replies_as_ready: bool = False,
     ) -> None:
-        self._stage, self._method, self._telemetry = stage, method, telemetry
+        self._stage, self._telemetry, self._replies_as_ready = stage, telemetry, replies_as_ready
         self._readiness, self._no_replica_wait_s = readiness, no_replica_wait_ms / 1000
+        # By value: over gRPC and not through Ray's object store, at half the cost of a call.
+        self._handle = handle.options(
+            method_name=method,
+            stream=replies_as_ready,
+            _by_reference=False,
+            request_serialization="pickle",
+            response_serialization="pickle",
+        )
+        self._calls = SharedCalls(
+            self._exchange,
+            _MAX_COST_US,
+            pipelined=replies_as_ready,
+            forget=self._forget if replies_as_ready else None,
+        )
 
     async def call(
         self,
@@ -61,47 +86,54 @@ class Hop:
 
         Raises:
             ApiError: the stage's own failure, or 504 (deadline), 503 (no replica), 429 (queue before the stage full).
-            asyncio.CancelledError: the client hung up; the call is cancelled in the stage too.
+            asyncio.CancelledError: the client hung up; the request is withdrawn from the stage too.
         """
         with self._telemetry.hop(record, self._stage) as hop:
-            remaining_ms = (deadline_ns - time.monotonic_ns()) / 1e6
-            if remaining_ms <= 0:
+            remaining_s = (deadline_ns - time.monotonic_ns()) / 1e9
+            if remaining_s <= 0:
                 raise DeadlinePassed(f"the deadline passed before the {self._stage}")
             envelope = Envelope(
-                self._telemetry.carrier_of(record, hop), record.request_id, remaining_ms, time.time_ns()
+                self._telemetry.carrier_of(record, hop), record.request_id, remaining_s * 1e3, time.time_ns()
             )
-            (reply,) = await self._answer((request(envelope),), deadline_ns)
+            message = request(envelope)
+            # The stage keeps the deadline itself and says where the time went; it has a moment to say so.
+            member = self._calls.enter(message, message.cost_us, remaining_s + _GRACE_S)
+            try:
+                reply = await member.answer
+            except TimeoutError:
+                raise DeadlinePassed(f"the deadline passed at the {self._stage}") from None
+            finally:
+                self._calls.leave(member)
+                hop.group_size = member.group_size
             return self._open(reply, hop, result)
 
-    async def _answer(self, group: tuple[Any, ...], deadline_ns: int) -> tuple[Reply[Any], ...]:
-        call = asyncio.ensure_future(self._send(group))
+    def _open(self, reply: Reply[Any], hop: HopRecord, result: type[Result]) -> Result:
+        hop.held_ns, hop.answered = reply.held_ns, True
+        if reply.failure is not None:
+            raise reply.failure.error()
+        assert isinstance(reply.result, result)
+        return reply.result
+
+    # --- the shared call ---
+
+    async def _exchange(self, requests: tuple[Any, ...]) -> AsyncIterator[Replies]:
+        response: Any = self._handle.remote(requests)
+        replies = self._replies(response)
+        first = asyncio.ensure_future(anext(replies))
         try:
-            await asyncio.wait([call], timeout=min(_left_s(deadline_ns), self._no_replica_wait_s))
-            if not call.done() and not await self._has_replica() and not call.done():
+            await asyncio.wait([first], timeout=self._no_replica_wait_s)
+            if not first.done() and not await self._has_replica() and not first.done():
                 raise NoReplicaReady(f"no replica of the {self._stage} is ready", retry_after_s=5)
-            if not call.done():
-                # The stage keeps the deadline itself and says where the time went; it has a moment to say so.
-                await asyncio.wait([call], timeout=_left_s(deadline_ns) + _GRACE_S)
-            if not call.done():
-                raise DeadlinePassed(f"the deadline passed at the {self._stage}")
-            return call.result()
-        finally:
-            # Cancels the call in the stage too, where it is still running.
-            call.cancel()
-
-    async def _has_replica(self) -> bool:
-        """Whether to wait on. A controller that does not answer says nothing about replicas."""
-        missing = await self._readiness.missing(_CONTROLLER_PATIENCE_S)
-        return missing is None or self._stage not in missing
-
-    async def _send(self, group: tuple[Any, ...]) -> tuple[Reply[Any], ...]:
-        response = self._method.remote(group)
-        try:
-            return await response  # type: ignore[no-any-return]
-        except asyncio.CancelledError:
-            # Serve cancels the calls of a request that it cancels itself (a hang-up); our deadlines it cannot know.
-            response.cancel()  # type: ignore[no-untyped-call]
+            yield await first
+            async for more in replies:
+                yield more
+        except (asyncio.CancelledError, NoReplicaReady):
+            # Serve cancels the calls of a request that it cancels itself (a hang-up), but this one is nobody's alone.
+            first.cancel()
+            response.cancel()
             raise
+        except StopAsyncIteration:
+            return
         except BackPressureError as error:
             raise QueueFull(
                 f"{error.args[0]} requests wait for the {self._stage}, the most that may; try again later",
@@ -114,15 +146,24 @@ class Hop:
                 f"the replica of the {self._stage} died under this request; try again", retry_after_s=1
             ) from None
         except (RequestCancelledError, TaskCancelledError):
-            raise asyncio.CancelledError from None
+            raise Cancelled(f"the call to the {self._stage} was cancelled") from None
 
-    def _open(self, reply: Reply[Any], hop: HopRecord, result: type[Result]) -> Result:
-        hop.held_ns, hop.answered = reply.held_ns, True
-        if reply.failure is not None:
-            raise reply.failure.error()
-        assert isinstance(reply.result, result)
-        return reply.result
+    async def _replies(self, response: Any) -> AsyncIterator[Replies]:
+        if self._replies_as_ready:
+            async for replies in response:
+                yield replies
+        else:
+            yield tuple(enumerate(await response))
 
+    async def _has_replica(self) -> bool:
+        """Whether to wait on. A controller that does not answer says nothing about replicas."""
+        missing = await self._readiness.missing(_CONTROLLER_PATIENCE_S)
+        return missing is None or self._stage not in missing
 
-def _left_s(deadline_ns: int) -> float:
-    return max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
+    async def _forget(self, request: Any) -> None:
+        """Tell every replica, for Serve does not say which one has the request."""
+        response = self._handle.broadcast("forget", (request.envelope.carrier.traceparent,))
+        try:
+            await response.results_async(return_exceptions=True)
+        except Exception as error:
+            _logger.warning("a request that was given up could not be withdrawn from the %s: %r", self._stage, error)

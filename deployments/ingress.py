@@ -19,6 +19,7 @@ from pydantic_core import to_json
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from deployments import __version__
 from deployments.api import (
@@ -103,9 +104,10 @@ class IngressStage:
             },
         )
         wait_ms = config.limits.no_replica_wait_ms
-        self._tokenizer = Hop("tokenizer", tokenizer.tokenize, self._telemetry, self._readiness, wait_ms)
-        self._model = Hop("model", model.predict, self._telemetry, self._readiness, wait_ms)
-        self._postprocessor = Hop("postprocessor", postprocessor.postprocess, self._telemetry, self._readiness, wait_ms)
+        way = (self._telemetry, self._readiness, wait_ms)
+        self._tokenizer = Hop("tokenizer", tokenizer, "tokenize", *way)
+        self._model = Hop("model", model, "predict", *way, replies_as_ready=True)
+        self._postprocessor = Hop("postprocessor", postprocessor, "postprocess", *way)
 
     # --- the way of a request ---
 
@@ -113,8 +115,8 @@ class IngressStage:
         request_id = _request_id(http.headers)
         with self._telemetry.request(
             method=http.method,
-            path=http.url.path,
-            scheme=http.url.scheme,
+            path=http.scope["path"],
+            scheme=http.scope["scheme"],
             route=route.path,
             request_id=request_id,
             headers=http.headers,
@@ -241,7 +243,8 @@ class IngressStage:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes. Serve calls this once, after the constructor."""
-        app = FastAPI(
+        app = _Front(
+            {route.path: self._endpoint(route) for route in (EMBEDDINGS, PREDICT)},
             title="slowlens",
             version=__version__,
             description="Transformer inference that can tell you why a request was slow.",
@@ -272,6 +275,32 @@ class IngressStage:
     def __del__(self) -> None:
         if hasattr(self, "_telemetry"):
             self._telemetry.close()
+
+
+class _Front(FastAPI):
+    """The application, with a straight way to the inference routes.
+
+    FastAPI's middlewares, dependencies and response models cost more than all that we do with a request in this
+    process, and an inference route uses none of them.
+    """
+
+    def __init__(self, straight: Mapping[str, Callable[[Request], Awaitable[Response]]], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._straight = straight
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self._straight.get(scope["path"].removeprefix(scope.get("root_path", "")))
+        if endpoint is None:
+            await super().__call__(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            response = await endpoint(request)
+        except Exception as error:
+            response = await _unforeseen(request, error)
+        await response(scope, receive, send)
 
 
 async def _read(http: Request, limit: int, deadline_ns: int) -> bytes:

@@ -1,12 +1,14 @@
 """What crosses processes. All of it frozen, compact and free of behaviour.
 
-1. A call to a stage carries a tuple of requests and returns a tuple of replies, in order. Requests that wait for the
-   same stage can therefore share one actor call; each keeps its own envelope, times and outcome.
+1. A call to a stage carries a tuple of requests, for requests that wait for the same stage share one actor call; each
+   keeps its own envelope, times and outcome. Replies come as a tuple in the same order, or, from the model, as tuples
+   of ``(place, reply)`` as they are ready.
 2. An ``Envelope`` is what every stage needs to know of the request: its trace (the caller's hop span, as W3C text),
    its id for logs, and how much of its time is left.
 3. Every ``Reply`` says how long the stage held the request by its own monotonic clock. The caller's duration less this
    one is the cost of the hop; clocks of two machines are never subtracted from each other.
-4. Sequences of token ids are one flat array and their lengths, not lists of numbers.
+4. ``cost_us`` says roughly how long a request keeps its stage busy, the model apart, so that large ones travel alone.
+5. Sequences of token ids are one flat array and their lengths, not lists of numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +27,17 @@ Result = TypeVar("Result")
 Task = Literal["embeddings", "text-classification", "token-classification", "fill-mask"]
 
 
+class _Message:
+    """Pickled as a call of the class: what dataclasses do by themselves costs ten times as much."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, name) for name in self.__slots__)
+
+
 @dataclass(frozen=True, slots=True)
-class Carrier:
+class Carrier(_Message):
     """W3C trace context of the span that the receiver's spans are children of."""
 
     traceparent: str
@@ -34,7 +45,7 @@ class Carrier:
 
 
 @dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(_Message):
     carrier: Carrier
     request_id: str
     remaining_ms: float
@@ -44,7 +55,7 @@ class Envelope:
 
 
 @dataclass(frozen=True, slots=True)
-class Ragged:
+class Ragged(_Message):
     """``n`` sequences in one array: ``values`` of shape ``[sum(lengths), ...]``."""
 
     values: npt.NDArray[Any]
@@ -63,7 +74,7 @@ class Ragged:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply(Generic[Result]):
+class Reply(_Message, Generic[Result]):
     """A stage's answer for one request: a result or a failure, and how long the stage had the request."""
 
     held_ns: int
@@ -75,7 +86,7 @@ class Reply(Generic[Result]):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizeRequest:
+class TokenizeRequest(_Message):
     envelope: Envelope
     inputs: tuple[str, ...] | tuple[tuple[int, ...], ...]
     """Texts, or token ids that the caller made itself (used as they are, no special tokens added)."""
@@ -83,9 +94,13 @@ class TokenizeRequest:
     param: str
     """The request field that the inputs came from, for error messages."""
 
+    @property
+    def cost_us(self) -> int:
+        return 50 + sum(map(len, self.inputs))
+
 
 @dataclass(frozen=True, slots=True)
-class Tokenized:
+class Tokenized(_Message):
     ids: Ragged
     truncated: tuple[bool, ...]
     offsets: Ragged | None = None
@@ -96,14 +111,18 @@ class Tokenized:
 
 
 @dataclass(frozen=True, slots=True)
-class PredictRequest:
+class PredictRequest(_Message):
     envelope: Envelope
     ids: Ragged
     param: str
 
+    @property
+    def cost_us(self) -> int:
+        return 50 * len(self.ids.lengths)
+
 
 @dataclass(frozen=True, slots=True)
-class Predicted:
+class Predicted(_Message):
     outputs: tuple[Any, ...]
     """One per input, see ``engine.base.Output``."""
     forward_ns: int
@@ -115,7 +134,7 @@ class Predicted:
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerOptions:
+class AnswerOptions(_Message):
     """How the caller wants the answer. ``route`` decides the shape, the others apply to the tasks that know them."""
 
     route: Literal["/v1/embeddings", "/predict"]
@@ -125,7 +144,7 @@ class AnswerOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class PostprocessRequest:
+class PostprocessRequest(_Message):
     envelope: Envelope
     tokenized: Tokenized
     outputs: tuple[Any, ...]
@@ -133,8 +152,13 @@ class PostprocessRequest:
     texts: tuple[str, ...] = field(default=())
     """Only for token-classification."""
 
+    @property
+    def cost_us(self) -> int:
+        # A candidate of fill-mask is decoded to text, a number is only printed.
+        return sum(50 + (output.size // 5 if isinstance(output, np.ndarray) else 5_000) for output in self.outputs)
+
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(_Message):
     fragments: tuple[bytes, ...]
     """One JSON object per input. Numbers become text here, in a stage that scales, not in the ingress."""

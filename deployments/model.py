@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,7 @@ class ModelStage:
         self._telemetry = Telemetry("model", config, self._card.name, place.identity, place.gpus)
         self._engine = load_engine(config, self._card, has_gpu=bool(place.gpus), cpus=place.cpus)
         self._device_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slowlens-device")
+        self._in_hand: dict[str, asyncio.Task[Reply[Predicted]]] = {}
         self._warm = False
         try:
             self._load()
@@ -80,8 +81,28 @@ class ModelStage:
         self._ready_unix_ns = time.time_ns()
         self._warm = True
 
-    async def predict(self, requests: tuple[PredictRequest, ...]) -> tuple[Reply[Predicted], ...]:
-        return tuple(await asyncio.gather(*map(self._predict, requests)))
+    async def predict(
+        self, requests: tuple[PredictRequest, ...]
+    ) -> AsyncIterator[tuple[tuple[int, Reply[Predicted]], ...]]:
+        """Yields the replies, with the place of their request, as the batches that they were in end."""
+        tasks = {asyncio.ensure_future(self._predict(request)): i for i, request in enumerate(requests)}
+        pending = set(tasks)
+        for task, i in tasks.items():
+            self._in_hand[requests[i].envelope.carrier.traceparent] = task
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                yield tuple((tasks[task], task.result()) for task in done if not task.cancelled())
+        finally:
+            for task, i in tasks.items():
+                task.cancel()
+                self._in_hand.pop(requests[i].envelope.carrier.traceparent, None)
+
+    async def forget(self, traceparents: tuple[str, ...]) -> None:
+        """Give up requests that share a call with others, as if their callers had cancelled them alone."""
+        for traceparent in traceparents:
+            if traceparent in self._in_hand:
+                self._in_hand[traceparent].cancel()
 
     async def _predict(self, request: PredictRequest) -> Reply[Predicted]:
         outputs: tuple[Output, ...] | None = None

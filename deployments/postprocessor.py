@@ -25,19 +25,22 @@ class PostprocessorStage:
         self._telemetry = Telemetry("postprocessor", config, card.name, placement().identity)
 
     async def postprocess(self, requests: tuple[PostprocessRequest, ...]) -> tuple[Reply[Answer], ...]:
-        return tuple(await asyncio.gather(*map(self._postprocess, requests)))
+        if self._takes_long:
+            return await asyncio.to_thread(self._postprocess, requests)
+        return self._postprocess(requests)
 
-    async def _postprocess(self, request: PostprocessRequest) -> Reply[Answer]:
-        result = None
-        with self._telemetry.stage(PostprocessRecord(request.envelope)) as record:
-            arguments = (request.tokenized, request.outputs, request.options, request.texts)
-            if self._takes_long:
-                fragments = await asyncio.to_thread(self._answers.fragments, *arguments)
-            else:
-                fragments = self._answers.fragments(*arguments)
-            record.output_length = sum(map(len, fragments))
-            result = Answer(fragments)
-        return record.reply(result)
+    def _postprocess(self, requests: tuple[PostprocessRequest, ...]) -> tuple[Reply[Answer], ...]:
+        records = [PostprocessRecord(request.envelope) for request in requests]
+        answers: list[Answer | None] = [None] * len(requests)
+        with self._telemetry.stages(records):
+            for i, (request, record) in enumerate(zip(requests, records, strict=True)):
+                with self._telemetry.part(record):
+                    fragments = self._answers.fragments(
+                        request.tokenized, request.outputs, request.options, request.texts
+                    )
+                    record.output_length = sum(map(len, fragments))
+                    answers[i] = Answer(fragments)
+        return tuple(record.reply(answer) for record, answer in zip(records, answers, strict=True))
 
     def __del__(self) -> None:
         if hasattr(self, "_telemetry"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -32,38 +32,55 @@ class TokenizerStage:
         self._telemetry = Telemetry("tokenizer", config, self._card.name, placement().identity)
 
     async def tokenize(self, requests: tuple[TokenizeRequest, ...]) -> tuple[Reply[Tokenized], ...]:
-        return tuple(await asyncio.gather(*map(self._tokenize, requests)))
+        slow_ms = self._config.tokenizer.slow_ms
+        records = [TokenizeRecord(request.envelope, slow_ms=slow_ms) for request in requests]
+        results: list[Tokenized | None] = [None] * len(requests)
+        with self._telemetry.stages(records):
+            texts = [text for request in requests for text in _texts(request)]
+            cached = {text: encoded for text in texts if (encoded := self._cache.get(text)) is not None}
+            made = await self._encode_together([text for text in texts if text not in cached])
+            for i, (request, record) in enumerate(zip(requests, records, strict=True)):
+                with self._telemetry.part(record):
+                    results[i] = self._tokenized(request, record, cached, made)
+        return tuple(record.reply(result) for record, result in zip(records, results, strict=True))
 
-    async def _tokenize(self, request: TokenizeRequest) -> Reply[Tokenized]:
-        result = None
-        with self._telemetry.stage(TokenizeRecord(request.envelope, slow_ms=self._config.tokenizer.slow_ms)) as record:
-            texts = [value for value in request.inputs if isinstance(value, str)]
-            record.input_chars = sum(map(len, texts))
-            if texts:
-                encoded, record.cache_hits = await self._encode(texts)
+    async def _encode_together(self, texts: Sequence[str]) -> dict[str, Encoded]:
+        """All in one call of the tokenizer. Empty if one of them makes it raise: each request then tries its own."""
+        if not texts:
+            return {}
+        try:
+            if sum(map(len, texts)) <= _INLINE_CHARS:
+                made = self._tokenizer.encode(texts, with_offsets=self._with_offsets)
             else:
-                encoded = [self._check_ids(value, i, request.param) for i, value in enumerate(request.inputs)]  # type: ignore[arg-type]
-            encoded = [self._cut(value, i, request) for i, value in enumerate(encoded)]
-            result = _result(encoded, with_offsets=self._with_offsets)
-            record.token_count = sum(result.ids.lengths)
-            record.was_truncated = any(result.truncated)
-        return record.reply(result)
-
-    async def _encode(self, texts: list[str]) -> tuple[list[Encoded], int]:
-        """The encodings in order, and how many of them were in the cache."""
-        found = [self._cache.get(text) for text in texts]
-        missing = [text for text, encoded in zip(texts, found, strict=True) if encoded is None]
-        hits = len(texts) - len(missing)
-        if not missing:
-            return [encoded for encoded in found if encoded is not None], hits
-        if sum(map(len, missing)) <= _INLINE_CHARS:
-            made = self._tokenizer.encode(missing, with_offsets=self._with_offsets)
-        else:
-            made = await asyncio.to_thread(self._tokenizer.encode, missing, with_offsets=self._with_offsets)
-        for text, encoded in zip(missing, made, strict=True):
+                made = await asyncio.to_thread(self._tokenizer.encode, texts, with_offsets=self._with_offsets)
+        except Exception:
+            return {}
+        for text, encoded in zip(texts, made, strict=True):
             self._cache.put(text, encoded)
-        rest = iter(made)
-        return [encoded if encoded is not None else next(rest) for encoded in found], hits
+        return dict(zip(texts, made, strict=True))
+
+    def _tokenized(
+        self,
+        request: TokenizeRequest,
+        record: TokenizeRecord,
+        cached: Mapping[str, Encoded],
+        made: Mapping[str, Encoded],
+    ) -> Tokenized:
+        texts = _texts(request)
+        record.input_chars = sum(map(len, texts))
+        record.cache_hits = sum(text in cached for text in texts)
+        if texts:
+            encoded = [cached.get(text) or made.get(text) or self._encode_alone(text) for text in texts]
+        else:
+            encoded = [self._check_ids(value, i, request.param) for i, value in enumerate(request.inputs)]  # type: ignore[arg-type]
+        encoded = [self._cut(value, i, request) for i, value in enumerate(encoded)]
+        result = _result(encoded, with_offsets=self._with_offsets)
+        record.token_count = sum(result.ids.lengths)
+        record.was_truncated = any(result.truncated)
+        return result
+
+    def _encode_alone(self, text: str) -> Encoded:
+        return self._tokenizer.encode([text], with_offsets=self._with_offsets)[0]
 
     def _check_ids(self, ids: Sequence[int], index: int, param: str) -> Encoded:
         """Token ids that the caller made: used as they are, if the model knows them all."""
@@ -134,6 +151,10 @@ class _Cache:
         self._kept.move_to_end(text)
         if len(self._kept) > self._entries:
             self._kept.popitem(last=False)
+
+
+def _texts(request: TokenizeRequest) -> list[str]:
+    return [value for value in request.inputs if isinstance(value, str)]
 
 
 def _result(encoded: Sequence[Encoded], *, with_offsets: bool) -> Tokenized:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,6 +38,7 @@ class Measures:
             for spec in names.METRICS
             if spec.kind != "gauge" and spec.service in (service, "every")
         }
+        self._counts: Counter[tuple[str, str, str]] = Counter()
 
     def _create(self, spec: MetricSpec) -> Any:
         if spec.kind == "counter":
@@ -54,15 +56,21 @@ class Measures:
     def measure(self, record: object) -> None:
         _measure(record, self)
 
-    def record(self, spec: MetricSpec, value: float, exemplar: SpanContext, **attributes: str | int) -> None:
+    def record(self, spec: MetricSpec, value: float, exemplar: Context, **attributes: str | int) -> None:
         self.raw(spec, value, exemplar, {"model": self.model, **attributes})
 
-    def raw(self, spec: MetricSpec, value: float, exemplar: SpanContext, attributes: dict[str, Any]) -> None:
-        context = set_span_in_context(NonRecordingSpan(exemplar), Context())
-        self._instruments[spec.name].record(value, attributes, context=context)
+    def raw(self, spec: MetricSpec, value: float, exemplar: Context, attributes: dict[str, Any]) -> None:
+        self._instruments[spec.name].record(value, attributes, context=exemplar)
 
-    def count(self, spec: MetricSpec, amount: int, **attributes: str) -> None:
-        self._instruments[spec.name].add(amount, {"model": self.model, **attributes})
+    def count(self, spec: MetricSpec, amount: int, attribute: str = "", value: str = "") -> None:
+        """Counted together, and given to the SDK by ``flush``: each of its measurements costs as much as a span."""
+        self._counts[spec.name, attribute, value] += amount
+
+    def flush(self) -> None:
+        counts, self._counts = self._counts, Counter()
+        for (name, attribute, value), amount in counts.items():
+            attributes = {"model": self.model, attribute: value} if attribute else {"model": self.model}
+            self._instruments[name].add(amount, attributes)
 
     def count_lost(self, spec: MetricSpec, amount: int) -> None:
         """Telemetry that this process lost, of whatever model."""
@@ -76,8 +84,9 @@ def _measure(record: object, _: Measures) -> None:
 
 @_measure.register
 def _(record: RequestRecord, measures: Measures) -> None:
+    exemplar = _exemplar(record.context)
     latency_ns = record.ended_ns - record.started_ns
-    measures.record(names.LATENCY, latency_ns / 1e6, record.context, outcome=record.outcome)
+    measures.record(names.LATENCY, latency_ns / 1e6, exemplar, outcome=record.outcome)
     http = {
         "http.request.method": record.method,
         "http.route": record.route,
@@ -86,50 +95,57 @@ def _(record: RequestRecord, measures: Measures) -> None:
     }
     if record.fault is not None:
         http["error.type"] = record.fault.error_type
-    measures.raw(names.HTTP_DURATION, latency_ns / 1e9, record.context, http)
+    measures.raw(names.HTTP_DURATION, latency_ns / 1e9, exemplar, http)
     for stage, hop in record.hops.items():
         if not hop.answered:
             continue
-        measures.record(names.TRANSIT, hop.transit_ns / 1e6, record.context, stage=stage)
-    measures.count(names.REQUESTS, 1, outcome=record.outcome)
+        measures.record(names.TRANSIT, hop.transit_ns / 1e6, exemplar, stage=stage)
+    measures.count(names.REQUESTS, 1, "outcome", record.outcome)
     if record.fault is None:
         measures.count(names.TOKENS, record.tokens)
 
 
-def _exemplar(record: StageRecord) -> SpanContext:
-    return from_carrier(record.carrier)
+def _exemplar(context: SpanContext) -> Context:
+    """Measurements made in this context have the span as their exemplar."""
+    return set_span_in_context(NonRecordingSpan(context), Context())
+
+
+def _of_caller(record: StageRecord) -> Context:
+    return _exemplar(from_carrier(record.carrier))
 
 
 @_measure.register
 def _(record: TokenizeRecord, measures: Measures) -> None:
-    measures.record(names.PREPROCESSING, record.held_ns / 1e6, _exemplar(record))
+    measures.record(names.PREPROCESSING, record.held_ns / 1e6, _of_caller(record))
 
 
 @_measure.register
 def _(record: PredictRecord, measures: Measures) -> None:
+    exemplar = _of_caller(record)
     for membership in record.memberships:
         waited_ns = membership.busy_wait_ns + membership.fill_wait_ns
-        measures.record(names.QUEUE_WAIT, waited_ns / 1e6, _exemplar(record))
+        measures.record(names.QUEUE_WAIT, waited_ns / 1e6, exemplar)
     if record.unfinished is not None:
         waited_ns = record.unfinished.ended_ns - record.unfinished.started_ns
-        measures.record(names.QUEUE_WAIT, waited_ns / 1e6, _exemplar(record))
+        measures.record(names.QUEUE_WAIT, waited_ns / 1e6, exemplar)
 
 
 @_measure.register
 def _(record: BatchRecord, measures: Measures) -> None:
-    measures.record(names.MODEL_LATENCY, (record.ended_ns - record.started_ns) / 1e6, record.context)
-    measures.record(names.BATCH_SIZE, record.size, record.context)
+    exemplar = _exemplar(record.context)
+    measures.record(names.MODEL_LATENCY, (record.ended_ns - record.started_ns) / 1e6, exemplar)
+    measures.record(names.BATCH_SIZE, record.size, exemplar)
     if record.padded_tokens:
-        measures.record(names.PADDING, record.padding_ratio, record.context)
-    measures.count(names.DISPATCHES, 1, reason=record.reason)
+        measures.record(names.PADDING, record.padding_ratio, exemplar)
+    measures.count(names.DISPATCHES, 1, "reason", record.reason)
 
 
 @_measure.register
 def _(record: PostprocessRecord, measures: Measures) -> None:
-    measures.record(names.POSTPROCESSING, record.held_ns / 1e6, _exemplar(record))
+    measures.record(names.POSTPROCESSING, record.held_ns / 1e6, _of_caller(record))
 
 
 @_measure.register
 def _(record: LoadRecord, measures: Measures) -> None:
     if record.fault is None:
-        measures.count(names.LOADS, 1, load_type="cold")
+        measures.count(names.LOADS, 1, "load_type", "cold")

@@ -27,13 +27,15 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+from opentelemetry.sdk.trace.sampling import Sampler
 
 from deployments import __version__
 from deployments.config import TelemetryConfig
 from deployments.errors import ConfigError
 from deployments.telemetry import names
 from deployments.telemetry.names import Service
-from deployments.telemetry.store import JsonLines, JsonLinesMetricExporter, JsonLinesSpanExporter
+from deployments.telemetry.sinks import NoSink, SdkSink, SpanSink, StoreSink
+from deployments.telemetry.store import JsonLines, JsonLinesMetricExporter
 
 Signal = Literal["traces", "metrics"]
 _MB = 1_000_000
@@ -60,15 +62,9 @@ class Provider:
         # The SDK counts what its queues drop and what its exporters fail to deliver (otel.sdk.*), once asked to.
         os.environ.setdefault("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "true")
         self._meters = self._make_meters()
-        self.tracer_provider = TracerProvider(resource=self.resource, shutdown_on_exit=False)
-        self._exporter = self._span_exporter()
-        self.processor = self._make_processor(self._exporter) if self._exporter is not None else None
-        if self.processor is not None:
-            self.tracer_provider.add_span_processor(self.processor)
-
-    def unwritten_spans(self) -> int:
-        """Spans that the local store could not write, in all."""
-        return self._exporter.unwritten if isinstance(self._exporter, JsonLinesSpanExporter) else 0
+        # Only its sampler is used: OTEL_TRACES_SAMPLER decides, as in any process with an SDK.
+        self.sampler: Sampler = TracerProvider(resource=self.resource, shutdown_on_exit=False).sampler
+        self.sink = self._span_sink()
 
     def meter(self) -> Meter:
         return self._meters.get_meter(names.SCOPE, __version__)
@@ -77,7 +73,7 @@ class Provider:
         """Flush what is left, but do not wait for a collector that does not answer: the replica has to stop in time."""
         flushes = [
             threading.Thread(target=shutdown, name="slowlens-flush", daemon=True)
-            for shutdown in (self.tracer_provider.shutdown, self._meters.shutdown)
+            for shutdown in (self.sink.close, self._meters.shutdown)
         ]
         for flush in flushes:
             flush.start()
@@ -87,30 +83,31 @@ class Provider:
 
     # --- traces ---
 
-    def _make_processor(self, exporter: SpanExporter) -> BatchSpanProcessor:
-        return BatchSpanProcessor(
+    def _span_sink(self) -> SpanSink:
+        match destination("traces"):
+            case "none":
+                return NoSink()
+            case "store":
+                return StoreSink(self._lines("traces"), self.resource)
+            case "console":
+                return self._through_sdk(ConsoleSpanExporter())
+            case "grpc":
+                from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc
+
+                return self._through_sdk(Grpc(meter_provider=self._meters))
+            case "http/protobuf":
+                from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http
+
+                return self._through_sdk(Http(meter_provider=self._meters))
+
+    def _through_sdk(self, exporter: SpanExporter) -> SpanSink:
+        processor = BatchSpanProcessor(
             exporter,
             max_queue_size=None if "OTEL_BSP_MAX_QUEUE_SIZE" in os.environ else _DEFAULT_QUEUE,
             schedule_delay_millis=None if "OTEL_BSP_SCHEDULE_DELAY" in os.environ else _DEFAULT_DELAY_MS,
             meter_provider=self._meters,
         )
-
-    def _span_exporter(self) -> SpanExporter | None:
-        match destination("traces"):
-            case "none":
-                return None
-            case "console":
-                return ConsoleSpanExporter()
-            case "store":
-                return JsonLinesSpanExporter(self._lines("traces"))
-            case "grpc":
-                from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc
-
-                return Grpc(meter_provider=self._meters)
-            case "http/protobuf":
-                from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http
-
-                return Http(meter_provider=self._meters)
+        return SdkSink(processor, self.resource)
 
     # --- metrics ---
 

@@ -51,6 +51,7 @@ Stage = TypeVar("Stage", TokenizeRecord, PredictRecord, PostprocessRecord)
 Part = TypeVar("Part", bound=Interval)
 _MAX_RECORDS = 20_000
 _DRAIN_INTERVAL_S = 0.1
+_RECORDS_AT_ONCE = 8
 _logger = logging.getLogger("slowlens.telemetry")
 
 
@@ -177,9 +178,7 @@ class Telemetry:
     def _root_context(self, parent: SpanContext | None) -> SpanContext:
         trace_id = parent.trace_id if parent is not None else self._ids.generate_trace_id()
         ambient = set_span_in_context(NonRecordingSpan(parent), Context()) if parent is not None else Context()
-        decision = self._provider.tracer_provider.sampler.should_sample(
-            ambient, trace_id, names.PREDICT, SpanKind.SERVER, {}, ()
-        )
+        decision = self._provider.sampler.should_sample(ambient, trace_id, names.PREDICT, SpanKind.SERVER, {}, ())
         flags = TraceFlags(
             TraceFlags.SAMPLED if decision.decision is Decision.RECORD_AND_SAMPLE else TraceFlags.DEFAULT
         )
@@ -190,20 +189,33 @@ class Telemetry:
     @contextmanager
     def stage(self, record: Stage) -> Iterator[Stage]:
         """The stage's own span. Failures end in the record, for ``record.reply``; cancellation goes on."""
+        with self.stages([record]), self.part(record):
+            yield record
+
+    @contextmanager
+    def stages(self, records: Sequence[Stage]) -> Iterator[None]:
+        """The spans of requests that a stage works on together; each notes its own failure with ``part``."""
         error: BaseException | None = None
         try:
-            yield record
-        except ApiError as failure:
-            error = failure
-        except Exception as failure:
-            _logger.exception("a stage failed on request %s", record.envelope.request_id)
-            error = failure
+            yield
         except BaseException as failure:
             error = failure
             raise
         finally:
-            record.end(error)
-            self._emit(record)
+            for record in records:
+                record.end(record.error or error)
+                self._emit(record)
+
+    @contextmanager
+    def part(self, record: Stage) -> Iterator[None]:
+        """Work for one of them: its failure is its own."""
+        try:
+            yield
+        except ApiError as failure:
+            record.error = failure
+        except Exception as failure:
+            _logger.exception("a stage failed on request %s", record.envelope.request_id)
+            record.error = failure
 
     # --- one batch ---
 
@@ -313,18 +325,20 @@ class Telemetry:
     def _drain(self) -> None:
         with self._drain_lock:
             factory = SpanFactory(
-                resource=self._provider.resource,
                 ids=self._ids,
                 model=self._model,
                 max_batch_size=self._config.batching.max_batch_size,
                 max_wait_ms=self._config.batching.max_wait_ms,
                 wall_offset_ns=time.time_ns() - time.monotonic_ns(),
             )
-            for _ in range(len(self._queue)):
+            for number in range(len(self._queue)):
                 self._export(self._queue.popleft(), factory)
-                # Let the event loop have the GIL between two records, not only at the interpreter's next switch.
-                time.sleep(0)
-            unwritten = self._provider.unwritten_spans()
+                if number % _RECORDS_AT_ONCE == 0:
+                    # Let the event loop have the GIL now, not only at the interpreter's next switch.
+                    time.sleep(0)
+            self._measures.flush()
+            self._provider.sink.tick()
+            unwritten = self._provider.sink.unwritten
             if unwritten > self._unwritten:
                 self._measures.count_lost(names.UNWRITTEN_SPANS, unwritten - self._unwritten)
                 self._unwritten = unwritten
@@ -334,9 +348,9 @@ class Telemetry:
 
     def _export(self, record: Record, factory: SpanFactory) -> None:
         try:
-            if self._provider.processor is not None:
+            if self._provider.sink.wants_spans:
                 for span in factory.spans(record):
-                    self._provider.processor.on_end(span)
+                    self._provider.sink.take(span)
             self._measures.measure(record)
         except Exception:
             _logger.exception("a %s could not be exported", type(record).__name__)

@@ -57,6 +57,8 @@ class StageRecord:
     envelope: Envelope
     started_ns: int = field(default_factory=time.monotonic_ns)
     ended_ns: int = 0
+    error: Exception | None = None
+    """Noted while the stage still works on others of the same call."""
     fault: Fault | None = None
     failure: Failure | None = None
 

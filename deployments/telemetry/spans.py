@@ -6,15 +6,11 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanContext
 
-from deployments import __version__
 from deployments.telemetry import names
-from deployments.telemetry.carrier import child_of, from_carrier, is_sampled
+from deployments.telemetry.carrier import from_carrier, is_sampled
 from deployments.telemetry.records import (
     BatchRecord,
     Fault,
@@ -29,10 +25,34 @@ from deployments.telemetry.records import (
 )
 
 Value = str | bool | int | float | Sequence[str]
-_SCOPE = InstrumentationScope(names.SCOPE, __version__)
+Attributes = Mapping[str, Value | None]
 _TEXT_LIMIT = 1000
-_KINDS = {"SERVER": SpanKind.SERVER, "CLIENT": SpanKind.CLIENT, "INTERNAL": SpanKind.INTERNAL}
-_SPECS = {spec.name: spec for spec in names.SPANS}
+
+
+@dataclass(slots=True, eq=False)
+class Event:
+    name: str
+    unix_ns: int
+    attributes: Attributes
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """A span as plain values: what ``telemetry.wire`` makes OTLP of. An attribute that is None is not there."""
+
+    name: str
+    trace: SpanContext
+    """Of any span of the trace: its id, its flags and its state are the trace's."""
+    span_id: int
+    parent_id: int
+    """0 where there is none."""
+    parent_is_remote: bool
+    started_unix_ns: int
+    ended_unix_ns: int
+    attributes: Attributes
+    fault: Fault | None
+    links: Sequence[SpanContext]
+    events: Sequence[Event]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,102 +60,87 @@ class SpanFactory:
     """Makes spans of one process.
 
     Attributes:
-        resource: who emits them.
         model: the served model's name.
         max_batch_size, max_wait_ms: settings that spans state.
         wall_offset_ns: what to add to this process's monotonic clock to get Unix time.
     """
 
-    resource: Resource
     ids: RandomIdGenerator
     model: str
     max_batch_size: int
     max_wait_ms: float
     wall_offset_ns: int
 
-    def spans(self, record: object) -> Iterator[ReadableSpan]:
+    def spans(self, record: object) -> Iterator[Span]:
         """All spans of a record; none if its trace is not sampled."""
         return _spans_of(record, self)
 
     def make(
         self,
         name: str,
-        context: SpanContext,
-        parent: SpanContext | None,
+        trace: SpanContext,
+        span_id: int,
+        parent_id: int,
         started_ns: int,
         ended_ns: int,
-        attributes: Mapping[str, Value | None],
+        attributes: Attributes,
         fault: Fault | None = None,
         links: Sequence[SpanContext] = (),
         events: Sequence[Event] = (),
-    ) -> ReadableSpan:
-        filled = {key: value for key, value in attributes.items() if value is not None}
-        status, all_events = Status(StatusCode.UNSET), list(events)
-        if fault is not None:
-            filled["error.type"] = fault.error_type
-            status = Status(StatusCode.ERROR, fault.message or fault.exception_type)
-            all_events.append(
-                Event(
-                    "exception",
-                    {
-                        "exception.type": fault.exception_type,
-                        "exception.message": fault.message,
-                        "exception.stacktrace": fault.stacktrace,
-                    },
-                    self.wall_offset_ns + ended_ns,
-                )
-            )
-        return ReadableSpan(
-            name=name,
-            context=context,
-            parent=parent,
-            resource=self.resource,
-            attributes=filled,
-            events=all_events,
-            links=[Link(link) for link in links],
-            kind=_KINDS[_SPECS[name].kind],
-            status=status,
-            start_time=self.wall_offset_ns + started_ns,
-            end_time=self.wall_offset_ns + ended_ns,
-            instrumentation_scope=_SCOPE,
+        *,
+        parent_is_remote: bool = False,
+    ) -> Span:
+        offset = self.wall_offset_ns
+        return Span(
+            name,
+            trace,
+            span_id,
+            parent_id,
+            parent_is_remote,
+            offset + started_ns,
+            offset + ended_ns,
+            attributes,
+            fault,
+            links,
+            events,
         )
 
-    def child(self, parent: SpanContext, span_id: int | None = None) -> SpanContext:
-        """A context in the parent's trace, for a span made here."""
-        return child_of(parent, span_id or self.ids.generate_span_id())
+    def new_id(self) -> int:
+        return self.ids.generate_span_id()
 
 
 @functools.singledispatch
-def _spans_of(record: object, _: SpanFactory) -> Iterator[ReadableSpan]:
+def _spans_of(record: object, _: SpanFactory) -> Iterator[Span]:
     raise TypeError(f"no spans are defined for {type(record).__name__}")
 
 
 @_spans_of.register
-def _(record: RequestRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
+def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
     root = record.context
     if not root.trace_flags.sampled:
         return
     for interval in record.intervals:
-        span_id, attributes = None, {}
-        if isinstance(interval, HopRecord):
-            span_id, attributes = interval.span_id, _hop_attributes(interval)
+        hop = interval if isinstance(interval, HopRecord) else None
         yield make.make(
             _INTERVAL_SPANS[interval.name],
-            make.child(root, span_id),
             root,
+            hop.span_id if hop is not None else make.new_id(),
+            root.span_id,
             interval.started_ns,
             interval.ended_ns,
-            attributes,
+            _hop_attributes(hop) if hop is not None else {},
             interval.fault,
         )
     yield make.make(
         names.PREDICT,
         root,
-        record.parent,
+        root.span_id,
+        record.parent.span_id if record.parent is not None else 0,
         record.started_ns,
         record.ended_ns,
         _root_attributes(record, make.model),
         record.fault,
+        parent_is_remote=record.parent is not None,
     )
 
 
@@ -174,20 +179,21 @@ def _root_attributes(record: RequestRecord, model: str) -> dict[str, Value | Non
 
 
 @_spans_of.register
-def _(record: TokenizeRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
+def _(record: TokenizeRecord, make: SpanFactory) -> Iterator[Span]:
     if not is_sampled(record.carrier):
         return
     hop = from_carrier(record.carrier)
     duration_ms = _ms(record.held_ns)
     slow = Event(
         names.EVENT_SLOW_TOKENIZATION,
-        {"duration_ms": duration_ms, "input_length": record.input_chars},
         make.wall_offset_ns + record.ended_ns,
+        {"duration_ms": duration_ms, "input_length": record.input_chars},
     )
     yield make.make(
         names.PREPROCESS,
-        make.child(hop),
         hop,
+        make.new_id(),
+        hop.span_id,
         record.started_ns,
         record.ended_ns,
         {
@@ -199,22 +205,24 @@ def _(record: TokenizeRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
         },
         record.fault,
         events=[slow] if duration_ms > record.slow_ms else [],
+        parent_is_remote=True,
     )
 
 
 @_spans_of.register
-def _(record: PredictRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
+def _(record: PredictRecord, make: SpanFactory) -> Iterator[Span]:
     if not is_sampled(record.carrier):
         return
     hop = from_carrier(record.carrier)
-    own = make.child(hop)
+    own = make.new_id()
     for membership in record.memberships:
-        yield _queue_span(membership, own, make)
+        yield _queue_span(membership, hop, own, make)
         last = membership.runs[-1]
         ended_ns = membership.ended_ns if membership.is_over else record.ended_ns
         yield make.make(
             names.FORWARD_PASS,
-            membership.context,
+            hop,
+            membership.context.span_id,
             own,
             membership.started_ns,
             ended_ns,
@@ -229,13 +237,14 @@ def _(record: PredictRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
         )
     waits = [m.busy_wait_ns + m.fill_wait_ns for m in record.memberships]
     if record.unfinished is not None:
-        yield _unfinished_queue_span(record.unfinished, record.fault, own, make)
+        yield _unfinished_queue_span(record.unfinished, record.fault, hop, own, make)
         waits.append(record.unfinished.ended_ns - record.unfinished.started_ns)
     waited_ns = max(waits, default=0)
     yield make.make(
         names.BATCHED_PREDICT,
-        own,
         hop,
+        own,
+        hop.span_id,
         record.started_ns,
         record.ended_ns,
         {
@@ -246,15 +255,17 @@ def _(record: PredictRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
         },
         record.fault,
         links=[record.load] if record.load is not None else [],
+        parent_is_remote=True,
     )
 
 
-def _queue_span(membership: Membership, parent: SpanContext, make: SpanFactory) -> ReadableSpan:
+def _queue_span(membership: Membership, trace: SpanContext, parent_id: int, make: SpanFactory) -> Span:
     waited_ns = membership.busy_wait_ns + membership.fill_wait_ns
     return make.make(
         names.QUEUE,
-        make.child(parent),
-        parent,
+        trace,
+        make.new_id(),
+        parent_id,
         membership.started_ns - waited_ns,
         membership.started_ns,
         _queue_attributes(membership),
@@ -262,11 +273,10 @@ def _queue_span(membership: Membership, parent: SpanContext, make: SpanFactory) 
 
 
 def _unfinished_queue_span(
-    wait: UnfinishedWait, fault: Fault | None, parent: SpanContext, make: SpanFactory
-) -> ReadableSpan:
-    return make.make(
-        names.QUEUE, make.child(parent), parent, wait.started_ns, wait.ended_ns, _queue_attributes(wait), fault
-    )
+    wait: UnfinishedWait, fault: Fault | None, trace: SpanContext, parent_id: int, make: SpanFactory
+) -> Span:
+    attributes = _queue_attributes(wait)
+    return make.make(names.QUEUE, trace, make.new_id(), parent_id, wait.started_ns, wait.ended_ns, attributes, fault)
 
 
 def _queue_attributes(wait: Membership | UnfinishedWait) -> dict[str, Value | None]:
@@ -280,7 +290,7 @@ def _queue_attributes(wait: Membership | UnfinishedWait) -> dict[str, Value | No
 
 
 @_spans_of.register
-def _(record: BatchRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
+def _(record: BatchRecord, make: SpanFactory) -> Iterator[Span]:
     members = [member.context for member in record.members if member.context.trace_flags.sampled]
     if not members:
         return
@@ -288,7 +298,8 @@ def _(record: BatchRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
     yield make.make(
         names.BATCH_FORWARD,
         record.context,
-        None,
+        record.context.span_id,
+        0,
         record.started_ns,
         record.ended_ns,
         {
@@ -315,14 +326,15 @@ def _(record: BatchRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
 
 
 @_spans_of.register
-def _(record: PostprocessRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
+def _(record: PostprocessRecord, make: SpanFactory) -> Iterator[Span]:
     if not is_sampled(record.carrier):
         return
     hop = from_carrier(record.carrier)
     yield make.make(
         names.POSTPROCESS,
-        make.child(hop),
         hop,
+        make.new_id(),
+        hop.span_id,
         record.started_ns,
         record.ended_ns,
         {
@@ -330,21 +342,23 @@ def _(record: PostprocessRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
             "ai.postprocess.output_length": record.output_length,
         },
         record.fault,
+        parent_is_remote=True,
     )
 
 
 @_spans_of.register
-def _(record: LoadRecord, make: SpanFactory) -> Iterator[ReadableSpan]:
+def _(record: LoadRecord, make: SpanFactory) -> Iterator[Span]:
     own = record.context
     if not own.trace_flags.sampled:
         return
     for name, started_ns, ended_ns in record.phases:
-        yield make.make(_PHASE_SPANS[name], make.child(own), own, started_ns, ended_ns, {})
-    loaded = Event(names.EVENT_MODEL_LOADED, {"device": record.device}, make.wall_offset_ns + record.ended_ns)
+        yield make.make(_PHASE_SPANS[name], own, make.new_id(), own.span_id, started_ns, ended_ns, {})
+    loaded = Event(names.EVENT_MODEL_LOADED, make.wall_offset_ns + record.ended_ns, {"device": record.device})
     yield make.make(
         names.MODEL_LOAD,
         own,
-        None,
+        own.span_id,
+        0,
         record.started_ns,
         record.ended_ns,
         {

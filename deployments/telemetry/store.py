@@ -16,15 +16,11 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from opentelemetry.exporter.otlp.json.common.metrics_encoder import encode_metrics
-from opentelemetry.exporter.otlp.json.common.trace_encoder import encode_spans
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 _OUR_FILES = re.compile(r"(traces|metrics)-.+-\d+-\d{6}\.jsonl")
 _logger = logging.getLogger("slowlens.telemetry")
@@ -110,26 +106,6 @@ class JsonLines:
                 return
             path.unlink(missing_ok=True)
             total -= size
-
-
-class JsonLinesSpanExporter(SpanExporter):
-    """Writes spans; ``unwritten`` counts those that it could not write."""
-
-    def __init__(self, lines: JsonLines) -> None:
-        self._lines = lines
-        self.unwritten = 0
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        try:
-            self._lines.write(encode_spans(spans).to_json().encode())
-        except OSError as error:
-            self.unwritten += len(spans)
-            _logger.warning("the local store cannot be written, %d spans are lost: %s", len(spans), error)
-            return SpanExportResult.FAILURE
-        return SpanExportResult.SUCCESS
-
-    def shutdown(self) -> None:
-        self._lines.close()
 
 
 class JsonLinesMetricExporter(MetricExporter):

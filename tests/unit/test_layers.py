@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "deployments"
 LAYERS = [
     {"", "errors", "messages", "config"},
     {"telemetry"},
-    {"engine", "batching", "explain"},
+    {"engine", "batching", "explain", "sharing"},
     {"replica", "readiness", "timing", "api"},
     {"tokenizer", "model", "postprocessor", "hop"},
     {"ingress"},

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from google.protobuf.json_format import ParseDict
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
-from opentelemetry.trace import Link, SpanKind, Status, StatusCode
+from opentelemetry.trace import SpanContext
 
-from deployments.telemetry.store import JsonLines, JsonLinesMetricExporter, JsonLinesSpanExporter
+from deployments.telemetry import names
+from deployments.telemetry.sinks import StoreSink
+from deployments.telemetry.spans import Span
+from deployments.telemetry.store import JsonLines, JsonLinesMetricExporter
 
 WRITER = """
 import sys
@@ -54,6 +54,10 @@ def writer(folder: Path, number: int, lines: int, end: str = "close") -> subproc
     return subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(number), str(lines), end])
 
 
+def a_span() -> Span:
+    return Span(names.QUEUE, SpanContext(1, 2, False), 3, 2, False, 10, 20, {}, None, [], [])
+
+
 def with_bytes_ids(value: Any) -> Any:
     """OTLP JSON writes ids in hex where protobuf's JSON has base64: the one difference between the two."""
     if isinstance(value, dict):
@@ -64,31 +68,6 @@ def with_bytes_ids(value: Any) -> Any:
             for key, inner in value.items()
         }
     return [with_bytes_ids(item) for item in value] if isinstance(value, list) else value
-
-
-def test_spans_are_otlp_json(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path, "traces", "replica", 10**6, 10**7)
-    provider = TracerProvider(resource=Resource({"service.name": "slowlens.model"}))
-    provider.add_span_processor(SimpleSpanProcessor(JsonLinesSpanExporter(lines)))
-    tracer = provider.get_tracer("slowlens")
-    with tracer.start_as_current_span("parent", kind=SpanKind.SERVER) as parent:
-        attributes = {"text": "a", "number": 2**40, "ratio": 0.5, "flag": True, "list": ["a", "b"]}
-        child = tracer.start_span("child", attributes=attributes, links=[Link(parent.get_span_context())])
-        child.add_event("event", {"key": "value"})
-        child.set_status(Status(StatusCode.ERROR, "why"))
-        child.end()
-    (path,) = tmp_path.glob("traces-replica-*.jsonl")
-    first = json.loads(path.read_text().splitlines()[0])
-    span = first["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
-    parsed = ParseDict(with_bytes_ids(first), ExportTraceServiceRequest())
-    read = parsed.resource_spans[0].scope_spans[0].spans[0]
-
-    assert span["traceId"] == f"{parent.get_span_context().trace_id:032x}"
-    assert isinstance(span["startTimeUnixNano"], str)
-    assert {"key": "number", "value": {"intValue": str(2**40)}} in span["attributes"]
-    assert read.parent_span_id == parent.get_span_context().span_id.to_bytes(8, "big")
-    assert read.links[0].span_id == read.parent_span_id
-    assert (read.name, read.status.code, read.status.message, read.events[0].name) == ("child", 2, "why", "event")
 
 
 def test_metrics_are_otlp_json(tmp_path: Path) -> None:
@@ -191,10 +170,12 @@ def test_a_file_removed_under_its_writer_is_begun_anew(tmp_path: Path) -> None:
     assert lines_in(tmp_path) == [{"number": 2}]
 
 
-def test_a_folder_that_cannot_be_written_fails_the_export_and_nothing_else(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_loses_the_spans_counts_them_and_nothing_else(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    exporter = JsonLinesSpanExporter(JsonLines(blocked / "store", "traces", "replica", 10**6, 10**7))
+    sink = StoreSink(JsonLines(blocked / "store", "traces", "replica", 10**6, 10**7), Resource({}))
+    sink.take(a_span())
+    sink.close()
 
-    assert exporter.export([]) is SpanExportResult.FAILURE
+    assert sink.unwritten == 1
     assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
