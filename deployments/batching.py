@@ -1,22 +1,27 @@
 """What enters a batch, and when: an admission gate in front of the device. Plain asyncio, no Ray, no torch.
 
-1. Inputs wait here, in order of arrival, until the device is free. A free device and a waiting input make a batch at
-   once; a busy device makes inputs wait and the next batch grow. With ``max_wait_ms`` an idle device waits that long
-   for a batch to fill.
-2. A batch takes from the front what fits: at most ``max_batch_size`` inputs and ``max_batch_tokens`` padded tokens
-   (longest times count). An input that is larger on its own runs alone.
+1. Inputs wait here until the device is free. A free device and a waiting input make a batch at once; a busy device
+   makes inputs wait and the next batch grow. With ``max_wait_ms`` an idle device waits that long for a batch to fill. A
+   full batch has nothing to gain by waiting: one such batch is released while the one before it still runs.
+2. A batch is the oldest waiting input and those that cost least to run with it (see ``grouping``), out of the first
+   ``grouping_window`` in order of arrival: at most ``max_batch_size`` inputs and ``max_batch_tokens`` padded tokens. An
+   input that is larger on its own runs alone. Every batch takes the oldest input, so an input is passed over by at most
+   as many batches as inputs were waiting when it came.
 3. The inputs of a batch are released together, in one tick of the loop, and each is then handed to ``execute`` (the
-   function under ``@serve.batch``), whose own queue is therefore never deeper than what was released. The device is
-   free again when no released input is left in flight.
-4. A request is admitted whole or refused whole (``QueueFull``), so a queue limit never splits a request.
-5. A cancelled input leaves the queue at once. An input whose deadline has passed is dropped when its batch is cut.
-6. Each input's wait is split into what the device was busy, and the rest, in which an idle device waited for the batch
+   function under ``@serve.batch``), whose own queue is therefore never deeper than what was released.
+4. A request is admitted whole or refused whole (``QueueFull``), so a limit of the queue never splits a request.
+5. A cancelled input leaves the queue at once. When a batch is cut, an input whose deadline has passed, or would pass
+   during a run of its own at the estimated cost (see ``cost``), is dropped; and a batch is made smaller until all that
+   are in it meet their deadlines.
+6. Where a run did not fit the device's memory, batches stay below half of it, and grow again slowly.
+7. Each input's wait is split into what the device was busy, and the rest, in which an idle device waited for the batch
    to fill. The parts add up to the wait exactly, because they are differences of one running total.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections import deque
@@ -24,20 +29,31 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from deployments.cost import RunCost
 from deployments.errors import DeadlinePassed, QueueFull
+from deployments.grouping import front, with_the_first
 
 DispatchReason = Literal["full", "token_budget", "timeout", "device_idle", "deadline", "drain"]
 Payload = TypeVar("Payload")
 NEVER = -1
 """A time that has not come."""
+_CAUTION, _TIMER_NS = 1.1, 1_000_000
+"""A wait to fill leaves a deadline so much more than the run's estimate: what it may be wrong, and a timer late."""
+_REGROWTH = 1.02
+"""By which a limit learned from an out-of-memory grows with every run that fitted."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateLimits:
+    """``batching`` of the configuration, and what the engine rounds lengths up to."""
+
     max_batch_size: int
     max_batch_tokens: int
     max_wait_ms: float
     max_queue: int
+    max_queue_tokens: int = 2**62
+    grouping_window: int = 1
+    pad_to_multiple_of: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -47,6 +63,8 @@ class Item(Generic[Payload]):
     payload: Payload
     tokens: int
     deadline_ns: int
+    padded: int = 0
+    """Tokens as the engine pads them in a run of its own."""
     arrived_ns: int = NEVER
     depth_on_arrival: int = 0
     busy_total_at_arrival_ns: int = 0
@@ -61,6 +79,11 @@ class Item(Generic[Payload]):
     @property
     def has_started(self) -> bool:
         return self.started_ns != NEVER
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its caller gave it up before it ran."""
+        return self.left_ns != NEVER
 
     @property
     def wait_ns(self) -> int:
@@ -88,11 +111,14 @@ class AdmissionGate(Generic[Payload]):
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._limits, self._execute, self._clock = limits, execute, clock
+        self.cost = RunCost()
+        self._memory_tokens = float("inf")
         self._waiting: deque[Item[Payload]] = deque()
-        self._released: set[Item[Payload]] = set()
+        self._waiting_tokens = 0
+        self._released: list[set[Item[Payload]]] = []
+        self._running_batches = 0
         self._busy_since_ns: int | None = None
         self._busy_total_ns = 0
-        self._last_run_ns = 0
         self._fill_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._drain_rate = _Rate()
@@ -101,21 +127,29 @@ class AdmissionGate(Generic[Payload]):
 
     @property
     def depth(self) -> int:
-        """Inputs waiting."""
-        return len(self._waiting)
+        """Inputs waiting, those of a batch that is ready to follow included."""
+        return len(self._waiting) + sum(map(len, self._released[1:]))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a batch runs now."""
+        return self._running_batches > 0
 
     @property
     def running(self) -> int:
-        """Inputs released and not done."""
-        return len(self._released)
+        """Inputs on the device, or on their way to it."""
+        return len(self._released[0]) if self._released else 0
 
     @property
     def oldest_age_ms(self) -> float:
         """How long the first waiting input has waited; 0 with none. May be read from another thread."""
-        try:
-            return (self._clock() - self._waiting[0].arrived_ns) / 1e6
-        except IndexError:
-            return 0.0
+        waiting = [*itertools.chain(*self._released[1:]), *itertools.islice(tuple(self._waiting), 1)]
+        return (self._clock() - min(item.arrived_ns for item in waiting)) / 1e6 if waiting else 0.0
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Of a batch now: as configured, or what fits the memory."""
+        return int(min(self._limits.max_batch_tokens, self._memory_tokens))
 
     # --- the way of an item ---
 
@@ -124,12 +158,10 @@ class AdmissionGate(Generic[Payload]):
 
         Raises QueueFull, with nothing queued, where they do not all fit.
         """
-        if self.depth + len(items) > self._limits.max_queue:
-            raise QueueFull(
-                f"the queue holds {self.depth} inputs of at most {self._limits.max_queue}, and this request adds "
-                f"{len(items)}; try again later",
-                retry_after_s=self._drain_rate.seconds_for(self.depth),
-            )
+        for item in items:
+            item.padded = self._rounded(item.tokens)
+        was_full = self._may_be_full()
+        self._admit(len(items), sum(item.padded for item in items))
         loop = asyncio.get_running_loop()
         now = self._clock()
         for item in items:
@@ -137,13 +169,29 @@ class AdmissionGate(Generic[Payload]):
             item.busy_total_at_arrival_ns = self._busy_at(now)
             item.admitted = loop.create_future()
             self._waiting.append(item)
-        self._pump()
+            self._waiting_tokens += item.padded
+        if not self._released or self._may_be_full() > was_full:
+            self._pump()
         try:
             return await asyncio.gather(*map(self._pass, items), return_exceptions=True)
         finally:
             # Once more for those cancelled before their ``_pass`` had begun: its own ``finally`` never ran.
             for item in items:
                 self._leave(item)
+
+    def _admit(self, count: int, tokens: int) -> None:
+        limits = self._limits
+        queued = self._waiting_tokens + sum(item.padded for item in itertools.chain(*self._released[1:]))
+        if self.depth + count > limits.max_queue:
+            held = f"{self.depth} inputs of at most {limits.max_queue}, and this request adds {count}"
+        elif self.depth and queued + tokens > limits.max_queue_tokens:
+            held = f"{queued} tokens of at most {limits.max_queue_tokens}, and this request adds {tokens}"
+        else:
+            return
+        raise QueueFull(
+            f"the queue holds {held}; try again later",
+            retry_after_s=self._drain_rate.seconds_for(queued),
+        )
 
     async def _pass(self, item: Item[Payload]) -> Any:
         try:
@@ -156,38 +204,75 @@ class AdmissionGate(Generic[Payload]):
         """The item is gone, by whatever way. One that runs stays in flight until its run is over."""
         if not item.has_started and item.left_ns == NEVER:
             item.left_ns = self._clock()
-            item.busy_wait_ns = self._busy_at(item.left_ns) - item.busy_total_at_arrival_ns
+            item.busy_wait_ns = self._busy_wait(item, item.left_ns)
         if not item.admitted.done() or item.admitted.cancelled():
             if item in self._waiting:
-                self._waiting.remove(item)
-        elif not item.has_started and item in self._released:
-            self._released.discard(item)
-            self._pump()
+                self._remove(item)
+        elif not item.has_started and any(item in batch for batch in self._released):
+            self._let_go([item])
+
+    def _remove(self, item: Item[Payload]) -> None:
+        self._waiting.remove(item)
+        self._waiting_tokens -= item.padded
 
     # --- the device ---
 
-    def begin(self, items: Sequence[Item[Payload]]) -> int:
-        """The run of these items starts now. Returns the time."""
-        now = self._clock()
+    def begin(self, items: Sequence[Item[Payload]], at_ns: int | None = None) -> int:
+        """The run of these items starts, or started ``at_ns``. Returns the time."""
+        now = self._clock() if at_ns is None else at_ns
         for item in items:
             item.started_ns = now
-            item.busy_wait_ns = self._busy_at(now) - item.busy_total_at_arrival_ns
-        self._busy_since_ns = now
+            item.queue_behind = len(self._waiting)
+            item.busy_wait_ns = self._busy_wait(item, now)
+        if self._running_batches == 0:
+            self._busy_since_ns = now
+        self._running_batches += 1
+        self._pump()
         return now
 
-    def end(self, items: Sequence[Item[Payload]]) -> None:
-        """Their run is over; the device may take the next batch."""
-        now = self._clock()
-        self._last_run_ns = now - self._busy_since_ns if self._busy_since_ns is not None else 0
-        self._busy_total_ns += self._last_run_ns
-        self._busy_since_ns = None
-        self._drain_rate.add(len(items), self._last_run_ns)
-        self._released.difference_update(items)
-        self._pump()
+    def end(self, items: Sequence[Item[Payload]], at_ns: int | None = None) -> None:
+        """Their run is over, or was ``at_ns``; the device may take the next batch."""
+        now = self._clock() if at_ns is None else at_ns
+        started = [item for item in items if item.has_started]
+        if started:
+            self._drain_rate.add(sum(item.padded for item in started), now - started[0].started_ns)
+            self._running_batches -= 1
+            if self._busy_since_ns is not None and self._running_batches == 0:
+                self._busy_total_ns += max(0, now - self._busy_since_ns)
+                self._busy_since_ns = None
+        self._let_go(items)
+
+    def observe(self, padded_tokens: int, took_ns: float) -> None:
+        """A run of so many padded tokens took so long."""
+        self.cost.observe(padded_tokens, took_ns)
+        self._memory_tokens *= _REGROWTH
+
+    def ran_out_of_memory(self, padded_tokens: int) -> None:
+        """A run of so many padded tokens did not fit."""
+        self._memory_tokens = min(self._memory_tokens, padded_tokens / 2)
+
+    def padded_tokens(self, items: Sequence[Item[Payload]]) -> int:
+        """Of a run of these items."""
+        return max(item.padded for item in items) * len(items)
+
+    def _rounded(self, tokens: int) -> int:
+        multiple = self._limits.pad_to_multiple_of
+        return -(-tokens // multiple) * multiple
 
     def _busy_at(self, now: int) -> int:
         """How long the device has been busy in all, up to ``now``."""
-        return self._busy_total_ns + (now - self._busy_since_ns if self._busy_since_ns is not None else 0)
+        return self._busy_total_ns + (max(0, now - self._busy_since_ns) if self._busy_since_ns is not None else 0)
+
+    def _busy_wait(self, item: Item[Payload], until_ns: int) -> int:
+        # The device's thread tells its times a moment late, so an item may seem to have come before the run it saw.
+        waited_ns = until_ns - item.arrived_ns
+        return max(0, min(self._busy_at(until_ns) - item.busy_total_at_arrival_ns, waited_ns))
+
+    def _let_go(self, items: Sequence[Item[Payload]]) -> None:
+        for batch in self._released:
+            batch.difference_update(items)
+        self._released = [batch for batch in self._released if batch]
+        self._pump()
 
     # --- cutting a batch ---
 
@@ -197,45 +282,67 @@ class AdmissionGate(Generic[Payload]):
         self._pump()
 
     def _pump(self) -> None:
-        """If the device is free and something waits, cut a batch or set the timer that will."""
-        if self._released:
+        """Cut a batch if the device can take it, or set the timer that will."""
+        is_ahead = len(self._released) == 1 and self._running_batches > 0
+        if self._released and not (is_ahead and self._may_be_full()):
             return
         self._drop_the_gone()
         if not self._waiting:
             return
-        batch, reason = self._front()
+        batch, reason = self._cut()
+        if is_ahead and reason not in ("full", "token_budget"):
+            return
         if self._draining:
             reason = "drain"
         elif reason == "device_idle" and self._limits.max_wait_ms > 0:
             due_ns = batch[0].arrived_ns + int(self._limits.max_wait_ms * 1e6)
-            latest_ns = min(due_ns, *(item.deadline_ns - self._last_run_ns for item in batch))
+            needs_ns = int(self.cost.estimate(self.padded_tokens(batch)) * _CAUTION) + _TIMER_NS
+            latest_ns = min(due_ns, *(item.deadline_ns - needs_ns for item in batch))
             if self._clock() < latest_ns:
                 self._wait_until(latest_ns)
                 return
             reason = "timeout" if latest_ns == due_ns else "deadline"
         self._release(batch, reason)
 
-    def _front(self) -> tuple[list[Item[Payload]], DispatchReason]:
-        """What fits from the front of the queue, and what ended it."""
-        batch: list[Item[Payload]] = []
-        longest = 0
-        for item in self._waiting:
-            if len(batch) == self._limits.max_batch_size:
-                return batch, "full"
-            longest = max(longest, item.tokens)
-            if batch and longest * (len(batch) + 1) > self._limits.max_batch_tokens:
-                return batch, "token_budget"
-            batch.append(item)
-        return batch, "full" if len(batch) == self._limits.max_batch_size else "device_idle"
+    def _may_be_full(self) -> bool:
+        """Cheaply, whether the waiting inputs could fill a batch."""
+        return len(self._waiting) >= self._limits.max_batch_size or self._waiting_tokens >= self.max_batch_tokens
+
+    def _cut(self) -> tuple[list[Item[Payload]], DispatchReason]:
+        """The next batch, and what ended it."""
+        limits, max_tokens = self._limits, self.max_batch_tokens
+        window = list(itertools.islice(self._waiting, max(limits.grouping_window, limits.max_batch_size)))
+        lengths = [item.padded for item in window]
+        if limits.grouping_window > 1:
+            batch = [window[i] for i in with_the_first(lengths, self.cost, limits.max_batch_size, max_tokens)]
+        else:
+            batch = window[: front(lengths, limits.max_batch_size, max_tokens)]
+        if self._shrink_to_deadlines(batch):
+            return batch, "deadline"
+        if len(batch) == limits.max_batch_size:
+            return batch, "full"
+        in_order_of_arrival = limits.grouping_window <= 1
+        if self.padded_tokens([*batch, batch[0]]) > max_tokens or (in_order_of_arrival and len(batch) < len(window)):
+            return batch, "token_budget"
+        return batch, "device_idle"
+
+    def _shrink_to_deadlines(self, batch: list[Item[Payload]]) -> bool:
+        """Take the longest out, but never the oldest, until the rest meet their deadlines. Returns whether any went."""
+        size = len(batch)
+        while len(batch) > 1:
+            ends_ns = self._clock() + self.cost.estimate(self.padded_tokens(batch))
+            if ends_ns <= min(item.deadline_ns for item in batch):
+                break
+            batch.remove(max(batch[1:], key=lambda item: item.padded))
+        return len(batch) < size
 
     def _release(self, batch: list[Item[Payload]], reason: DispatchReason) -> None:
         self._stop_fill_timer()
         for item in batch:
-            self._waiting.popleft()
+            self._remove(item)
             item.reason = reason
-        self._released = set(batch)
+        self._released.append(set(batch))
         for item in batch:
-            item.queue_behind = self.depth
             item.admitted.set_result(None)
 
     def _wait_until(self, when_ns: int) -> None:
@@ -249,31 +356,42 @@ class AdmissionGate(Generic[Payload]):
             self._fill_timer = None
 
     def _drop_the_gone(self) -> None:
-        """Forget items whose caller is gone, and fail those whose deadline has passed."""
+        """Forget items whose caller is gone, and fail those that cannot make their deadline."""
         now = self._clock()
-        for item in [item for item in self._waiting if item.admitted.done() or item.deadline_ns <= now]:
-            self._waiting.remove(item)
+        for item in [item for item in self._waiting if item.admitted.done() or self._is_late(item, now)]:
+            self._remove(item)
             if not item.admitted.done():
-                waited_ms = (now - item.arrived_ns) / 1e6
-                item.admitted.set_exception(
-                    DeadlinePassed(f"the deadline passed after {waited_ms:.0f} ms in the queue, before the model ran")
-                )
+                item.admitted.set_exception(self._late(item, now))
+
+    def _is_late(self, item: Item[Payload], now: int) -> bool:
+        return now + self.cost.estimate(item.padded) > item.deadline_ns
+
+    def _late(self, item: Item[Payload], now: int) -> DeadlinePassed:
+        waited_ms, left_ms = (now - item.arrived_ns) / 1e6, (item.deadline_ns - now) / 1e6
+        if left_ms <= 0:
+            return DeadlinePassed(f"the deadline passed after {waited_ms:.0f} ms in the queue, before the model ran")
+        needs_ms = self.cost.estimate(item.padded) / 1e6
+        self.cost.hope()
+        return DeadlinePassed(
+            f"after {waited_ms:.0f} ms in the queue {left_ms:.0f} ms are left, and the model needs about "
+            f"{needs_ms:.0f} ms; it was not run"
+        )
 
 
 class _Rate:
-    """How fast a busy device drains the queue: items a second, smoothed over the last runs."""
+    """How fast a busy device drains the queue: tokens a second, smoothed over the last runs."""
 
     _WEIGHT = 0.2
 
     def __init__(self) -> None:
         self._per_second: float | None = None
 
-    def add(self, items: int, run_ns: int) -> None:
+    def add(self, tokens: int, run_ns: int) -> None:
         if run_ns > 0:
-            rate = items / run_ns * 1e9
+            rate = tokens / run_ns * 1e9
             old = self._per_second
             self._per_second = rate if old is None else old + self._WEIGHT * (rate - old)
 
-    def seconds_for(self, items: int) -> int:
-        """Whole seconds, at least 1, in which that many items are done: for ``Retry-After``."""
-        return 1 if not self._per_second else max(1, math.ceil(items / self._per_second))
+    def seconds_for(self, tokens: int) -> int:
+        """Whole seconds, at least 1, in which that many tokens are done: for ``Retry-After``."""
+        return 1 if not self._per_second else max(1, math.ceil(tokens / self._per_second))

@@ -29,6 +29,7 @@ class FakeConfig(_Section):
     per_token_us: Annotated[float, Field(ge=0)] = Field(0.0, description="Time each padded token adds to a run.")
     load_ms: Milliseconds = Field(0.0, description="Time that loading takes.")
     poison_token: int | None = Field(None, description="A run that contains this token id raises.")
+    memory_tokens: Positive | None = Field(None, description="A run of more padded tokens is out of memory.")
     hold_path: str | None = Field(None, description="A run waits for as long as this file exists.")
 
 
@@ -57,6 +58,16 @@ class ModelConfig(_Section):
     threads: Positive | None = Field(
         None, description="CPU threads of a run. Default: the replica's `num_cpus`, rounded up."
     )
+    pad_to_multiple_of: Positive | None = Field(
+        None, description="Inputs of a run are padded to a length that is a multiple. Default: 8 on a GPU, 1 on a CPU."
+    )
+    compile: bool = Field(
+        False,
+        description="`torch.compile` the model at start: faster runs, a slower start; needs a C++ compiler on a CPU.",
+    )
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="`int8`: the linear layers in int8 (dynamic quantization); on a CPU only."
+    )
     fake: FakeConfig = Field(default_factory=FakeConfig, description="Settings of `engine: fake`.")
 
 
@@ -76,7 +87,15 @@ class BatchingConfig(_Section):
         8192, description="Padded tokens (longest times count) in one run at most. A longer input runs alone."
     )
     max_wait_ms: Milliseconds = Field(0.0, description="How long an idle device waits for a batch to fill.")
+    grouping_window: Positive = Field(
+        128,
+        description="Waiting inputs, oldest first, among which those of like length are run together. 1: strictly in "
+        "order of arrival.",
+    )
     max_queue: Positive = Field(1024, description="Inputs waiting per model replica; beyond it requests get 429.")
+    max_queue_tokens: Positive = Field(
+        262_144, description="Tokens waiting per model replica; beyond it requests get 429, but for one alone."
+    )
 
 
 class LimitsConfig(_Section):

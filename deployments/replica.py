@@ -11,7 +11,6 @@ from ray import serve
 
 from deployments.telemetry.provider import ReplicaIdentity
 
-
 _GIL_TURN_S = 0.0005
 _GC_THRESHOLD = 20_000
 

@@ -59,6 +59,20 @@ class Run:
     peak_memory_gb: float | None = None
 
 
+class OutOfMemory(Exception):
+    """A run did not fit the device's memory. A smaller one may."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What the warm-up found."""
+
+    runs: tuple[tuple[int, float], ...] = ()
+    """Padded tokens and nanoseconds of each run, collation included."""
+    too_large: int | None = None
+    """The padded tokens of the smallest run that did not fit the memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     allocated_gb: float
@@ -67,17 +81,23 @@ class Memory:
 
 class Engine(Protocol):
     device: str
+    pad_to_multiple_of: int
+    """Inputs are padded to the longest, rounded up to this."""
     broken: str | None
     """Why no further run can succeed in this process; the replica must then be replaced."""
 
-    def load(self, phase: Phase) -> None:
+    def load(self, phase: Phase) -> WarmUp:
         """Load weights, move them to the device, warm up: each inside ``with phase(name)``. Blocks."""
         ...
 
-    def run(self, batch: Sequence[Ids]) -> Run:
-        """Run the model once on ``batch`` (each ``[tokens]``), padding to the longest. Called from one thread.
+    def collate(self, batch: Sequence[Ids]) -> Any:
+        """Pad ``batch`` (each ``[tokens]``) and send it to the device. May overlap a run, in another thread."""
+        ...
 
-        May raise anything; the caller isolates the input that caused it.
+    def run(self, collated: Any) -> Run:
+        """Run the model once on what ``collate`` gave. Called from one thread.
+
+        May raise anything, OutOfMemory among it; the caller isolates the input that caused it.
         """
         ...
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from deployments.config import FakeConfig
-from deployments.engine.base import Encoded, Memory, Phase, Run
+from deployments.engine.base import Encoded, Memory, OutOfMemory, Phase, Run, WarmUp
 from deployments.messages import Ids
 
 
@@ -49,25 +49,35 @@ class FakeTokenizer:
 
 class FakeEngine:
     device = "cpu"
+    pad_to_multiple_of = 1
     broken: str | None = None
 
     def __init__(self, config: FakeConfig) -> None:
         self._config = config
 
-    def load(self, phase: Phase) -> None:
+    def load(self, phase: Phase) -> WarmUp:
         with phase("weights"):
             time.sleep(self._config.load_ms / 1000)
+        return WarmUp(tuple((tokens, self._run_s(tokens) * 1e9 + 1e5) for tokens in (1, 1000)))
+
+    def collate(self, batch: Sequence[Ids]) -> Sequence[Ids]:
+        return batch
 
     def run(self, batch: Sequence[Ids]) -> Run:
         started = time.perf_counter()
+        padded = max(len(ids) for ids in batch) * len(batch)
+        if self._config.memory_tokens is not None and padded > self._config.memory_tokens:
+            raise OutOfMemory(f"{padded} padded tokens do not fit into {self._config.memory_tokens}")
         if self._config.poison_token is not None and any(self._config.poison_token in ids for ids in batch):
             raise ValueError("the fake model met its poison token")
         while self._config.hold_path is not None and Path(self._config.hold_path).exists():
             time.sleep(0.002)
-        padded = max(len(ids) for ids in batch) * len(batch)
-        time.sleep(self._config.base_ms / 1e3 + padded * self._config.per_token_us / 1e6)
+        time.sleep(self._run_s(padded))
         outputs = [fake_embedding([int(i) for i in ids]) for ids in batch]
         return Run(outputs, (time.perf_counter() - started) * 1e3, padded, (len(batch), 4))
+
+    def _run_s(self, padded_tokens: int) -> float:
+        return self._config.base_ms / 1e3 + padded_tokens * self._config.per_token_us / 1e6
 
     def memory(self) -> Memory | None:
         return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from transformers import (
 )
 
 from deployments.config import BatchingConfig, ModelConfig
-from deployments.engine.base import MAX_FILLS, Memory, Output, Phase, Run
+from deployments.engine.base import MAX_FILLS, Memory, OutOfMemory, Output, Phase, Run, WarmUp
 from deployments.engine.card import ModelCard, Pooling
 from deployments.engine.tokenizers import load_pretrained_tokenizer
 from deployments.errors import ConfigError
@@ -32,6 +34,15 @@ _AUTO_CLASS: dict[str, Any] = {
 }
 _GB = 1e9
 _TYPICAL_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Collated:
+    ids: torch.Tensor
+    mask: torch.Tensor
+    lengths: list[int]
+    arrived: torch.cuda.Event | None = None
+    """When the copy to the GPU is done."""
 
 
 class TransformersEngine:
@@ -59,10 +70,16 @@ class TransformersEngine:
         self._mask_id: int | None = None
         self.broken: str | None = None
         self._model: Any = None
+        self.pad_to_multiple_of = config.pad_to_multiple_of or (8 if self._on_gpu else 1)
+        self._copies = torch.cuda.Stream(self._device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        if config.quantization == "int8":
+            if self._on_gpu:
+                raise ConfigError("args.model.quantization: int8 is for CPUs; on a GPU choose a dtype")
+            self._dtype = torch.float32
         if not self._on_gpu:
             torch.set_num_threads(config.threads or max(1, int(np.ceil(cpus))))
 
-    def load(self, phase: Phase) -> None:
+    def load(self, phase: Phase) -> WarmUp:
         # A progress bar in a replica's log is noise.
         transformers.utils.logging.disable_progress_bar()
         with phase("weights"):
@@ -80,49 +97,80 @@ class TransformersEngine:
             self._model.config.pad_token_id = self._pad_id
         with phase("device_move"):
             self._model = self._model.to(self._device).eval()
+            if self._config.quantization == "int8":
+                self._model = _int8(self._model)
+            if self._config.compile:
+                self._model.compile(dynamic=True)
         with phase("warm_up"):
-            self._warm_up()
+            return self._warm_up()
 
-    def _warm_up(self) -> None:
+    def _warm_up(self) -> WarmUp:
         """The shortest, a typical and the longest input alone, then a full batch of each that the limits allow."""
         longest = self._card.max_length
+        timings: dict[int, float] = {}
+        too_large: int | None = None
         for length in sorted({min(3, longest), min(_TYPICAL_LENGTH, longest), longest}):
             ids = np.full(length, min(1, self._card.vocab_size - 1), dtype=np.int32)
             if self._mask_id is not None:
                 ids[0] = self._mask_id
             full = max(1, min(self._batching.max_batch_size, self._batching.max_batch_tokens // length))
             for size in sorted({1, full}):
-                self.run([ids] * size)
+                try:
+                    # Once for what the libraries set up for a shape, once for the time.
+                    self.run(self.collate([ids] * size))
+                    started = time.perf_counter()
+                    run = self.run(self.collate([ids] * size))
+                except OutOfMemory:
+                    if size == 1:
+                        raise
+                    too_large = min(too_large or length * size, length * size)
+                else:
+                    timings[run.padded_tokens] = (time.perf_counter() - started) * 1e9
+        return WarmUp(tuple(timings.items()), too_large)
 
-    def run(self, batch: Sequence[Ids]) -> Run:
+    def collate(self, batch: Sequence[Ids]) -> _Collated:
         lengths = [len(ids) for ids in batch]
-        longest = max(lengths)
+        multiple = self.pad_to_multiple_of
+        longest = max(max(lengths), min(-(-max(lengths) // multiple) * multiple, self._card.max_length))
         padded = np.full((len(batch), longest), self._pad_id, dtype=np.int64)
         mask = np.zeros((len(batch), longest), dtype=np.int64)
         for row, ids in enumerate(batch):
             padded[row, : len(ids)] = ids
             mask[row, : len(ids)] = 1
+        both = torch.from_numpy(np.stack((padded, mask)))
+        if self._copies is None:
+            return _Collated(both[0], both[1], lengths)
+        with torch.cuda.stream(self._copies):
+            # From pinned memory and in a stream of its own, so that it overlaps the run before.
+            on_device = both.pin_memory().to(self._device, non_blocking=True)
+            arrived = self._copies.record_event()
+        return _Collated(on_device[0], on_device[1], lengths, arrived)
+
+    def run(self, collated: _Collated) -> Run:
         try:
-            return self._run(torch.from_numpy(padded), torch.from_numpy(mask), lengths)
-        except torch.cuda.OutOfMemoryError:
-            raise
+            return self._run(collated)
+        except torch.cuda.OutOfMemoryError as error:
+            raise OutOfMemory(f"{collated.ids.numel()} padded tokens did not fit into the GPU's memory") from error
         except torch.AcceleratorError as error:
             # An illegal access or a device-side assertion: this process can use the device no more.
             self.broken = f"{type(error).__name__} on {self.device}"
             raise
 
     @torch.inference_mode()
-    def _run(self, ids: torch.Tensor, mask: torch.Tensor, lengths: list[int]) -> Run:
+    def _run(self, collated: _Collated) -> Run:
+        ids, mask = collated.ids, collated.mask
         timer = _CudaTimer(self._device) if self._on_gpu else _CpuTimer()
-        if self._on_gpu:
+        if collated.arrived is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
-            ids = ids.pin_memory().to(self._device, non_blocking=True)
-            mask = mask.pin_memory().to(self._device, non_blocking=True)
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(collated.arrived)
+            # Allocated in the stream of the copies: not to be reused before this one is done with it.
+            ids.record_stream(stream)
         with timer:
             raw = self._model(input_ids=ids, attention_mask=mask)
             hidden = raw.last_hidden_state if self._card.task == "embeddings" else raw.logits
             result = self._reduce(hidden, ids, mask)
-        outputs = self._split(result, lengths)
+        outputs = self._split(result, collated.lengths)
         # The outputs are on the host by now, so the timer's last event has happened and reading it waits for nothing.
         return Run(
             outputs=outputs,
@@ -163,6 +211,17 @@ class TransformersEngine:
         if not self._on_gpu:
             return None
         return Memory(torch.cuda.memory_allocated(self._device) / _GB, torch.cuda.memory_reserved(self._device) / _GB)
+
+
+def _int8(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights of the linear layers in int8, their inputs quantized at each run; the rest stays in float32."""
+    with warnings.catch_warnings():
+        # It says that a later package replaces it; that one has no build for every platform that this one runs on.
+        warnings.simplefilter("ignore")
+        quantized: torch.nn.Module = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
+            model, {torch.nn.Linear}, dtype=torch.qint8
+        )
+    return quantized
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:

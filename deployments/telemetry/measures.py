@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -39,6 +40,7 @@ class Measures:
             if spec.kind != "gauge" and spec.service in (service, "every")
         }
         self._counts: Counter[tuple[str, str, str]] = Counter()
+        self._lock = threading.Lock()
 
     def _create(self, spec: MetricSpec) -> Any:
         if spec.kind == "counter":
@@ -64,10 +66,12 @@ class Measures:
 
     def count(self, spec: MetricSpec, amount: int, attribute: str = "", value: str = "") -> None:
         """Counted together, and given to the SDK by ``flush``: each of its measurements costs as much as a span."""
-        self._counts[spec.name, attribute, value] += amount
+        with self._lock:
+            self._counts[spec.name, attribute, value] += amount
 
     def flush(self) -> None:
-        counts, self._counts = self._counts, Counter()
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
         for (name, attribute, value), amount in counts.items():
             attributes = {"model": self.model, attribute: value} if attribute else {"model": self.model}
             self._instruments[name].add(amount, attributes)

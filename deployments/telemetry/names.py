@@ -257,6 +257,9 @@ PADDING = MetricSpec(
 DISPATCHES = MetricSpec(
     "ai.batch.dispatches", "counter", "{batch}", "model", "Batches by why they were cut", ("model", "reason")
 )
+OUT_OF_MEMORY = MetricSpec(
+    "ai.model.out_of_memory", "counter", "{run}", "model", "Runs that did not fit the device's memory", ("model",)
+)
 LOADS = MetricSpec("ai.model.loads", "counter", "{load}", "model", "Model loads", ("model", "load_type"))
 POSTPROCESSING = MetricSpec(
     "ai.inference.postprocessing.latency",

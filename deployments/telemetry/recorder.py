@@ -236,11 +236,10 @@ class Telemetry:
                 record.memberships.append(membership)
         return memberships
 
-    @contextmanager
-    def batch_run(
-        self, items: Sequence[QueuedInput], memberships: Mapping[int, Membership], started_ns: int
-    ) -> Iterator[BatchRecord]:
-        """One run of the model, linked with every request that has an input in it."""
+    def run_begins(
+        self, items: Sequence[QueuedInput], memberships: Mapping[int, Membership], padded_tokens: int, started_ns: int
+    ) -> BatchRecord:
+        """One run of the model, linked with every request that has an input in it. ``run_ends`` must follow."""
         members = list({id(item.payload.record): memberships[id(item.payload.record)] for item in items}.values())
         sampled = any(member.context.trace_flags.sampled for member in members)
         record = BatchRecord(
@@ -248,7 +247,7 @@ class Telemetry:
             started_ns=started_ns,
             size=len(items),
             tokens=sum(item.tokens for item in items),
-            padded_tokens=max(item.tokens for item in items) * len(items),
+            padded_tokens=padded_tokens,
             reason=items[0].reason or "",
             queue_behind=items[0].queue_behind,
             waits_ns=[item.wait_ns for item in items],
@@ -257,20 +256,18 @@ class Telemetry:
         for member in members:
             member.runs.append(record)
         before = self.gpu.first()
-        try:
-            yield record
-        except BaseException as error:
-            record.fault = Fault.of(error)
-            raise
-        finally:
-            record.ended_ns = time.monotonic_ns()
-            after = self.gpu.first()
-            record.gpu_utilization = (
-                before.utilization_percent if before else None,
-                after.utilization_percent if after else None,
-            )
-            record.gpu_memory_free_gb = before.memory_free_gb if before else None
-            self._emit(record)
+        if before is not None:
+            record.gpu_utilization = (before.utilization_percent, None)
+            record.gpu_memory_free_gb = before.memory_free_gb
+        return record
+
+    def run_ends(self, record: BatchRecord, ended_ns: int, error: BaseException | None = None) -> None:
+        record.ended_ns = ended_ns
+        record.fault = Fault.of(error) if error is not None else None
+        after = self.gpu.first()
+        if after is not None:
+            record.gpu_utilization = (record.gpu_utilization[0], after.utilization_percent)
+        self._emit(record)
 
     def _child_of(self, record: StageRecord) -> SpanContext:
         """A context for a span of this request. For an unsampled one it is only told apart, never exported."""
@@ -304,7 +301,10 @@ class Telemetry:
     def _own_trace(self, flags: TraceFlags) -> SpanContext:
         return SpanContext(self._ids.generate_trace_id(), self._ids.generate_span_id(), False, flags)
 
-    # --- gauges ---
+    # --- counters and gauges ---
+
+    def count(self, spec: MetricSpec, amount: int = 1) -> None:
+        self._measures.count(spec, amount)
 
     def gauge(self, spec: MetricSpec, reading: Reading) -> None:
         """Show, at every export, what ``reading`` gives; the model's name is added."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.batching import AdmissionGate, GateLimits, Item
+from deployments.cost import RunCost
 from deployments.errors import DeadlinePassed, QueueFull
 
 FOREVER = 2**62
@@ -33,7 +34,8 @@ class Device:
     async def start(self) -> list[str]:
         """Start one run of all that the gate has released. Returns who is in it."""
         await settle()
-        items = [item for item, done in self._arrived if not done.done()]
+        first = self.gate._released[0] if self.gate._released else set()
+        items = [item for item, done in self._arrived if item in first and not done.done()]
         self.gate.begin(items)
         self.runs.append(items)
         return [item.payload for item in items]
@@ -44,7 +46,7 @@ class Device:
         for item, done in self._arrived:
             if item in items and not done.done():
                 done.set_result(f"done {item.payload}")
-        self._arrived.clear()
+        self._arrived = [(item, done) for item, done in self._arrived if item not in items]
         await settle()
 
     def submit(self, *names: str, tokens: int = 1, deadline_ns: int = FOREVER) -> asyncio.Task[list[object]]:
@@ -315,7 +317,7 @@ async def test_a_near_deadline_ends_the_wait_to_fill() -> None:
     device = Device(max_wait_ms=60_000)
     loop = asyncio.get_running_loop()
     device.gate._clock = lambda: int(loop.time() * 1e9)
-    device.gate._last_run_ns = 50_000_000
+    device.gate.cost = RunCost(run_ns=50e6, token_ns=1)
     device.submit("a", deadline_ns=int(loop.time() * 1e9) + 60_000_000)
     assert await asyncio.wait_for(first_run(device), 5) == ["a"]
     assert device.runs[-1][0].reason == "deadline"

@@ -11,12 +11,14 @@ PACKAGE = Path(__file__).parents[2] / "deployments"
 # From the bottom up: a module may import from its own row and from rows before it.
 LAYERS = [
     {"", "errors", "messages", "config"},
-    {"telemetry"},
+    {"telemetry", "cost"},
+    {"grouping"},
     {"engine", "batching", "explain", "sharing"},
     {"replica", "readiness", "timing", "api"},
     {"tokenizer", "model", "postprocessor", "hop"},
     {"ingress"},
-    {"app"},
+    {"app", "launch"},
+    {"command"},
 ]
 ONLY_IN = {
     "opentelemetry": {"telemetry"},

@@ -227,10 +227,11 @@ def test_a_request_cancelled_while_its_batch_runs_ends_with_it(start: Start, tmp
     item = Item(RunInput(record, np.array([1, 2], dtype=np.int32)), 2, 0, arrived_ns=record.started_ns)
     item.started_ns = time.monotonic_ns()
     memberships = telemetry.batch_begins([item], item.started_ns)
-    with telemetry.batch_run([item], memberships, item.started_ns):
-        with contextlib.suppress(asyncio.CancelledError), telemetry.stage(record):
-            raise asyncio.CancelledError
-        telemetry._drain()
+    run = telemetry.run_begins([item], memberships, 2, item.started_ns)
+    with contextlib.suppress(asyncio.CancelledError), telemetry.stage(record):
+        raise asyncio.CancelledError
+    telemetry._drain()
+    telemetry.run_ends(run, time.monotonic_ns())
     telemetry.close()
     by_name = {span["name"]: span for span in stored(tmp_path)}
     forward, batched = by_name[names.FORWARD_PASS], by_name[names.BATCHED_PREDICT]

@@ -57,7 +57,7 @@ def comparable(value: Any) -> Any:
         return {key: inner for key, inner in found.items() if inner not in ("", [], {}, None)}
     if isinstance(value, list):
         return [comparable(item) for item in value]
-    return str(value) if isinstance(value, float) and not value == value else value
+    return str(value) if isinstance(value, float) and value != value else value
 
 
 @given(st.lists(spans, min_size=1, max_size=3))

@@ -1,0 +1,52 @@
+"""What a run of the model costs: ``a + b * padded tokens``, learned while serving.
+
+``a`` is what any run costs (launches, Python, the smallest matrices), ``b`` what each padded token adds. Both follow
+the machine by normalised least mean squares (Widrow and Hoff): the error of each run moves the term that had the larger
+part in it, and one run moves neither by more than a fifth, so that a single stall does not spoil the estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_STEP = 0.2
+_HOPE = 0.95
+
+
+class RunCost:
+    """Nanoseconds of a run by its padded tokens (longest input times inputs, rounded as the engine pads)."""
+
+    def __init__(self, run_ns: float = 1e6, token_ns: float = 1e4) -> None:
+        self.run_ns, self.token_ns = run_ns, token_ns
+
+    def estimate(self, padded_tokens: int) -> float:
+        return self.run_ns + self.token_ns * padded_tokens
+
+    def observe(self, padded_tokens: int, took_ns: float) -> None:
+        """Learn from one run."""
+        expected = self.estimate(padded_tokens)
+        error = max(-1.0, min(1.0, (took_ns - expected) / expected))
+        # The parts of the two terms in the estimate are the inputs of the filter; their squares normalise its step.
+        of_run = self.run_ns / expected
+        of_tokens = 1 - of_run
+        step = _STEP * error / (of_run**2 + of_tokens**2)
+        self.run_ns *= max(0.5, 1 + step * of_run)
+        self.token_ns *= max(0.5, 1 + step * of_tokens)
+
+    def fit(self, runs: Sequence[tuple[int, float]]) -> None:
+        """Start from ``(padded tokens, nanoseconds)`` of a warm-up: least squares of the relative errors."""
+        s0 = sx = sxx = sy = sxy = 0.0
+        for tokens, took in runs:
+            weight = 1 / max(took, 1.0) ** 2
+            s0, sx, sxx = s0 + weight, sx + weight * tokens, sxx + weight * tokens**2
+            sy, sxy = sy + weight * took, sxy + weight * tokens * took
+        determinant = s0 * sxx - sx**2
+        if determinant <= 1e-9 * s0 * sxx:
+            return
+        self.token_ns = max(1.0, (s0 * sxy - sx * sy) / determinant)
+        self.run_ns = max(1_000.0, (sy - self.token_ns * sx) / s0)
+
+    def hope(self) -> None:
+        """Called for each input refused on the estimate: one that is wrong must not refuse for ever."""
+        self.run_ns *= _HOPE
+        self.token_ns *= _HOPE

@@ -1,0 +1,66 @@
+"""Which of the waiting inputs run together, by length: the split into runs that costs least.
+
+A run costs ``a + b * padded tokens`` (see ``cost``), and every input in it is padded to the longest. Putting a short
+input with long ones saves it a run of its own (``a``) and wastes the padding. Which is cheaper depends on the device,
+so the rule is the cost itself: on a GPU ``a`` outweighs much padding, on a CPU hardly any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deployments.cost import RunCost
+
+
+def with_the_first(lengths: Sequence[int], cost: RunCost, max_size: int, max_tokens: int) -> list[int]:
+    """The places of the inputs that run with ``lengths[0]`` when all are split into runs at the least cost.
+
+    Args:
+        lengths: tokens of each waiting input, the oldest first, as the engine pads them.
+        cost: of a run.
+        max_size: inputs in a run at most.
+        max_tokens: padded tokens in a run at most; a longer input runs alone.
+
+    Returns:
+        Places in order of arrival, 0 among them.
+    """
+    count = front(lengths, max_size, max_tokens)
+    waste = max(lengths[:count]) * count - sum(lengths[:count])
+    if cost.token_ns * waste <= cost.run_ns:
+        # Another run costs more than all the padding that it could save.
+        return list(range(count))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    starts = _cheapest_split([lengths[i] for i in order], cost, max_size, max_tokens)
+    place = order.index(0)
+    end = len(order)
+    while starts[end] > place:
+        end = starts[end]
+    return sorted(order[starts[end] : end])
+
+
+def front(lengths: Sequence[int], max_size: int, max_tokens: int) -> int:
+    """How many fit into a run in order of arrival."""
+    longest = 0
+    for count, length in enumerate(lengths[:max_size]):
+        longest = max(longest, length)
+        if count and longest * (count + 1) > max_tokens:
+            return count
+    return min(len(lengths), max_size)
+
+
+def _cheapest_split(ascending: Sequence[int], cost: RunCost, max_size: int, max_tokens: int) -> list[int]:
+    """For each end of a prefix, where its last run starts. Dynamic programming over runs of neighbours in length."""
+    best = [0.0]
+    starts = [0]
+    a, b = cost.run_ns, cost.token_ns
+    for end in range(1, len(ascending) + 1):
+        longest = ascending[end - 1]
+        most = max(1, min(max_size, max_tokens // longest, end))
+        cheapest, start = best[end - 1] + a + b * longest, end - 1
+        for size in range(2, most + 1):
+            total = best[end - size] + a + b * longest * size
+            if total < cheapest:
+                cheapest, start = total, end - size
+        best.append(cheapest)
+        starts.append(start)
+    return starts
