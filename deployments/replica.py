@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from dataclasses import dataclass
 
 import ray
@@ -11,7 +10,6 @@ from ray import serve
 
 from deployments.telemetry.provider import ReplicaIdentity
 
-_GIL_TURN_S = 0.0005
 _GC_THRESHOLD = 20_000
 
 
@@ -27,9 +25,7 @@ class Placement:
 
 
 def placement() -> Placement:
-    """Ask Ray, and set up the interpreter for serving. Only inside a replica."""
-    # Python's 5 ms would let one thread's Python (telemetry, the loop) hold up another's next operation on the device.
-    sys.setswitchinterval(_GIL_TURN_S)
+    """Ask Ray, and set up garbage collection for serving. Only inside a replica."""
     # A request allocates some hundred objects and leaves no cycles: looking for them every 700 costs 5 % of a replica.
     gc.set_threshold(_GC_THRESHOLD)
     serve_context = serve.get_replica_context()

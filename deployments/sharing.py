@@ -98,6 +98,8 @@ class SharedCalls:
         """The request is over. Where it has no reply, withdraw it."""
         member.timer.cancel()
         answer, call = member.answer, member.call
+        if not answer.done():
+            answer.cancel()
         is_withdrawn = answer.cancelled() or isinstance(answer.exception(), TimeoutError)
         if not is_withdrawn or call is None or call.task is None or call.task.done():
             return

@@ -16,7 +16,7 @@ function request()
   local count = math.min(250, math.max(3, math.floor(math.exp(3.2 + normal()))))
   for i = 1, count do text[i] = words[math.random(#words)] end
   return wrk.format("POST", "/v1/embeddings", {["Content-Type"] = "application/json"},
-    '{"input": "' .. table.concat(text, " ") .. '"}')
+    '{"input": ["' .. table.concat(text, " ") .. '"]}')
 end
 
 function done(summary, latency, requests)

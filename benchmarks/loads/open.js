@@ -27,7 +27,7 @@ export const options = {
 export default function () {
   sleep(Math.random() * 2);
   const text = Array.from({ length: 10 }, () => words[Math.floor(Math.random() * words.length)]).join(" ");
-  const answer = http.post(`http://127.0.0.1:${__ENV.PORT}/v1/embeddings`, JSON.stringify({ input: text }), {
+  const answer = http.post(`http://127.0.0.1:${__ENV.PORT}/v1/embeddings`, JSON.stringify({ input: [text] }), {
     headers: { "Content-Type": "application/json" },
   });
   latency.add(answer.timings.duration);

@@ -11,7 +11,7 @@ function request()
   local text = {}
   for i = 1, 10 do text[i] = words[math.random(#words)] end
   return wrk.format("POST", "/v1/embeddings", {["Content-Type"] = "application/json"},
-    '{"input": "' .. table.concat(text, " ") .. '"}')
+    '{"input": ["' .. table.concat(text, " ") .. '"]}')
 end
 
 function done(summary, latency, requests)

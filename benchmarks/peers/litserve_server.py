@@ -13,7 +13,8 @@ class EmbeddingsAPI(ls.LitAPI):
         self.embedder = Embedder("cuda" if str(device).startswith("cuda") else "cpu")
 
     def decode_request(self, request):
-        return request["input"]
+        (text,) = request["input"]
+        return text
 
     def batch(self, inputs):
         return list(inputs)

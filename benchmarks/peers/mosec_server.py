@@ -12,7 +12,7 @@ class Embeddings(Worker):
         self.embedder = Embedder()
 
     def forward(self, data):
-        vectors = self.embedder.encode([body["input"] for body in data])
+        vectors = self.embedder.encode([body["input"][0] for body in data])
         return [{"data": [{"index": 0, "embedding": vector.tolist()}]} for vector in vectors]
 
 

@@ -54,7 +54,7 @@ class Ingress:
     @api.post("/v1/embeddings")
     async def embed(self, request: Request):
         body = await request.json()
-        ids = await self.tokenizer.remote(body["input"])
+        ids = await self.tokenizer.remote(body["input"][0])
         vector = await self.model.remote(ids)
         return {"data": [{"index": 0, "embedding": await self.postprocessor.remote(vector)}]}
 

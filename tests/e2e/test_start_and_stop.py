@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from deployments.launch import FAST
 from deployments.telemetry import names
 from tests.support.http import call
 from tests.support.process import ROOT, serve_run
@@ -31,6 +32,26 @@ def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path:
 
     assert [WHOLE_TRACE - found[answer.trace_id] for answer in answers] == [set()] * len(answers)
     assert {names.LATENCY.name, names.BATCH_SIZE.name, names.QUEUE_DEPTH.name} <= metrics
+
+
+def test_slowlens_serve_starts_the_same_with_the_fast_front(tmp_path: Path) -> None:
+    log = tmp_path / "serve.log"
+    env = {"XDG_STATE_HOME": str(tmp_path)}
+    with serve_run(ROOT / "serve_config.yaml", log, env, command=("slowlens", "serve")):
+        answers = [call(PORT, "POST", "/v1/embeddings", {"input": f"text {i}"}) for i in range(5)]
+        fronts = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"haproxy" in read(path)]
+    printed = log.read_text().splitlines()
+
+    assert {answer.status for answer in answers} == {200}
+    assert all(f"{name}={value}" in printed for name, value in FAST.items())
+    assert fronts
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def test_a_wrong_key_fails_at_start_by_name(tmp_path: Path) -> None:

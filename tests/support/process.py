@@ -19,14 +19,20 @@ ROOT = Path(__file__).parents[2]
 
 @contextlib.contextmanager
 def serve_run(
-    config: Path, log: Path, env: dict[str, str], *, port: int = 8000, until: str | None = None
+    config: Path,
+    log: Path,
+    env: dict[str, str],
+    *,
+    port: int = 8000,
+    until: str | None = None,
+    command: tuple[str, ...] = ("serve", "run"),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """``serve run CONFIG`` until it is healthy, or until its log says ``until``; stopped at the end of the block."""
     assert not is_listening(port), f"something listens on port {port} already"
-    serve = Path(sys.executable).with_name("serve")
+    program, *arguments = command
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [str(serve), "run", str(config)],
+            [str(Path(sys.executable).with_name(program)), *arguments, str(config)],
             cwd=ROOT,
             env={**os.environ, **env},
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,100 @@
+"""``slowlens serve``: what it checks, sets and becomes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from deployments.command import main
+from deployments.launch import FAST, environment_for
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def became(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], dict[str, str]]]:
+    """The calls of ``execve`` that would have ended this process."""
+    calls: list[tuple[str, list[str], dict[str, str]]] = []
+
+    def execve(program: str, arguments: list[str], environment: dict[str, str]) -> None:
+        calls.append((program, arguments, environment))
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execve", execve)
+    for name in FAST:
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "rest"),
+    [
+        ([], "serve_config.yaml", []),
+        (["serve_config.yaml"], "serve_config.yaml", []),
+        (["serve_config.yaml", "--address", "auto", "-h"], "serve_config.yaml", ["--address", "auto", "-h"]),
+        (["--non-blocking"], "serve_config.yaml", ["--non-blocking"]),
+    ],
+)
+def test_it_becomes_serve_run_with_the_fast_environment(
+    became: list[tuple[str, list[str], dict[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    config: str,
+    rest: list[str],
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        main(["serve", *arguments])
+    ((program, command, environment),) = became
+
+    assert Path(program).name == "serve"
+    assert command == [program, "run", config, *rest]
+    assert environment == {**os.environ, **FAST}
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == [*(f"{name}={value}" for name, value in FAST.items()), " ".join(command)]
+
+
+def test_what_the_environment_says_is_left_alone() -> None:
+    name = "RAY_SERVE_ENABLE_HA_PROXY"
+
+    assert environment_for({name: "0", "OTHER": "x"}) == {**FAST, name: "0"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file"),
+        ("applications: [", "cannot be read"),
+        ("- a\n- b\n", "must have a list `applications`"),
+        (
+            "applications:\n- import_path: deployments.app:build\n  args: {batching: {max_wait: 5}}\n",
+            "args.batching.max_wait: unknown key; known here: max_batch_size",
+        ),
+        (
+            "applications:\n- import_path: deployments.app:build\n  args: {model: {source: /nowhere}}\n",
+            "args.model.source: ",
+        ),
+    ],
+)
+def test_a_wrong_file_ends_it_before_anything_starts(
+    became: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+) -> None:
+    config = tmp_path / "config.yaml"
+    if content is not None:
+        config.write_text(content)
+
+    assert main(["serve", str(config)]) == 2
+    assert message in capsys.readouterr().err
+    assert became == []
+
+
+def test_applications_of_others_are_not_ours_to_check(became: list[object], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("applications:\n- import_path: theirs:app\n  args: {anything: 1}\n")
+    with pytest.raises(SystemExit):
+        main(["serve", str(config)])
+
+    assert len(became) == 1
