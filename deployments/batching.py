@@ -220,6 +220,8 @@ class AdmissionGate(Generic[Payload]):
     def begin(self, items: Sequence[Item[Payload]], at_ns: int | None = None) -> int:
         """The run of these items starts, or started ``at_ns``. Returns the time."""
         now = self._clock() if at_ns is None else at_ns
+        if not items:
+            return now
         for item in items:
             item.started_ns = now
             item.queue_behind = len(self._waiting)

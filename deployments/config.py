@@ -70,6 +70,12 @@ class ModelConfig(_Section):
     )
     fake: FakeConfig = Field(default_factory=FakeConfig, description="Settings of `engine: fake`.")
 
+    @model_validator(mode="after")
+    def _int8_has_no_other_dtype(self) -> ModelConfig:
+        if self.quantization == "int8" and self.dtype not in ("auto", "float32"):
+            raise ValueError(f"model.dtype must be auto or float32 where model.quantization is int8; got {self.dtype}")
+        return self
+
 
 class TokenizerConfig(_Section):
     cache_entries: Annotated[int, Field(ge=0)] = Field(

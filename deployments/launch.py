@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,15 +20,22 @@ from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ConfigError
 
-FAST: dict[str, str] = {
-    # HAProxy in front instead of the Python proxy. It listens on all interfaces, whatever http_options.host says.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # Handles, router and replica code in one event loop.
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # Serve's count of HAProxy's requests, for Ray's dashboard: ours are the metrics http.server.request.duration.
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # How often Serve's controller looks at everything; ten times a second takes 5 % of a core.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    value: str
+    reason: str
+
+
+FAST: dict[str, Setting] = {
+    "RAY_SERVE_ENABLE_HA_PROXY": Setting("1", "HAProxy in front, instead of a proxy in Python."),
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": Setting("1", "Router, calls and replica code in one event loop."),
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": Setting(
+        "0", "Not the proxy's own count of requests, for Ray's dashboard: `http.server.request.duration` has it."
+    ),
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": Setting(
+        "0.5", "Serve's controller looks at everything twice a second, not ten times: that takes 5 % of a core."
+    ),
 }
 IMPORT_PATH = "deployments.app:build"
 
@@ -50,7 +58,7 @@ def launch(config: Path, arguments: Sequence[str]) -> NoReturn:
 
 def environment_for(environ: Mapping[str, str]) -> dict[str, str]:
     """Each variable of ``FAST`` as it will be: as ``environ`` has it, else as it stands there."""
-    return {name: environ.get(name, value) for name, value in FAST.items()}
+    return {name: environ.get(name, setting.value) for name, setting in FAST.items()}
 
 
 def check(config: Path) -> None:

@@ -225,8 +225,10 @@ class ModelStage:
     def _run_begins(self, run: _DeviceRun, memberships: dict[int, Membership]) -> None:
         """On the loop, while the run is going. The first run of a batch is where its inputs stop waiting."""
         if not memberships:
-            self._gate.begin(run.items, run.started_ns)
-            memberships.update(self._telemetry.batch_begins(run.items, run.started_ns))
+            # A caller may have gone in the moment between the thread's look and now; what it waited is written down.
+            wanted = [item for item in run.items if not item.is_gone]
+            self._gate.begin(wanted, run.started_ns)
+            memberships.update(self._telemetry.batch_begins(wanted, run.started_ns))
         padded_tokens = self._gate.padded_tokens(run.items)
         run.record = self._telemetry.run_begins(run.items, memberships, padded_tokens, run.started_ns)
 
@@ -238,7 +240,8 @@ class ModelStage:
         if len(run.items) == 1:
             record = run.items[0].payload.record
             _logger.error("the model failed on one input of request %s", record.envelope.request_id, exc_info=error)
-            memberships[id(record)].fault = Fault.of(error)
+            if id(record) in memberships:
+                memberships[id(record)].fault = Fault.of(error)
         else:
             _logger.warning("a run of %d inputs failed: %s", len(run.items), type(error).__name__)
         # Its frames hold the tensors of the failed run.

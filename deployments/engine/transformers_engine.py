@@ -34,6 +34,7 @@ _AUTO_CLASS: dict[str, Any] = {
 }
 _GB = 1e9
 _TYPICAL_LENGTH = 16
+_SET_UP_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,12 @@ class TransformersEngine:
         self._mask_id: int | None = None
         self.broken: str | None = None
         self._model: Any = None
-        self.pad_to_multiple_of = config.pad_to_multiple_of or (8 if self._on_gpu else 1)
-        self._copies = torch.cuda.Stream(self._device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         if config.quantization == "int8":
             if self._on_gpu:
                 raise ConfigError("args.model.quantization: int8 is for CPUs; on a GPU choose a dtype")
             self._dtype = torch.float32
+        self.pad_to_multiple_of = config.pad_to_multiple_of or (8 if self._on_gpu else 1)
+        self._copies = torch.cuda.Stream(self._device) if self._on_gpu else None  # type: ignore[no-untyped-call]
         if not self._on_gpu:
             torch.set_num_threads(config.threads or max(1, int(np.ceil(cpus))))
 
@@ -116,8 +117,9 @@ class TransformersEngine:
             full = max(1, min(self._batching.max_batch_size, self._batching.max_batch_tokens // length))
             for size in sorted({1, full}):
                 try:
-                    # Once for what the libraries set up for a shape, once for the time.
-                    self.run(self.collate([ids] * size))
+                    if length * size <= _SET_UP_TOKENS:
+                        # What the libraries set up for a shape would be much of the time of a small run.
+                        self.run(self.collate([ids] * size))
                     started = time.perf_counter()
                     run = self.run(self.collate([ids] * size))
                 except OutOfMemory:
@@ -150,6 +152,8 @@ class TransformersEngine:
         try:
             return self._run(collated)
         except torch.cuda.OutOfMemoryError as error:
+            # What is cached in pieces of the wrong sizes may be all that a smaller run needs.
+            torch.cuda.empty_cache()
             raise OutOfMemory(f"{collated.ids.numel()} padded tokens did not fit into the GPU's memory") from error
         except torch.AcceleratorError as error:
             # An illegal access or a device-side assertion: this process can use the device no more.

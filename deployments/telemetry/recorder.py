@@ -240,7 +240,8 @@ class Telemetry:
         self, items: Sequence[QueuedInput], memberships: Mapping[int, Membership], padded_tokens: int, started_ns: int
     ) -> BatchRecord:
         """One run of the model, linked with every request that has an input in it. ``run_ends`` must follow."""
-        members = list({id(item.payload.record): memberships[id(item.payload.record)] for item in items}.values())
+        records = dict.fromkeys(id(item.payload.record) for item in items)
+        members = [memberships[record] for record in records if record in memberships]
         sampled = any(member.context.trace_flags.sampled for member in members)
         record = BatchRecord(
             context=self._own_trace(TraceFlags(TraceFlags.SAMPLED if sampled else TraceFlags.DEFAULT)),

@@ -215,10 +215,13 @@ def _(record: PredictRecord, make: SpanFactory) -> Iterator[Span]:
         return
     hop = from_carrier(record.carrier)
     own = make.new_id()
+    last_ns = max((membership.ended_ns for membership in record.memberships), default=0)
     for membership in record.memberships:
         yield _queue_span(membership, hop, own, make)
         last = membership.runs[-1]
-        ended_ns = membership.ended_ns if membership.is_over else record.ended_ns
+        # The last run, as the request lived it, is over when it has its result: a busy loop hands it out later.
+        is_last = not membership.is_over or membership.ended_ns == last_ns
+        ended_ns = record.ended_ns if is_last else membership.ended_ns
         yield make.make(
             names.FORWARD_PASS,
             hop,

@@ -43,7 +43,7 @@ def test_slowlens_serve_starts_the_same_with_the_fast_front(tmp_path: Path) -> N
     printed = log.read_text().splitlines()
 
     assert {answer.status for answer in answers} == {200}
-    assert all(f"{name}={value}" in printed for name, value in FAST.items())
+    assert all(f"{name}={setting.value}" in printed for name, setting in FAST.items())
     assert fronts
 
 

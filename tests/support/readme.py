@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from deployments.config import AppConfig
 from deployments.errors import ApiError
+from deployments.launch import FAST
 from deployments.telemetry.names import METRICS, SPANS
 
 README = Path(__file__).parents[2] / "README.md"
@@ -23,6 +24,7 @@ def tables() -> dict[str, str]:
     """Each table by the name in its markers."""
     return {
         "configuration": table(("key", "default", "what it does"), configuration(AppConfig, "")),
+        "environment": table(("variable", "value", "what it does"), environment()),
         "errors": table(("status", "code", "type"), errors()),
         "spans": table(("span", "kind", "emitted by", "parent", "attributes"), spans()),
         "metrics": table(("metric", "kind", "unit", "emitted by", "what it is", "attributes"), metrics()),
@@ -44,6 +46,11 @@ def configuration(section: type[BaseModel], path: str) -> Iterator[tuple[str, ..
             shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
             assert field.description, f"{path}{name} has no description"
             yield f"`{path}{name}`", f"`{shown}`", field.description
+
+
+def environment() -> Iterator[tuple[str, ...]]:
+    for name, setting in FAST.items():
+        yield f"`{name}`", f"`{setting.value}`", setting.reason
 
 
 def errors() -> Iterator[tuple[str, ...]]:

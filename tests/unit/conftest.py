@@ -5,6 +5,7 @@ from typing import NoReturn
 
 import pytest
 import ray
+from hypothesis import settings
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +22,8 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
+
+
+# How long one example takes says something about the machine, not about the code.
+settings.register_profile("slowlens", deadline=None)
+settings.load_profile("slowlens")

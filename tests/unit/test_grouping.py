@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.cost import RunCost
@@ -28,7 +28,6 @@ def least_cost(values: Sequence[int], cost: RunCost, max_size: int, max_tokens: 
     return least
 
 
-@settings(deadline=None)
 @given(lengths, costs, st.integers(1, 6), st.integers(1, 200))
 def test_a_run_holds_the_oldest_and_keeps_the_limits(
     values: list[int], cost: RunCost, max_size: int, max_tokens: int
@@ -41,7 +40,6 @@ def test_a_run_holds_the_oldest_and_keeps_the_limits(
     assert len(places) == 1 or len(places) * max(values[i] for i in places) <= max_tokens
 
 
-@settings(deadline=None)
 @given(lengths, costs, st.integers(1, 6), st.integers(1, 200))
 def test_running_all_that_waits_costs_no_more_than_the_best_split(
     values: list[int], cost: RunCost, max_size: int, max_tokens: int
@@ -86,7 +84,6 @@ def test_a_fit_of_one_shape_changes_nothing() -> None:
     assert (cost.run_ns, cost.token_ns) == (7.0, 3.0)
 
 
-@settings(deadline=None)
 @given(st.floats(0.2, 5), st.lists(st.sampled_from([13, 400, 4000]), min_size=300, max_size=300))
 def test_the_estimate_follows_a_machine_that_got_faster_or_slower(factor: float, runs: list[int]) -> None:
     cost, true = RunCost(5e6, 1.5e5), RunCost(5e6 * factor, 1.5e5 * factor)

@@ -52,15 +52,17 @@ def test_it_becomes_serve_run_with_the_fast_environment(
 
     assert Path(program).name == "serve"
     assert command == [program, "run", config, *rest]
-    assert environment == {**os.environ, **FAST}
+    fast = {name: setting.value for name, setting in FAST.items()}
+    assert environment == {**os.environ, **fast}
     printed = capsys.readouterr().err.splitlines()
-    assert printed == [*(f"{name}={value}" for name, value in FAST.items()), " ".join(command)]
+    assert printed == [*(f"{name}={value}" for name, value in fast.items()), " ".join(command)]
 
 
 def test_what_the_environment_says_is_left_alone() -> None:
     name = "RAY_SERVE_ENABLE_HA_PROXY"
 
-    assert environment_for({name: "0", "OTHER": "x"}) == {**FAST, name: "0"}
+    assert environment_for({name: "0", "OTHER": "x"}) == environment_for({}) | {name: "0"}
+    assert environment_for({})[name] == "1"
 
 
 @pytest.mark.parametrize(

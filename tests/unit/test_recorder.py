@@ -199,13 +199,17 @@ def test_a_dead_collector_costs_nothing_but_spans_and_they_are_counted(
     while not any("Failed to export spans" in message for message in caplog.messages):
         time.sleep(0.05)
     receiver = OtlpReceiver(port)
-    lost = 0
-    while lost < 200:
-        points = receiver.metric_points("otel.sdk.exporter.span.exported")
-        lost = max((p.as_int for p in points if any(a.key == "error.type" for a in p.attributes)), default=0)
+    counted = {True: 0, False: 0}
+    deadline = time.monotonic() + 30
+    # What was still queued when the collector came back is delivered; the rest is counted as lost.
+    while sum(counted.values()) < 200 and time.monotonic() < deadline:
+        for point in receiver.metric_points("otel.sdk.exporter.span.exported"):
+            is_lost = any(attribute.key == "error.type" for attribute in point.attributes)
+            counted[is_lost] = max(counted[is_lost], point.as_int)
     receiver.close()
 
-    assert lost == 200
+    assert counted[True] >= 2
+    assert sum(counted.values()) == 200
 
 
 def test_a_silent_collector_does_not_hold_up_the_end_of_a_replica(start: Start) -> None:

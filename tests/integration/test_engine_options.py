@@ -1,0 +1,81 @@
+"""What the engine's speed settings leave of the answers. The engine itself, without a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from deployments.config import AppConfig
+from deployments.engine.base import Run
+from deployments.engine.card import ModelCard
+from deployments.engine.load import load_engine
+from deployments.engine.tokenizers import load_tokenizer
+from deployments.errors import ConfigError
+
+TEXTS = [
+    "short",
+    "what is the balance of my checking account",
+    "the river ran quietly under an old stone bridge while children played near the willow trees",
+    "i lost my credit card and " + "waited for an answer " * 30,
+]
+
+
+@contextlib.contextmanager
+def phase(_: str) -> Iterator[None]:
+    yield
+
+
+def embed(**model: object) -> Run:
+    config = AppConfig.parse({"model": model, "batching": {"max_batch_size": 4, "max_batch_tokens": 512}})
+    card = ModelCard.load(config.model)
+    engine = load_engine(config, card, has_gpu=False, cpus=1)
+    warm_up = engine.load(phase)
+    assert len(warm_up.runs) >= 3
+    assert warm_up.too_large is None
+    encoded = load_tokenizer(config.model, card).encode(TEXTS, with_offsets=False)
+    return engine.run(engine.collate([one.ids for one in encoded]))
+
+
+def least_cosine(one: Run, other: Run) -> float:
+    return min(float(a @ b) for a, b in zip(one.outputs, other.outputs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Run:
+    return embed(dtype="float32")
+
+
+def test_int8_stays_close_to_float32(plain: Run) -> None:
+    quantized = embed(quantization="int8")
+
+    assert 0.97 <= least_cosine(plain, quantized) < 0.99999
+
+
+def test_padding_to_a_multiple_changes_the_shape_and_not_the_answers(plain: Run) -> None:
+    padded = embed(dtype="float32", pad_to_multiple_of=64)
+
+    assert padded.output_shape[1] % 64 == 0
+    assert plain.output_shape[1] % 64 != 0
+    assert padded.padded_tokens == padded.output_shape[0] * padded.output_shape[1]
+    assert least_cosine(plain, padded) >= 0.99999
+
+
+def test_the_length_is_not_rounded_up_beyond_what_the_model_takes() -> None:
+    run = embed(dtype="float32", pad_to_multiple_of=100, max_length=130)
+
+    assert run.output_shape[1] == 130
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_gives_the_same_answers(plain: Run) -> None:
+    assert least_cosine(plain, embed(dtype="float32", compile=True)) >= 0.9999
+
+
+def test_int8_is_refused_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = AppConfig.parse({"model": {"quantization": "int8", "device": "cuda"}})
+    with pytest.raises(ConfigError, match=r"args\.model\.quantization: int8 is for CPUs"):
+        load_engine(config, ModelCard.load(config.model), has_gpu=True, cpus=1)
