@@ -45,6 +45,7 @@ class Hop:
         telemetry: for the hop's span.
         readiness: whether the stage has a replica, asked only of calls that wait for one.
         no_replica_wait_ms: how long a call may wait for a first replica.
+        rest, is_busy: see ``SharedCalls``.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Hop:
         no_replica_wait_ms: float,
         *,
         replies_as_ready: bool = False,
+        rest: float = 0.0,
+        is_busy: Callable[[], bool] = lambda: True,
     ) -> None:
         self._stage, self._telemetry, self._replies_as_ready = stage, telemetry, replies_as_ready
         self._readiness, self._no_replica_wait_s = readiness, no_replica_wait_ms / 1000
@@ -72,6 +75,8 @@ class Hop:
             self._exchange,
             _MAX_COST_US,
             pipelined=replies_as_ready,
+            rest=rest,
+            is_busy=is_busy,
             forget=self._forget if replies_as_ready else None,
         )
 

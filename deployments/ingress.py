@@ -62,6 +62,7 @@ from deployments.timing import server_timing
 
 _logger = logging.getLogger("slowlens.ingress")
 _CONTROLLER_PATIENCE_S = 5.0
+_TOKENIZER_REST = 2.0
 _MAX_REQUEST_ID = 256
 """Characters of it that telemetry keeps."""
 
@@ -105,7 +106,11 @@ class IngressStage:
         )
         wait_ms = config.limits.no_replica_wait_ms
         way = (self._telemetry, self._readiness, wait_ms)
-        self._tokenizer = Hop("tokenizer", tokenizer, "tokenize", *way)
+        self._in_hand = 0
+        # Requests that leave the first stage together go on together, so that it is enough for one stage to rest.
+        self._tokenizer = Hop(
+            "tokenizer", tokenizer, "tokenize", *way, rest=_TOKENIZER_REST, is_busy=lambda: self._in_hand > 1
+        )
         self._model = Hop("model", model, "predict", *way, replies_as_ready=True)
         self._postprocessor = Hop("postprocessor", postprocessor, "postprocess", *way)
 
@@ -121,6 +126,7 @@ class IngressStage:
             request_id=request_id,
             headers=http.headers,
         ) as record:
+            self._in_hand += 1
             try:
                 body = await self._infer(http, route, record)
                 record.status = 200
@@ -130,6 +136,8 @@ class IngressStage:
                 raise
             except Exception as error:
                 response = self._failed(record, error)
+            finally:
+                self._in_hand -= 1
             response.headers["traceresponse"] = traceparent(record.context)
             response.headers["Server-Timing"] = server_timing(record)
             return response

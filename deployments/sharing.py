@@ -5,10 +5,13 @@ makes requests wait for company:
 
 1. If no call is under way, a request leaves at the end of the loop's tick, with all that came in the same tick; else
    with the next call. Where a stage answers each request as it is ready (``pipelined``), no call holds up the next.
-2. A call carries requests up to a weight, and a full one leaves at once. A request heavier than that travels alone and
+2. With ``rest``, a stage rests after each call for so many times as long as the call took, ``MAX_REST_S`` at most. What
+   comes meanwhile leaves together. Where calls have become slow, the processors are short, and fewer calls are the
+   cure. A request that has the application to itself does not wait (``is_busy``).
+3. A call carries requests up to a weight, and a full one leaves at once. A request heavier than that travels alone and
    holds up nobody.
-3. A call that lasts does not hold up the others: ``PATIENCE_S`` after the first of them came, they leave beside it.
-4. A request that is gone before its call leaves is not sent. If it goes later, the stage is told (``forget``), and
+4. A call that lasts does not hold up the others: ``PATIENCE_S`` after the first of them came, they leave beside it.
+5. A request that is gone before its call leaves is not sent. If it goes later, the stage is told (``forget``), and
    when all of a call are gone the call is cancelled.
 """
 
@@ -21,6 +24,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 PATIENCE_S = 0.02
+MAX_REST_S = 0.04
 Replies = Sequence[tuple[int, Any]]
 """Some replies of a call, each with the place of its request in it."""
 
@@ -65,6 +69,8 @@ class SharedCalls:
             the telling.
         max_weight: of one call.
         pipelined: whether the stage answers each request as it is ready.
+        rest: of the stage after a call, in times that the call took.
+        is_busy: whether other requests are in hand; only then does the stage rest.
     """
 
     def __init__(
@@ -73,13 +79,17 @@ class SharedCalls:
         max_weight: int,
         *,
         pipelined: bool = False,
+        rest: float = 0.0,
+        is_busy: Callable[[], bool] = lambda: True,
         forget: Callable[[Any], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         self._exchange, self._forget = exchange, forget
         self._max_weight, self._pipelined = max_weight, pipelined
+        self._rest, self._is_busy = rest, is_busy
+        self._rested_at_s = 0.0
         self._waiting: deque[Member] = deque()
         self._waiting_weight = self._under_way = 0
-        self._next_tick: asyncio.Handle | None = None
+        self._next_leave: asyncio.Handle | None = None
         self._patience: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         # A shared call is nobody's alone: what the first of its requests has in its context must not reach it (Serve
@@ -109,19 +119,26 @@ class SharedCalls:
         elif self._forget is not None:
             self._spawn(self._forget(member.request))
 
+    def _is_full(self) -> bool:
+        return self._waiting_weight >= self._max_weight
+
     def _may_leave(self) -> bool:
-        return self._pipelined or self._under_way == 0 or self._waiting_weight >= self._max_weight
+        return self._pipelined or self._under_way == 0 or self._is_full()
 
     def _schedule(self) -> None:
         loop = asyncio.get_running_loop()
         if self._may_leave():
-            if self._next_tick is None:
-                self._next_tick = loop.call_soon(self._send)
+            if self._next_leave is None or self._is_full():
+                if self._next_leave is not None:
+                    self._next_leave.cancel()
+                # A timer of the past fires in the next tick.
+                must_rest = not self._is_full() and self._is_busy()
+                self._next_leave = loop.call_at(self._rested_at_s if must_rest else loop.time(), self._send)
         elif self._patience is None:
             self._patience = loop.call_later(PATIENCE_S, self._out_of_patience)
 
     def _send(self) -> None:
-        self._next_tick = None
+        self._next_leave = None
         while self._waiting and self._may_leave():
             self._send_one()
         if self._waiting:
@@ -159,7 +176,8 @@ class SharedCalls:
         return members, weight
 
     async def _carry(self, call: _Call) -> None:
-        members = call.members
+        members, loop = call.members, asyncio.get_running_loop()
+        began_s = loop.time()
         problem: Exception = RuntimeError("the stage left a request without a reply")
         try:
             async for replies in self._exchange(tuple(member.request for member in members)):
@@ -170,6 +188,8 @@ class SharedCalls:
             problem = error
         finally:
             self._under_way -= not call.is_alone
+            if not call.is_alone:
+                self._rested_at_s = loop.time() + min(MAX_REST_S, self._rest * (loop.time() - began_s))
             if self._waiting:
                 self._schedule()
         for member in members:

@@ -223,7 +223,7 @@ def _int8(model: torch.nn.Module) -> torch.nn.Module:
         # It says that a later package replaces it; that one has no build for every platform that this one runs on.
         warnings.simplefilter("ignore")
         quantized: torch.nn.Module = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
-            model, {torch.nn.Linear}, dtype=torch.qint8
+            model, {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
         )
     return quantized
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.sharing import PATIENCE_S, Member, Replies, SharedCalls
+from deployments.sharing import MAX_REST_S, PATIENCE_S, Member, Replies, SharedCalls
 from tests.support.virtual_time import virtual
 
 
@@ -131,6 +131,49 @@ async def test_a_call_that_lasts_holds_up_the_others_for_the_patience_only() -> 
     assert stage.sent_s[1] - stage.sent_s[0] == pytest.approx(PATIENCE_S)
     stage.gates[1].set()
     assert await answer == ("next!", 1)
+
+
+@virtual
+async def test_a_stage_rests_after_a_call_in_proportion_to_it_and_what_comes_leaves_together() -> None:
+    stage = Stage(rest=2.0)
+    stage.ask("a")
+    await asyncio.sleep(0.005)
+    stage.gates[0].set()
+    await settle()
+    for name in "bc":
+        stage.ask(name)
+        await asyncio.sleep(0.003)
+    assert stage.calls == [("a",)]
+    await asyncio.sleep(0.005)
+    assert stage.calls[1:] == [("b", "c")]
+    assert stage.sent_s[1] - stage.sent_s[0] == pytest.approx(0.005 + 2 * 0.005)
+
+
+@virtual
+async def test_the_rest_is_bounded_and_neither_a_full_call_nor_a_lone_request_keeps_it() -> None:
+    busy = True
+    stage = Stage(rest=2.0, is_busy=lambda: busy)
+    stage.ask("a")
+    await asyncio.sleep(1.0)
+    stage.gates[0].set()
+    await settle()
+    stage.ask("b")
+    await asyncio.sleep(MAX_REST_S * 1.01)
+    assert stage.calls[1:] == [("b",)]
+    assert stage.sent_s[1] - stage.sent_s[0] == pytest.approx(1.0 + MAX_REST_S)
+    stage.gates[1].set()
+    await settle()
+
+    stage.ask("full", weight=10)
+    await settle()
+    assert stage.calls[2:] == [("full",)]
+    stage.gates[2].set()
+    await asyncio.sleep(0.001)
+
+    busy = False
+    stage.ask("alone")
+    await settle()
+    assert stage.calls[3:] == [("alone",)]
 
 
 @virtual
