@@ -4,7 +4,8 @@
     python benchmarks/throughput.py               # every server, three rounds
 
 Needs Linux (CPU and memory are read from /proc), port 8000 and port 8101 free, and slowlens installed with its extra
-``demo``, and matplotlib, in the environment that runs this. Writes ``benchmarks/results/throughput.json``, ``.md`` and ``.svg``.
+``demo``, and matplotlib, in the environment that runs this. Writes ``benchmarks/results/throughput.json``, ``.md`` and
+``.svg``.
 
 Workloads: ``short-N``, texts of 10 words from N clients that each wait for their answer (wrk); ``mixed-64``, texts of a
 log-normal number of words from 3 to 250; ``open-50`` and ``open-80``, short texts that come at random (k6) at that
