@@ -202,7 +202,7 @@ class AdmissionGate(Generic[Payload]):
 
     def _leave(self, item: Item[Payload]) -> None:
         """The item is gone, by whatever way. One that runs stays in flight until its run is over."""
-        if not item.has_started and item.left_ns == NEVER:
+        if not item.has_started and not item.is_gone:
             item.left_ns = self._clock()
             item.busy_wait_ns = self._busy_wait(item, item.left_ns)
         if not item.admitted.done() or item.admitted.cancelled():
@@ -217,11 +217,11 @@ class AdmissionGate(Generic[Payload]):
 
     # --- the device ---
 
-    def begin(self, items: Sequence[Item[Payload]], at_ns: int | None = None) -> int:
-        """The run of these items starts, or started ``at_ns``. Returns the time."""
+    def begin(self, items: Sequence[Item[Payload]], at_ns: int | None = None) -> None:
+        """The run of these items starts, or started ``at_ns``."""
         now = self._clock() if at_ns is None else at_ns
         if not items:
-            return now
+            return
         for item in items:
             item.started_ns = now
             item.queue_behind = len(self._waiting)
@@ -230,11 +230,10 @@ class AdmissionGate(Generic[Payload]):
             self._busy_since_ns = now
         self._running_batches += 1
         self._pump()
-        return now
 
-    def end(self, items: Sequence[Item[Payload]], at_ns: int | None = None) -> None:
-        """Their run is over, or was ``at_ns``; the device may take the next batch."""
-        now = self._clock() if at_ns is None else at_ns
+    def end(self, items: Sequence[Item[Payload]]) -> None:
+        """Their run is over; the device may take the next batch."""
+        now = self._clock()
         started = [item for item in items if item.has_started]
         if started:
             self._drain_rate.add(sum(item.padded for item in started), now - started[0].started_ns)

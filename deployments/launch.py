@@ -34,7 +34,7 @@ FAST: dict[str, Setting] = {
         "0", "Not the proxy's own count of requests, for Ray's dashboard: `http.server.request.duration` has it."
     ),
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": Setting(
-        "0.5", "Serve's controller looks at everything twice a second, not ten times: that takes 5 % of a core."
+        "0.5", "Serve's controller looks at everything twice a second, not ten times."
     ),
 }
 IMPORT_PATH = "deployments.app:build"

@@ -299,7 +299,7 @@ def _ids(items: Sequence[Queued]) -> list[Ids]:
 def _unfinished_wait(items: Sequence[Queued]) -> UnfinishedWait | None:
     """Of the first input that was queued and never ran."""
     for item in items:
-        if item.left_ns != NEVER and item.arrived_ns != NEVER:
+        if item.is_gone and item.arrived_ns != NEVER:
             return UnfinishedWait(
                 item.arrived_ns, item.left_ns, item.depth_on_arrival, item.busy_wait_ns, item.fill_wait_ns
             )

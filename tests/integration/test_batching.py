@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ray import serve
 
 from deployments.messages import Carrier, Envelope, Predicted, PredictRequest, Ragged
 from deployments.telemetry import names
-from tests.support.cluster import wait_for_depth
+from tests.support.cluster import run_together, wait_for_depth
 from tests.support.http import Answer, call, new_traceparent
 from tests.support.otlp import OtlpReceiver
 from tests.support.traces import Span, named, one
@@ -58,17 +59,6 @@ def embed(port: int, words: int, **headers: str) -> Answer:
     return call(port, "POST", "/v1/embeddings", {"input": " ".join(["w"] * words)}, headers)
 
 
-def run_together(port: int, words: list[int], let_go: Callable[[], None]) -> list[Answer]:
-    """Send each when the one before it waits for the held device, then let the device go."""
-    with ThreadPoolExecutor(len(words)) as pool:
-        futures = []
-        for depth, count in enumerate(words, start=1):
-            futures.append(pool.submit(embed, port, count))
-            wait_for_depth(depth)
-        let_go()
-        return [future.result() for future in futures]
-
-
 def forward_of(receiver: OtlpReceiver, answer: Answer) -> Span:
     return one(receiver.trace(answer.trace_id, names={names.FORWARD_PASS, names.PREDICT}), names.FORWARD_PASS)
 
@@ -89,7 +79,7 @@ def batches_of(receiver: OtlpReceiver, answers: list[Answer]) -> list[Span]:
 def test_like_lengths_run_together_and_the_oldest_first(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
-    answers = run_together(port, [98, 2, 3, 97, 2], held)
+    answers = run_together([partial(embed, port, value) for value in [98, 2, 3, 97, 2]], held)
     long_run, short_run = batches_of(receiver, answers)
 
     assert {answer.status for answer in answers} == {200}
@@ -104,7 +94,7 @@ def test_like_lengths_run_together_and_the_oldest_first(
 def test_a_full_batch_is_ready_before_the_device_is_and_the_rest_waits(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
-    answers = run_together(port, [3] * 11, held)
+    answers = run_together([partial(embed, port, value) for value in [3] * 11], held)
     first, second = batches_of(receiver, answers)
 
     assert (first.attributes["ai.batch.actual_size"], first.attributes["ai.batch.dispatch_reason"]) == (8, "full")

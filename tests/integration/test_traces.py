@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from deployments.engine.fake import fake_embedding, fake_token_id
 from deployments.telemetry import names
-from tests.support.cluster import wait_for_depth
+from tests.support.cluster import run_together, wait_for_depth
 from tests.support.http import Answer, call, new_traceparent
 from tests.support.otlp import OtlpReceiver
 from tests.support.traces import WHOLE_TRACE, WHOLE_TREE, Span, named, one, tree
@@ -54,17 +55,6 @@ def held(hold_path: Path, port: int, receiver: OtlpReceiver) -> Iterator[Callabl
 
 def embed(port: int, text: str | list[Any], **headers: str) -> Answer:
     return call(port, "POST", "/v1/embeddings", {"input": text}, headers)
-
-
-def run_together(port: int, texts: list[str], let_go: Callable[[], None]) -> list[Answer]:
-    """Send each text when the one before it waits for the held device, then let the device go."""
-    with ThreadPoolExecutor(len(texts)) as pool:
-        futures = []
-        for depth, text in enumerate(texts, start=1):
-            futures.append(pool.submit(embed, port, text))
-            wait_for_depth(depth)
-        let_go()
-        return [future.result() for future in futures]
 
 
 def test_one_request_is_one_whole_trace(port: int, receiver: OtlpReceiver) -> None:
@@ -175,7 +165,10 @@ def test_a_caller_that_does_not_sample_is_honoured_in_every_actor(port: int, rec
 def test_requests_that_waited_together_run_as_one_batch(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
-    trace_ids = [answer.trace_id for answer in run_together(port, ["a", "b c d", "e f"], held)]
+    trace_ids = [
+        answer.trace_id
+        for answer in run_together([partial(embed, port, value) for value in ["a", "b c d", "e f"]], held)
+    ]
     traces = [receiver.trace(trace_id, names=WHOLE_TRACE) for trace_id in trace_ids]
     forwards = [one(spans, names.FORWARD_PASS) for spans in traces]
     batch = batch_of(receiver, forwards[0])
@@ -233,7 +226,7 @@ def test_a_request_spread_over_batches_has_a_queue_and_a_forward_span_for_each(
 
 def test_a_poisoned_input_fails_alone(port: int, receiver: OtlpReceiver, held: Callable[[], None]) -> None:
     texts = ["good one", POISON, "good two"]
-    answers = run_together(port, texts, held)
+    answers = run_together([partial(embed, port, value) for value in texts], held)
     bad = answers[1]
 
     assert [answer.status for answer in answers] == [200, 500, 200]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 from ray import serve
+
+from tests.support.http import Answer
 
 
 def wait_for_depth(depth: int, *, running: bool = False) -> None:
@@ -12,3 +17,14 @@ def wait_for_depth(depth: int, *, running: bool = False) -> None:
         state = model.queue_state.remote().result()
         if state["waiting"] >= depth and (state["running"] or not running):
             return
+
+
+def run_together(sends: Sequence[Callable[[], Answer]], let_go: Callable[[], None]) -> list[Answer]:
+    """Send each request when the one before it waits for the held device, then let the device go."""
+    with ThreadPoolExecutor(len(sends)) as pool:
+        futures = []
+        for depth, send in enumerate(sends, start=1):
+            futures.append(pool.submit(send))
+            wait_for_depth(depth)
+        let_go()
+        return [future.result() for future in futures]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deployments.batching import AdmissionGate, GateLimits, Item
 from deployments.cost import RunCost
 from deployments.errors import DeadlinePassed, QueueFull
+from tests.support.virtual_time import now_ns, virtual
 
 FOREVER = 2**62
 
@@ -58,16 +59,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def gate_test(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
-    def run() -> None:
-        asyncio.run(test())  # type: ignore[arg-type]
-
-    run.__name__ = test.__name__  # type: ignore[attr-defined]
-    run.__doc__ = test.__doc__
-    return run
-
-
-@gate_test
+@virtual
 async def test_a_free_device_runs_an_input_at_once() -> None:
     device = Device()
     answer = device.submit("a")
@@ -79,7 +71,7 @@ async def test_a_free_device_runs_an_input_at_once() -> None:
     assert device.gate.running == 0
 
 
-@gate_test
+@virtual
 async def test_what_waits_for_a_busy_device_becomes_the_next_batch() -> None:
     device = Device()
     answers = [device.submit("a")]
@@ -98,7 +90,7 @@ async def test_what_waits_for_a_busy_device_becomes_the_next_batch() -> None:
     assert [(await answer)[0] for answer in answers] == [f"done {name}" for name in "abcdef"]
 
 
-@gate_test
+@virtual
 async def test_padded_tokens_bound_a_batch_and_a_larger_input_runs_alone() -> None:
     device = Device(max_batch_tokens=20)
     device.submit("first")
@@ -118,7 +110,7 @@ async def test_padded_tokens_bound_a_batch_and_a_larger_input_runs_alone() -> No
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_the_wait_is_split_into_busy_and_fill_exactly() -> None:
     device = Device()
     device.submit("a")
@@ -136,7 +128,7 @@ async def test_the_wait_is_split_into_busy_and_fill_exactly() -> None:
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_a_cancelled_input_leaves_the_queue_and_never_runs() -> None:
     device = Device()
     device.submit("a")
@@ -152,7 +144,7 @@ async def test_a_cancelled_input_leaves_the_queue_and_never_runs() -> None:
     assert await stays == ["done stays"]
 
 
-@gate_test
+@virtual
 async def test_inputs_cancelled_between_release_and_run_free_the_device() -> None:
     device = Device()
     gone = device.submit("gone")
@@ -167,7 +159,7 @@ async def test_inputs_cancelled_between_release_and_run_free_the_device() -> Non
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_cancelling_in_the_same_tick_as_the_release_is_safe() -> None:
     device = Device()
     first = device.submit("first")
@@ -179,7 +171,7 @@ async def test_cancelling_in_the_same_tick_as_the_release_is_safe() -> None:
     assert (await first, device.gate.depth, device.gate.running) == (["done first"], 0, 0)
 
 
-@gate_test
+@virtual
 async def test_a_running_input_that_is_cancelled_keeps_the_device_busy_until_the_run_ends() -> None:
     device = Device()
     gone = device.submit("gone")
@@ -193,7 +185,7 @@ async def test_a_running_input_that_is_cancelled_keeps_the_device_busy_until_the
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_a_request_cancelled_before_its_inputs_begin_to_wait_leaves_nothing_behind() -> None:
     for busy in (False, True):
         device = Device()
@@ -213,7 +205,7 @@ async def test_a_request_cancelled_before_its_inputs_begin_to_wait_leaves_nothin
         await device.end()
 
 
-@gate_test
+@virtual
 async def test_an_input_that_never_ran_knows_what_it_waited_for() -> None:
     device = Device()
     device.submit("a")
@@ -230,7 +222,7 @@ async def test_an_input_that_never_ran_knows_what_it_waited_for() -> None:
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_an_input_past_its_deadline_is_dropped_when_the_batch_is_cut() -> None:
     device = Device()
     device.submit("a")
@@ -247,7 +239,7 @@ async def test_an_input_past_its_deadline_is_dropped_when_the_batch_is_cut() -> 
     assert await fine == ["done fine"]
 
 
-@gate_test
+@virtual
 async def test_a_full_queue_refuses_a_request_whole() -> None:
     device = Device(max_queue=3)
     device.submit("a")
@@ -261,7 +253,7 @@ async def test_a_full_queue_refuses_a_request_whole() -> None:
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_retry_after_follows_the_rate_of_the_device() -> None:
     device = Device(max_queue=4, max_batch_size=1)
     device.submit(*"abcd")
@@ -279,12 +271,12 @@ async def test_retry_after_follows_the_rate_of_the_device() -> None:
     assert refused.value.retry_after_s == 2 * device.gate.depth
 
 
-@gate_test
+@virtual
 async def test_an_idle_device_waits_for_a_batch_to_fill_but_not_longer_than_max_wait_ms() -> None:
     device = Device(max_wait_ms=20)
     loop = asyncio.get_running_loop()
     start = loop.time()
-    device.gate._clock = lambda: int(loop.time() * 1e9)
+    device.gate._clock = now_ns
     answer = device.submit("a")
     await settle()
     assert device.gate.depth == 1
@@ -297,7 +289,7 @@ async def test_an_idle_device_waits_for_a_batch_to_fill_but_not_longer_than_max_
     await answer
 
 
-@gate_test
+@virtual
 async def test_a_full_batch_does_not_wait_and_draining_waits_for_nothing() -> None:
     device = Device(max_wait_ms=60_000, max_batch_size=2)
     device.submit("a", "b")
@@ -312,13 +304,12 @@ async def test_a_full_batch_does_not_wait_and_draining_waits_for_nothing() -> No
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_a_near_deadline_ends_the_wait_to_fill() -> None:
     device = Device(max_wait_ms=60_000)
-    loop = asyncio.get_running_loop()
-    device.gate._clock = lambda: int(loop.time() * 1e9)
+    device.gate._clock = now_ns
     device.gate.cost = RunCost(run_ns=50e6, token_ns=1)
-    device.submit("a", deadline_ns=int(loop.time() * 1e9) + 60_000_000)
+    device.submit("a", deadline_ns=now_ns() + 60_000_000)
     assert await asyncio.wait_for(first_run(device), 5) == ["a"]
     assert device.runs[-1][0].reason == "deadline"
     await device.end()
@@ -356,7 +347,7 @@ def test_nothing_is_lost_reordered_or_over_the_limits(sizes: Sequence[int], max_
     asyncio.run(run())
 
 
-@gate_test
+@virtual
 async def test_a_full_batch_is_released_while_the_device_runs_and_one_only() -> None:
     device = Device(max_batch_size=2)
     device.submit("a")
@@ -380,7 +371,7 @@ async def test_a_full_batch_is_released_while_the_device_runs_and_one_only() -> 
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_an_input_cancelled_in_the_batch_that_is_ready_is_gone_before_it_runs() -> None:
     device = Device(max_batch_size=2)
     device.submit("a")
@@ -396,7 +387,7 @@ async def test_an_input_cancelled_in_the_batch_that_is_ready_is_gone_before_it_r
     assert await stays == ["done stays"]
 
 
-@gate_test
+@virtual
 async def test_short_inputs_wait_for_their_like_while_the_oldest_goes_first() -> None:
     device = Device(max_batch_size=8, max_batch_tokens=1000, grouping_window=8)
     device.gate.cost = RunCost(run_ns=10, token_ns=1)
@@ -413,7 +404,7 @@ async def test_short_inputs_wait_for_their_like_while_the_oldest_goes_first() ->
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_lengths_count_as_the_engine_pads_them() -> None:
     device = Device(max_batch_tokens=20, pad_to_multiple_of=8)
     device.submit("a")
@@ -427,7 +418,7 @@ async def test_lengths_count_as_the_engine_pads_them() -> None:
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_what_cannot_make_its_deadline_is_refused_though_the_device_is_idle() -> None:
     device = Device()
     device.gate.cost = RunCost(run_ns=50e6, token_ns=1)
@@ -438,7 +429,7 @@ async def test_what_cannot_make_its_deadline_is_refused_though_the_device_is_idl
     assert (device.gate.depth, device.gate.running) == (0, 0)
 
 
-@gate_test
+@virtual
 async def test_an_estimate_that_is_wrong_does_not_refuse_for_ever() -> None:
     device = Device()
     device.gate.cost = RunCost(run_ns=50e6, token_ns=1)
@@ -450,7 +441,7 @@ async def test_an_estimate_that_is_wrong_does_not_refuse_for_ever() -> None:
     assert 10 < refused < 30
 
 
-@gate_test
+@virtual
 async def test_a_batch_is_made_smaller_until_all_in_it_meet_their_deadlines() -> None:
     device = Device(max_batch_tokens=1000)
     device.gate.cost = RunCost(run_ns=1, token_ns=1)
@@ -468,7 +459,7 @@ async def test_a_batch_is_made_smaller_until_all_in_it_meet_their_deadlines() ->
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_a_queue_is_limited_in_tokens_but_never_refuses_what_comes_alone() -> None:
     device = Device(max_queue_tokens=100)
     device.submit("a")
@@ -480,7 +471,7 @@ async def test_a_queue_is_limited_in_tokens_but_never_refuses_what_comes_alone()
     await device.end()
 
 
-@gate_test
+@virtual
 async def test_a_limit_learned_from_memory_bounds_batches_and_grows_back() -> None:
     device = Device(max_batch_tokens=100, max_batch_size=32)
     device.gate.ran_out_of_memory(80)
