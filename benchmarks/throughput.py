@@ -96,6 +96,12 @@ def cpu_seconds(pids: Sequence[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def stolen_and_all() -> tuple[int, int]:
+    """Ticks of all CPUs so far: those that the host gave to others, and all."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[7], sum(ticks)
+
+
 def memory_mb(pids: Sequence[int]) -> float:
     """Proportional set size: memory that several share is counted once."""
     kilobytes = 0
@@ -148,13 +154,15 @@ def wait_until_it_answers(port: int, process: subprocess.Popen[bytes], log: Path
 
 def measure(server: Server, mark: str, load: list[str], env: dict[str, str]) -> dict[str, Any]:
     pids = processes(mark)
-    before = cpu_seconds(pids)
+    before, (stolen, ticks) = cpu_seconds(pids), stolen_and_all()
     output = subprocess.run(load, env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout
-    used = cpu_seconds(pids) - before
+    used, (stolen_after, ticks_after) = cpu_seconds(pids) - before, stolen_and_all()
     result: dict[str, Any] = json.loads(next(line[5:] for line in output.splitlines() if line.startswith("JSON ")))
     result["server"] = server.name
     result["requests_per_s"] = result["requests"] / result["seconds"]
     result["cpu_ms_per_request"] = 1e3 * used / max(1, result["requests"])
+    # On a virtual machine others may take the processors: how much they took while this was measured.
+    result["stolen_percent"] = 100 * (stolen_after - stolen) / max(1, ticks_after - ticks)
     result["memory_mb"] = memory_mb(processes(mark))
     return result
 
@@ -248,6 +256,7 @@ def ratios(rows: list[dict[str, Any]], workload: str, key: str, ours: str, other
 def table(rows: list[dict[str, Any]], machine: str) -> str:
     columns = {"requests_per_s": "requests/s", "p50_ms": "p50 ms", "p99_ms": "p99 ms"}
     columns |= {"cpu_ms_per_request": "CPU ms/request", "memory_mb": "memory MB", "errors": "errors"}
+    columns["stolen_percent"] = "stolen %"
     lines = [f"Medians of the rounds, on {machine}.", ""]
     lines += ["| workload | server | " + " | ".join(columns.values()) + " |", "| --- " * (len(columns) + 2) + "|"]
     for workload in dict.fromkeys(row["workload"] for row in rows):

@@ -1,9 +1,11 @@
 """What enters a batch, and when: an admission gate in front of the device. Plain asyncio, no Ray, no torch.
 
 1. Inputs wait here until the device is free. A free device and a waiting input make a batch at once; a busy device
-   makes inputs wait and the next batch grow. With ``max_wait_ms`` an idle device waits that long for a batch to fill. A
-   full batch has nothing to gain by waiting: one such batch is released while the one before it still runs.
-2. A batch is the oldest waiting input and those that cost least to run with it (see ``grouping``), out of the first
+   makes inputs wait and the next batch grow. With ``max_wait_ms`` an idle device waits that long for a batch to fill.
+   The way from here to the device takes a moment, in which it would be idle. So at most one batch is released while the
+   one before it still runs: a full one at once, for it has nothing to gain by waiting, and what there is shortly before
+   the run is expected to end. A run that lasts longer than expected makes inputs wait as if it had no end.
+2. A batch is the oldest waiting input and those that cost least to run with it (see ``cutting``), out of the first
    ``grouping_window`` in order of arrival: at most ``max_batch_size`` inputs and ``max_batch_tokens`` padded tokens. An
    input that is larger on its own runs alone. Every batch takes the oldest input, so an input is passed over by at most
    as many batches as inputs were waiting when it came.
@@ -26,72 +28,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
-from deployments.cost import RunCost
+from deployments.cutting import BatchCutter, DispatchReason, GateLimits, Item
 from deployments.errors import DeadlinePassed, QueueFull
-from deployments.grouping import front, with_the_first
 
-DispatchReason = Literal["full", "token_budget", "timeout", "device_idle", "deadline", "drain"]
 Payload = TypeVar("Payload")
-NEVER = -1
-"""A time that has not come."""
 _CAUTION, _TIMER_NS = 1.1, 1_000_000
 """A wait to fill leaves a deadline so much more than the run's estimate: what it may be wrong, and a timer late."""
-_REGROWTH = 1.02
-"""By which a limit learned from an out-of-memory grows with every run that fitted."""
-
-
-@dataclass(frozen=True, slots=True)
-class GateLimits:
-    """``batching`` of the configuration, and what the engine rounds lengths up to."""
-
-    max_batch_size: int
-    max_batch_tokens: int
-    max_wait_ms: float
-    max_queue: int
-    max_queue_tokens: int = 2**62
-    grouping_window: int = 1
-    pad_to_multiple_of: int = 1
-
-
-@dataclass(eq=False, slots=True)
-class Item(Generic[Payload]):
-    """One input on its way through the gate. Times are monotonic nanoseconds of this process."""
-
-    payload: Payload
-    tokens: int
-    deadline_ns: int
-    padded: int = 0
-    """Tokens as the engine pads them in a run of its own."""
-    arrived_ns: int = NEVER
-    depth_on_arrival: int = 0
-    busy_total_at_arrival_ns: int = 0
-    started_ns: int = NEVER
-    left_ns: int = NEVER
-    """When it left without having run."""
-    busy_wait_ns: int = 0
-    reason: DispatchReason | None = None
-    queue_behind: int = 0
-    admitted: asyncio.Future[None] = field(init=False)
-
-    @property
-    def has_started(self) -> bool:
-        return self.started_ns != NEVER
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether its caller gave it up before it ran."""
-        return self.left_ns != NEVER
-
-    @property
-    def wait_ns(self) -> int:
-        return (self.started_ns if self.has_started else self.left_ns) - self.arrived_ns
-
-    @property
-    def fill_wait_ns(self) -> int:
-        return self.wait_ns - self.busy_wait_ns
+_LEAD_NS, _LEAD_PART = 4_000_000, 0.25
+"""How long before a run's expected end the next batch is cut, and at most which part of what is left of the run."""
 
 
 class AdmissionGate(Generic[Payload]):
@@ -111,8 +57,7 @@ class AdmissionGate(Generic[Payload]):
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._limits, self._execute, self._clock = limits, execute, clock
-        self.cost = RunCost()
-        self._memory_tokens = float("inf")
+        self.cutter = BatchCutter(limits)
         self._waiting: deque[Item[Payload]] = deque()
         self._waiting_tokens = 0
         self._released: list[set[Item[Payload]]] = []
@@ -120,6 +65,7 @@ class AdmissionGate(Generic[Payload]):
         self._busy_since_ns: int | None = None
         self._busy_total_ns = 0
         self._fill_timer: asyncio.TimerHandle | None = None
+        self._lead_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._drain_rate = _Rate()
 
@@ -146,11 +92,6 @@ class AdmissionGate(Generic[Payload]):
         waiting = [*itertools.chain(*self._released[1:]), *itertools.islice(tuple(self._waiting), 1)]
         return (self._clock() - min(item.arrived_ns for item in waiting)) / 1e6 if waiting else 0.0
 
-    @property
-    def max_batch_tokens(self) -> int:
-        """Of a batch now: as configured, or what fits the memory."""
-        return int(min(self._limits.max_batch_tokens, self._memory_tokens))
-
     # --- the way of an item ---
 
     async def submit(self, items: Sequence[Item[Payload]]) -> list[Any]:
@@ -159,7 +100,7 @@ class AdmissionGate(Generic[Payload]):
         Raises QueueFull, with nothing queued, where they do not all fit.
         """
         for item in items:
-            item.padded = self._rounded(item.tokens)
+            item.padded = self.cutter.rounded(item.tokens)
         was_full = self._may_be_full()
         self._admit(len(items), sum(item.padded for item in items))
         loop = asyncio.get_running_loop()
@@ -230,6 +171,7 @@ class AdmissionGate(Generic[Payload]):
             self._busy_since_ns = now
         self._running_batches += 1
         self._pump()
+        self._look_ahead(now + self.cutter.run_ns(items))
 
     def end(self, items: Sequence[Item[Payload]]) -> None:
         """Their run is over; the device may take the next batch."""
@@ -241,24 +183,8 @@ class AdmissionGate(Generic[Payload]):
             if self._busy_since_ns is not None and self._running_batches == 0:
                 self._busy_total_ns += max(0, now - self._busy_since_ns)
                 self._busy_since_ns = None
+                self._stop_looking_ahead()
         self._let_go(items)
-
-    def observe(self, padded_tokens: int, took_ns: float) -> None:
-        """A run of so many padded tokens took so long."""
-        self.cost.observe(padded_tokens, took_ns)
-        self._memory_tokens *= _REGROWTH
-
-    def ran_out_of_memory(self, padded_tokens: int) -> None:
-        """A run of so many padded tokens did not fit."""
-        self._memory_tokens = min(self._memory_tokens, padded_tokens / 2)
-
-    def padded_tokens(self, items: Sequence[Item[Payload]]) -> int:
-        """Of a run of these items."""
-        return max(item.padded for item in items) * len(items)
-
-    def _rounded(self, tokens: int) -> int:
-        multiple = self._limits.pad_to_multiple_of
-        return -(-tokens // multiple) * multiple
 
     def _busy_at(self, now: int) -> int:
         """How long the device has been busy in all, up to ``now``."""
@@ -282,22 +208,22 @@ class AdmissionGate(Generic[Payload]):
         self._draining = True
         self._pump()
 
-    def _pump(self) -> None:
+    def _pump(self, *, is_nearly_idle: bool = False) -> None:
         """Cut a batch if the device can take it, or set the timer that will."""
         is_ahead = len(self._released) == 1 and self._running_batches > 0
-        if self._released and not (is_ahead and self._may_be_full()):
+        if self._released and not (is_ahead and (is_nearly_idle or self._may_be_full())):
             return
         self._drop_the_gone()
         if not self._waiting:
             return
-        batch, reason = self._cut()
-        if is_ahead and reason not in ("full", "token_budget"):
+        batch, reason = self.cutter.cut(self._waiting, self._clock())
+        if is_ahead and not is_nearly_idle and reason not in ("full", "token_budget"):
             return
         if self._draining:
             reason = "drain"
         elif reason == "device_idle" and self._limits.max_wait_ms > 0:
             due_ns = batch[0].arrived_ns + int(self._limits.max_wait_ms * 1e6)
-            needs_ns = int(self.cost.estimate(self.padded_tokens(batch)) * _CAUTION) + _TIMER_NS
+            needs_ns = int(self.cutter.run_ns(batch) * _CAUTION) + _TIMER_NS
             latest_ns = min(due_ns, *(item.deadline_ns - needs_ns for item in batch))
             if self._clock() < latest_ns:
                 self._wait_until(latest_ns)
@@ -306,36 +232,7 @@ class AdmissionGate(Generic[Payload]):
         self._release(batch, reason)
 
     def _may_be_full(self) -> bool:
-        """Cheaply, whether the waiting inputs could fill a batch."""
-        return len(self._waiting) >= self._limits.max_batch_size or self._waiting_tokens >= self.max_batch_tokens
-
-    def _cut(self) -> tuple[list[Item[Payload]], DispatchReason]:
-        """The next batch, and what ended it."""
-        limits, max_tokens = self._limits, self.max_batch_tokens
-        window = list(itertools.islice(self._waiting, max(limits.grouping_window, limits.max_batch_size)))
-        lengths = [item.padded for item in window]
-        if limits.grouping_window > 1:
-            batch = [window[i] for i in with_the_first(lengths, self.cost, limits.max_batch_size, max_tokens)]
-        else:
-            batch = window[: front(lengths, limits.max_batch_size, max_tokens)]
-        if self._shrink_to_deadlines(batch):
-            return batch, "deadline"
-        if len(batch) == limits.max_batch_size:
-            return batch, "full"
-        in_order_of_arrival = limits.grouping_window <= 1
-        if self.padded_tokens([*batch, batch[0]]) > max_tokens or (in_order_of_arrival and len(batch) < len(window)):
-            return batch, "token_budget"
-        return batch, "device_idle"
-
-    def _shrink_to_deadlines(self, batch: list[Item[Payload]]) -> bool:
-        """Take the longest out, but never the oldest, until the rest meet their deadlines. Returns whether any went."""
-        size = len(batch)
-        while len(batch) > 1:
-            ends_ns = self._clock() + self.cost.estimate(self.padded_tokens(batch))
-            if ends_ns <= min(item.deadline_ns for item in batch):
-                break
-            batch.remove(max(batch[1:], key=lambda item: item.padded))
-        return len(batch) < size
+        return self.cutter.may_be_full(len(self._waiting), self._waiting_tokens)
 
     def _release(self, batch: list[Item[Payload]], reason: DispatchReason) -> None:
         self._stop_fill_timer()
@@ -345,6 +242,19 @@ class AdmissionGate(Generic[Payload]):
         self._released.append(set(batch))
         for item in batch:
             item.admitted.set_result(None)
+
+    def _look_ahead(self, run_ends_ns: float) -> None:
+        """Set the timer that cuts the next batch a moment before the run is over."""
+        self._stop_looking_ahead()
+        left_ns = run_ends_ns - self._clock()
+        if left_ns > 0:
+            delay_s = (left_ns - min(_LEAD_NS, left_ns * _LEAD_PART)) / 1e9
+            self._lead_timer = asyncio.get_running_loop().call_later(delay_s, lambda: self._pump(is_nearly_idle=True))
+
+    def _stop_looking_ahead(self) -> None:
+        if self._lead_timer is not None:
+            self._lead_timer.cancel()
+            self._lead_timer = None
 
     def _wait_until(self, when_ns: int) -> None:
         self._stop_fill_timer()
@@ -359,20 +269,17 @@ class AdmissionGate(Generic[Payload]):
     def _drop_the_gone(self) -> None:
         """Forget items whose caller is gone, and fail those that cannot make their deadline."""
         now = self._clock()
-        for item in [item for item in self._waiting if item.admitted.done() or self._is_late(item, now)]:
+        for item in [item for item in self._waiting if item.admitted.done() or self.cutter.is_late(item, now)]:
             self._remove(item)
             if not item.admitted.done():
                 item.admitted.set_exception(self._late(item, now))
-
-    def _is_late(self, item: Item[Payload], now: int) -> bool:
-        return now + self.cost.estimate(item.padded) > item.deadline_ns
 
     def _late(self, item: Item[Payload], now: int) -> DeadlinePassed:
         waited_ms, left_ms = (now - item.arrived_ns) / 1e6, (item.deadline_ns - now) / 1e6
         if left_ms <= 0:
             return DeadlinePassed(f"the deadline passed after {waited_ms:.0f} ms in the queue, before the model ran")
-        needs_ms = self.cost.estimate(item.padded) / 1e6
-        self.cost.hope()
+        needs_ms = self.cutter.cost.estimate(item.padded) / 1e6
+        self.cutter.cost.hope()
         return DeadlinePassed(
             f"after {waited_ms:.0f} ms in the queue {left_ms:.0f} ms are left, and the model needs about "
             f"{needs_ms:.0f} ms; it was not run"

@@ -18,8 +18,9 @@ from typing import Any
 
 from ray import serve
 
-from deployments.batching import NEVER, AdmissionGate, GateLimits, Item
+from deployments.batching import AdmissionGate
 from deployments.config import AppConfig
+from deployments.cutting import NEVER, GateLimits, Item
 from deployments.engine.base import Engine, OutOfMemory, Output, Run, WarmUp
 from deployments.engine.card import ModelCard
 from deployments.engine.load import load_engine
@@ -109,7 +110,7 @@ class ModelStage:
             ),
             run_batch,
         )
-        self._gate.cost.fit(warm_up.runs)
+        self._gate.cutter.cost.fit(warm_up.runs)
         if warm_up.too_large is not None:
             self._note_out_of_memory(warm_up.too_large)
         self._show_gauges()
@@ -209,7 +210,7 @@ class ModelStage:
             record.device, record.inference_ms = self._engine.device, result.inference_ms
             record.output_shape, record.peak_memory_gb = result.output_shape, result.peak_memory_gb
             record.padded_tokens = result.padded_tokens
-            self._gate.observe(result.padded_tokens, run.ended_ns - run.started_ns)
+            self._gate.cutter.observe(result.padded_tokens, run.ended_ns - run.started_ns)
             self._telemetry.run_ends(record, run.ended_ns)
             return {id(item): _Outcome(output) for item, output in zip(run.items, result.outputs, strict=True)}
         except Exception as error:
@@ -229,14 +230,14 @@ class ModelStage:
             wanted = [item for item in run.items if not item.is_gone]
             self._gate.begin(wanted, run.started_ns)
             memberships.update(self._telemetry.batch_begins(wanted, run.started_ns))
-        padded_tokens = self._gate.padded_tokens(run.items)
+        padded_tokens = self._gate.cutter.padded_tokens(run.items)
         run.record = self._telemetry.run_begins(run.items, memberships, padded_tokens, run.started_ns)
 
     def _note_failure(self, error: Exception, run: _DeviceRun, memberships: Mapping[int, Membership]) -> Exception:
         if run.record is not None:
             self._telemetry.run_ends(run.record, time.monotonic_ns(), error)
         if isinstance(error, OutOfMemory):
-            self._note_out_of_memory(self._gate.padded_tokens(run.items))
+            self._note_out_of_memory(self._gate.cutter.padded_tokens(run.items))
         if len(run.items) == 1:
             record = run.items[0].payload.record
             _logger.error("the model failed on one input of request %s", record.envelope.request_id, exc_info=error)
@@ -248,12 +249,12 @@ class ModelStage:
         return error.with_traceback(None)
 
     def _note_out_of_memory(self, padded_tokens: int) -> None:
-        self._gate.ran_out_of_memory(padded_tokens)
+        self._gate.cutter.ran_out_of_memory(padded_tokens)
         self._telemetry.count(names.OUT_OF_MEMORY)
         _logger.warning(
             "a run of %d padded tokens did not fit the memory; batches stay below %d for now",
             padded_tokens,
-            self._gate.max_batch_tokens,
+            self._gate.cutter.max_batch_tokens,
         )
 
     # --- what operators see ---

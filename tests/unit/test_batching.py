@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.batching import AdmissionGate, GateLimits, Item
+from deployments.batching import AdmissionGate
 from deployments.cost import RunCost
+from deployments.cutting import GateLimits, Item
 from deployments.errors import DeadlinePassed, QueueFull
 from tests.support.virtual_time import now_ns, virtual
 
@@ -31,6 +32,11 @@ class Device:
         done = asyncio.get_running_loop().create_future()
         self._arrived.append((item, done))
         return await done
+
+    def ready(self) -> list[str]:
+        """Who is in the batch that is ready to follow the run."""
+        following = self.gate._released[1] if len(self.gate._released) > 1 else set()
+        return [item.payload for item, _ in self._arrived if item in following]
 
     async def start(self) -> list[str]:
         """Start one run of all that the gate has released. Returns who is in it."""
@@ -308,7 +314,7 @@ async def test_a_full_batch_does_not_wait_and_draining_waits_for_nothing() -> No
 async def test_a_near_deadline_ends_the_wait_to_fill() -> None:
     device = Device(max_wait_ms=60_000)
     device.gate._clock = now_ns
-    device.gate.cost = RunCost(run_ns=50e6, token_ns=1)
+    device.gate.cutter.cost = RunCost(run_ns=50e6, token_ns=1)
     device.submit("a", deadline_ns=now_ns() + 60_000_000)
     assert await asyncio.wait_for(first_run(device), 5) == ["a"]
     assert device.runs[-1][0].reason == "deadline"
@@ -372,6 +378,91 @@ async def test_a_full_batch_is_released_while_the_device_runs_and_one_only() -> 
 
 
 @virtual
+async def test_what_waits_is_ready_shortly_before_the_run_is_expected_to_end() -> None:
+    device = Device()
+    device.gate._clock = now_ns
+    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    device.submit("a")
+    await device.start()
+    device.submit("b")
+    await asyncio.sleep(0.0355)
+    device.submit("c")
+    assert device.ready() == []
+    await asyncio.sleep(0.001)
+    assert device.ready() == ["b", "c"]
+    device.submit("d")
+    await settle()
+    # Ready to follow is not running: b and c wait for the device until it takes them.
+    assert (device.ready(), device.gate.depth, device.gate.running) == (["b", "c"], 3, 1)
+    await asyncio.sleep(0.0025)
+    await device.end()
+    assert await device.start() == ["b", "c"]
+    assert [item.reason for item in device.runs[-1]] == ["device_idle"] * 2
+    assert [round(item.busy_wait_ns / 1e6, 1) for item in device.runs[-1]] == [39.0, 3.5]
+    assert all(item.fill_wait_ns == 0 for item in device.runs[-1])
+    await device.end()
+
+
+@virtual
+async def test_a_run_that_lasts_longer_than_expected_lets_the_next_batch_grow() -> None:
+    device = Device()
+    device.gate._clock = now_ns
+    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    device.submit("a")
+    await device.start()
+    await asyncio.sleep(0.05)
+    for name in "bcd":
+        device.submit(name)
+        await asyncio.sleep(0.05)
+    assert device.ready() == []
+    await device.end()
+    assert await device.start() == ["b", "c", "d"]
+    await device.end()
+
+
+@virtual
+async def test_a_batch_that_begins_before_the_end_of_the_last_is_told_keeps_its_own_time() -> None:
+    device = Device()
+    device.gate._clock = now_ns
+    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    device.submit("a")
+    await device.start()
+    device.submit("b")
+    await asyncio.sleep(0.039)
+    ready = [item for item in device.gate._released[1] if item.payload == "b"]
+    # The device's thread takes the next batch by itself; the loop hears of its beginning first.
+    device.gate.begin(ready)
+    await device.end()
+    device.runs.append(ready)
+    device.submit("c")
+    await asyncio.sleep(0.035)
+    assert device.ready() == []
+    await asyncio.sleep(0.002)
+    assert device.ready() == ["c"]
+    await device.end()
+
+
+@virtual
+async def test_who_came_just_now_still_waits_for_a_batch_to_fill() -> None:
+    device = Device(max_wait_ms=10)
+    device.gate._clock = now_ns
+    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    for arrives_at_s, is_ready in ((0.001, True), (0.03, False)):
+        device.submit("a")
+        await asyncio.sleep(0.011)
+        await device.start()
+        await asyncio.sleep(arrives_at_s)
+        device.submit("b")
+        await asyncio.sleep(0.0395 - arrives_at_s)
+        assert device.ready() == (["b"] if is_ready else [])
+        await device.end()
+        await asyncio.sleep(0.011)
+        assert await device.start() == ["b"]
+        assert device.runs[-1][0].reason == "timeout"
+        await device.end()
+
+
+@virtual
 async def test_an_input_cancelled_in_the_batch_that_is_ready_is_gone_before_it_runs() -> None:
     device = Device(max_batch_size=2)
     device.submit("a")
@@ -390,7 +481,7 @@ async def test_an_input_cancelled_in_the_batch_that_is_ready_is_gone_before_it_r
 @virtual
 async def test_short_inputs_wait_for_their_like_while_the_oldest_goes_first() -> None:
     device = Device(max_batch_size=8, max_batch_tokens=1000, grouping_window=8)
-    device.gate.cost = RunCost(run_ns=10, token_ns=1)
+    device.gate.cutter.cost = RunCost(run_ns=10, token_ns=1)
     device.submit("a")
     await device.start()
     for name, tokens in (("long", 90), ("s1", 5), ("s2", 6), ("long2", 88), ("s3", 5)):
@@ -414,14 +505,14 @@ async def test_lengths_count_as_the_engine_pads_them() -> None:
     await settle()
     await device.end()
     assert await device.start() == ["b", "c"]
-    assert device.gate.padded_tokens(device.runs[-1]) == 16
+    assert device.gate.cutter.padded_tokens(device.runs[-1]) == 16
     await device.end()
 
 
 @virtual
 async def test_what_cannot_make_its_deadline_is_refused_though_the_device_is_idle() -> None:
     device = Device()
-    device.gate.cost = RunCost(run_ns=50e6, token_ns=1)
+    device.gate.cutter.cost = RunCost(run_ns=50e6, token_ns=1)
     (error,) = await device.submit("late", deadline_ns=20_000_000)
 
     assert isinstance(error, DeadlinePassed)
@@ -432,7 +523,7 @@ async def test_what_cannot_make_its_deadline_is_refused_though_the_device_is_idl
 @virtual
 async def test_an_estimate_that_is_wrong_does_not_refuse_for_ever() -> None:
     device = Device()
-    device.gate.cost = RunCost(run_ns=50e6, token_ns=1)
+    device.gate.cutter.cost = RunCost(run_ns=50e6, token_ns=1)
     refused = 0
     while device.gate.running == 0:
         answer = device.submit("again", deadline_ns=20_000_000)
@@ -444,7 +535,7 @@ async def test_an_estimate_that_is_wrong_does_not_refuse_for_ever() -> None:
 @virtual
 async def test_a_batch_is_made_smaller_until_all_in_it_meet_their_deadlines() -> None:
     device = Device(max_batch_tokens=1000)
-    device.gate.cost = RunCost(run_ns=1, token_ns=1)
+    device.gate.cutter.cost = RunCost(run_ns=1, token_ns=1)
     device.submit("a")
     await device.start()
     device.submit("oldest", tokens=10)
@@ -474,8 +565,8 @@ async def test_a_queue_is_limited_in_tokens_but_never_refuses_what_comes_alone()
 @virtual
 async def test_a_limit_learned_from_memory_bounds_batches_and_grows_back() -> None:
     device = Device(max_batch_tokens=100, max_batch_size=32)
-    device.gate.ran_out_of_memory(80)
-    assert device.gate.max_batch_tokens == 40
+    device.gate.cutter.ran_out_of_memory(80)
+    assert device.gate.cutter.max_batch_tokens == 40
     device.submit("a")
     await device.start()
     for name in "bcdef":
@@ -485,11 +576,11 @@ async def test_a_limit_learned_from_memory_bounds_batches_and_grows_back() -> No
     assert await device.start() == ["b", "c", "d", "e"]
     assert device.runs[-1][0].reason == "token_budget"
     await device.end()
-    device.gate.ran_out_of_memory(200)
-    assert device.gate.max_batch_tokens == 40
+    device.gate.cutter.ran_out_of_memory(200)
+    assert device.gate.cutter.max_batch_tokens == 40
     for _ in range(100):
-        device.gate.observe(10, 1e6)
-    assert device.gate.max_batch_tokens == 100
+        device.gate.cutter.observe(10, 1e6)
+    assert device.gate.cutter.max_batch_tokens == 100
 
 
 @given(
@@ -504,7 +595,7 @@ def test_nobody_starves(steps: list[list[int]], max_size: int, budget: int, wind
 
     async def run() -> None:
         device = Device(max_batch_size=max_size, max_batch_tokens=budget, grouping_window=window, max_queue=1000)
-        device.gate.cost = RunCost(run_ns=50, token_ns=token_ns)
+        device.gate.cutter.cost = RunCost(run_ns=50, token_ns=token_ns)
         came: dict[int, int] = {}
         items: list[Item[str]] = []
         answers = []

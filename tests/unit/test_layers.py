@@ -13,6 +13,7 @@ LAYERS = [
     {"", "errors", "messages", "config"},
     {"telemetry", "cost"},
     {"grouping"},
+    {"cutting"},
     {"engine", "batching", "explain", "sharing"},
     {"replica", "readiness", "timing", "api"},
     {"tokenizer", "model", "postprocessor", "hop"},

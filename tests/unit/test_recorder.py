@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from opentelemetry.trace import INVALID_SPAN_CONTEXT
 from starlette.datastructures import Headers
 
-from deployments.batching import Item
 from deployments.config import AppConfig
+from deployments.cutting import Item
 from deployments.errors import InvalidField
 from deployments.messages import Carrier, Envelope
 from deployments.telemetry import names
