@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
-from pydantic_core import to_json
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from deployments import __version__
 from deployments.api import (
@@ -33,16 +28,8 @@ from deployments.api import (
 )
 from deployments.config import AppConfig, LimitsConfig
 from deployments.engine.card import ModelCard
-from deployments.errors import (
-    ApiError,
-    Cancelled,
-    DeadlinePassed,
-    InternalError,
-    InvalidField,
-    ModelNotFound,
-    NoReplicaReady,
-    TooLarge,
-)
+from deployments.errors import ApiError, InvalidField, ModelNotFound, NoReplicaReady
+from deployments.front import Front, error_response, json_response, read_body
 from deployments.hop import Hop
 from deployments.messages import (
     Answer,
@@ -146,7 +133,7 @@ class IngressStage:
         with self._telemetry.interval(record, "validate"):
             deadline_ns = record.started_ns + int(self._timeout_ms(http.headers) * 1e6)
             record.operation = route.operation
-            body = await _read(http, self._limits.max_body_bytes, deadline_ns)
+            body = await read_body(http, self._limits.max_body_bytes, deadline_ns)
             request = route.parse(body, self._card, self._limits)
             self._describe(record, request)
 
@@ -214,7 +201,7 @@ class IngressStage:
             trace_id = f"{record.context.trace_id:032x}"
             if trace_id not in answer.message:
                 body["error"]["message"] = f"{answer.message}; its trace id is {trace_id}"
-        return _error_response(answer, body)
+        return error_response(answer, body)
 
     # --- everything else over HTTP ---
 
@@ -229,29 +216,29 @@ class IngressStage:
         ]
 
     async def _list_models(self) -> Response:
-        return _json({"object": "list", "data": self._models()})
+        return json_response({"object": "list", "data": self._models()})
 
     async def _show_model(self, model: str) -> Response:
         if model != self._card.name:
             error = ModelNotFound(
                 f"the model {model[:80]!r} does not exist; served here: {self._card.name!r}", param="model"
             )
-            return _error_response(error, error.body())
-        return _json(self._models()[0])
+            return error_response(error, error.body())
+        return json_response(self._models()[0])
 
     async def _healthz(self) -> Response:
         missing = await self._readiness.missing(_CONTROLLER_PATIENCE_S)
         if missing == []:
-            return _json({"status": "ok"})
+            return json_response({"status": "ok"})
         problem = "Serve's controller does not say which replicas are ready"
         if missing is not None:
             problem = f"no replica is ready: {', '.join(missing)}"
         unready = NoReplicaReady(problem, retry_after_s=5)
-        return _error_response(unready, unready.body())
+        return error_response(unready, unready.body())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes. Serve calls this once, after the constructor."""
-        app = _Front(
+        app = Front(
             {route.path: self._endpoint(route) for route in (EMBEDDINGS, PREDICT)},
             title="slowlens",
             version=__version__,
@@ -270,8 +257,6 @@ class IngressStage:
         app.add_api_route(
             "/healthz", self._healthz, methods=["GET", "HEAD"], summary="Whether every stage has a warm replica"
         )
-        app.add_exception_handler(HTTPException, _http_error)
-        app.add_exception_handler(Exception, _unforeseen)
         return app
 
     def _endpoint(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
@@ -285,83 +270,9 @@ class IngressStage:
             self._telemetry.close()
 
 
-class _Front(FastAPI):
-    """The application, with a straight way to the inference routes.
-
-    FastAPI's middlewares, dependencies and response models cost more than all that we do with a request in this
-    process, and an inference route uses none of them.
-    """
-
-    def __init__(self, straight: Mapping[str, Callable[[Request], Awaitable[Response]]], **settings: Any) -> None:
-        super().__init__(**settings)
-        self._straight = straight
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = None
-        if scope["type"] == "http" and scope["method"] == "POST":
-            endpoint = self._straight.get(scope["path"].removeprefix(scope.get("root_path", "")))
-        if endpoint is None:
-            await super().__call__(scope, receive, send)
-            return
-        request = Request(scope, receive)
-        try:
-            response = await endpoint(request)
-        except Exception as error:
-            response = await _unforeseen(request, error)
-        await response(scope, receive, send)
-
-
-async def _read(http: Request, limit: int, deadline_ns: int) -> bytes:
-    """The body. Raises TooLarge as soon as it is known to be, DeadlinePassed where it comes too slowly."""
-    announced = http.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout((deadline_ns - time.monotonic_ns()) / 1e9):
-            async for part in http.stream():
-                size += len(part)
-                if size > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes, the most that are taken")
-                parts.append(part)
-    except ClientDisconnect:
-        raise Cancelled("the client hung up") from None
-    except TimeoutError:
-        raise DeadlinePassed(f"the deadline passed after {size} bytes of the body had come") from None
-    return b"".join(parts)
-
-
 def _request_id(headers: Mapping[str, str]) -> str:
     """The caller's X-Request-ID, or the one that Serve gave the request. Serve itself puts it on every answer."""
     return headers.get("x-request-id", "")[:_MAX_REQUEST_ID] or uuid.uuid4().hex
-
-
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(to_json(content), status, media_type="application/json")
-
-
-def _error_response(error: ApiError, body: Any) -> Response:
-    response = _json(body, error.status)
-    if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(error.retry_after_s)
-    return response
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    """404 of an unknown path and 405, in the shape of all our errors."""
-    assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    body = {"error": {"message": error.detail, "type": "invalid_request_error", "param": None, "code": code}}
-    response = _json(body, error.status_code)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _unforeseen(_: Request, error: Exception) -> Response:
-    """A fault of ours outside the way of an inference request."""
-    _logger.error("an answer failed", exc_info=error)
-    answer = InternalError("internal error")
-    return _error_response(answer, answer.body())
 
 
 def _body_schema(route: Route) -> dict[str, Any]:

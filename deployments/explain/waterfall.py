@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from deployments.explain.source import Span
+from deployments.explain.breakdown import Breakdown
+from deployments.explain.otlp import Span
 from deployments.telemetry import names
 
 _WIDTH = 40
@@ -24,32 +25,32 @@ _SHOWN = (
 )
 
 
-def find_trace(spans: Sequence[Span], trace_id: str | None) -> list[Span]:
-    """The spans of that request, or of the newest one. Raises LookupError where there is none."""
-    if trace_id is None:
-        roots = [span for span in spans if span.name == names.PREDICT]
-        if not roots:
-            raise LookupError("there is no request in these traces yet")
-        trace_id = max(roots, key=lambda span: span.end_ns).trace_id
-    found = [span for span in spans if span.trace_id == trace_id]
-    if not found:
-        raise LookupError(f"no span of trace {trace_id} is here")
-    return found
+def waterfall(trace: Sequence[Span], linked: Sequence[Span]) -> Iterator[str]:
+    """Lines of text: the spans of a trace, and those of others that it links to.
 
-
-def waterfall(trace: Sequence[Span], spans: Sequence[Span]) -> Iterator[str]:
-    """Lines of text. Spans whose parent is missing stand at the top level, so nothing is hidden."""
+    Spans whose parent is missing stand at the top level, so nothing is hidden.
+    """
     start = min(span.start_ns for span in trace)
     scale = max(span.end_ns for span in trace) - start
     yield f"trace {trace[0].trace_id}"
     present = {span.span_id for span in trace}
     for root in _by_start(span for span in trace if span.parent_id not in present):
         yield from _branch(root, trace, start, scale, 0)
-    links = {link for span in trace for link in span.links}
-    for batch in _by_start(span for span in spans if span.key in links):
+    for batch in _by_start(linked):
         members = _members(batch) if batch.name == names.BATCH_FORWARD else "waited for"
         yield f"linked: {members}, trace {batch.trace_id}"
         yield _line(batch, start, scale, 0)
+
+
+def spent(breakdown: Breakdown) -> Iterator[str]:
+    """Lines of text: what the latency was made of, in the order of the way of a request."""
+    latency = breakdown.latency_ns
+    yield f"{latency / 1e6:.2f} ms were spent on"
+    for part, took in breakdown.parts():
+        if took:
+            share = took / latency
+            bar = "#" * max(1, round(share * _WIDTH))
+            yield f"  {part.replace('_', ' '):<22} {took / 1e6:22.2f} ms |{bar:<{_WIDTH}}| {share:.1%}"
 
 
 def _members(batch: Span) -> str:
@@ -79,5 +80,5 @@ def _short(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _by_start(spans: Iterator[Span]) -> list[Span]:
+def _by_start(spans: Iterable[Span]) -> list[Span]:
     return sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))

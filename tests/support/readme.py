@@ -1,11 +1,13 @@
-"""The tables of the README, made from the code.
+"""The tables of the README, made from the code and from the results of the benchmark.
 
 ``python -m tests.support.readme`` writes them into README.md; a test fails where they differ.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,18 @@ from deployments.launch import FAST
 from deployments.telemetry.names import METRICS, SPANS
 
 README = Path(__file__).parents[2] / "README.md"
+RESULTS = README.parent / "benchmarks" / "results" / "throughput.json"
+# The workload and the figure of each column.
+SPEED = {
+    "1 client": ("short-1", "requests_per_s"),
+    "16 clients": ("short-16", "requests_per_s"),
+    "64 clients": ("short-64", "requests_per_s"),
+    "64 clients, 3 to 250 words": ("mixed-64", "requests_per_s"),
+    "CPU ms a request, 64 clients": ("short-64", "cpu_ms_per_request"),
+    "p50 ms, 1 client": ("short-1", "p50_ms"),
+    "p99 ms, 50 % of the best peer's rate": ("open-50", "p99_ms"),
+    "p99 ms, 80 %": ("open-80", "p99_ms"),
+}
 
 
 def tables() -> dict[str, str]:
@@ -27,6 +41,7 @@ def tables() -> dict[str, str]:
         "environment": table(("variable", "value", "what it does"), environment()),
         "errors": table(("status", "code", "type"), errors()),
         "spans": table(("span", "kind", "emitted by", "parent", "attributes"), spans()),
+        "speed": table(("server", *SPEED), speed()),
         "metrics": table(("metric", "kind", "unit", "emitted by", "what it is", "attributes"), metrics()),
     }
 
@@ -69,6 +84,19 @@ def metrics() -> Iterator[tuple[str, ...]]:
     for spec in METRICS:
         attributes = ", ".join(f"`{name}`" for name in spec.attributes)
         yield f"`{spec.name}`", spec.kind, f"`{spec.unit}`", spec.service, spec.description, attributes
+
+
+def speed() -> Iterator[tuple[str, ...]]:
+    """Medians of the rounds."""
+    rows = json.loads(RESULTS.read_text())["rows"]
+    for server in sorted({row["server"] for row in rows}, key=lambda name: (not name.startswith("slowlens"), name)):
+        cells = []
+        for workload, figure in SPEED.values():
+            found = [
+                row[figure] for row in rows if (row["server"], row["workload"]) == (server, workload) and figure in row
+            ]
+            cells.append(f"{statistics.median(found):.3g}" if found else "")
+        yield server, *cells
 
 
 def with_tables(text: str) -> str:

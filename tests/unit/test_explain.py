@@ -73,8 +73,13 @@ def test_the_newest_request_is_drawn_with_its_batch(store: Path, capsys: pytest.
         f"      forward_pass       model             10.00 ms |{' ' * 20}{'=' * 10}{' ' * 10}|",
         f"linked: 2 requests in it, trace {BATCH}",
         f"batch_forward            model             10.00 ms |{' ' * 20}{'=' * 10}{' ' * 10}| actual_size 2",
+        "",
+        "40.00 ms were spent on",
+        f"  forward                                 10.00 ms |{'#' * 10}{' ' * 30}| 25.0%",
+        f"  transit                                 20.00 ms |{'#' * 20}{' ' * 20}| 50.0%",
+        f"  unaccounted                             10.00 ms |{'#' * 10}{' ' * 30}| 25.0%",
     ]
-    assert printed.err == "1 broken lines were passed over\n"
+    assert printed.err == "1 broken lines or spans were passed over\n"
 
 
 def test_a_request_by_its_id_and_from_one_file(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ LAYERS = [
     {"grouping"},
     {"cutting"},
     {"engine", "batching", "explain", "sharing"},
-    {"replica", "readiness", "timing", "api"},
+    {"replica", "readiness", "timing", "api", "front"},
     {"tokenizer", "model", "postprocessor", "hop"},
     {"ingress"},
     {"app", "launch"},
@@ -28,8 +28,8 @@ ONLY_IN = {
     "transformers": {"engine"},
     "tokenizers": {"engine"},
     "huggingface_hub": {"engine"},
-    "fastapi": {"ingress"},
-    "starlette": {"ingress"},
+    "fastapi": {"front", "ingress"},
+    "starlette": {"front"},
     "ray": {"app", "hop", "ingress", "model", "readiness", "replica"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,187 @@
+"""Where one request's time went: its latency, split without remainder.
+
+1. The ingress measures everything that it waits for on one clock: its intervals follow each other, and what no interval
+   covers is ``unaccounted``. Intervals of a damaged trace that overlap or stick out are cut to what they cover alone.
+2. What a stage did is measured on the stage's own clock. Only durations are taken from there, never times: a call's
+   duration less the stage's is ``transit``, and a stage that claims to have worked for longer than the call lasted is
+   believed up to that. Where the request came before its model replica was ready, that call's is ``cold_start``.
+3. Inside the model replica the runs of the request come first; what is left was waiting, split as the queue's spans
+   have it. What neither covers is ``unaccounted``, and so is a call of which nothing is known but that it was made.
+4. All times are whole nanoseconds, so that the parts add up to the latency exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+
+from deployments.explain.otlp import Span
+from deployments.telemetry import names
+
+Interval = tuple[int, int]
+"""From and until, in nanoseconds of one clock."""
+
+
+@dataclass(slots=True)
+class Breakdown:
+    """Nanoseconds of one request, by what they were spent on. ``latency_ns`` is their sum."""
+
+    validation: int = 0
+    """Reading the body, however slowly it came, and checking it."""
+    tokenization: int = 0
+    cold_start: int = 0
+    """Waiting for a model replica to start and load."""
+    device_busy: int = 0
+    """Waiting for the device while it ran other batches."""
+    batch_fill: int = 0
+    """Waiting for a batch to fill while the device was idle."""
+    model_load: int = 0
+    """Waiting in the replica for the model's load: ``ai.queue.load_wait_ms``."""
+    forward: int = 0
+    """In the runs of the model that the request had inputs in."""
+    postprocessing: int = 0
+    transit: int = 0
+    """Between the actors, waiting for a replica to take the call included."""
+    response: int = 0
+    unaccounted: int = 0
+
+    @property
+    def latency_ns(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def parts(self) -> list[tuple[str, int]]:
+        return [(part.name, getattr(self, part.name)) for part in fields(self)]
+
+
+class NoRoot(LookupError):
+    """The trace has no span of a whole request."""
+
+
+def break_down(trace: Sequence[Span]) -> Breakdown:
+    """Split the latency of the request whose spans these are. A span that came twice counts once. Raises NoRoot."""
+    spans = list({span.key: span for span in trace}.values())
+    root = next((span for span in spans if span.name == names.PREDICT), None)
+    if root is None:
+        raise NoRoot("the trace has no span of a whole request")
+    latency = max(0, root.end_ns - root.start_ns)
+    result = Breakdown()
+    reached = root.start_ns
+    for span in sorted((s for s in spans if s.parent_id == root.span_id), key=lambda s: (s.start_ns, s.end_ns)):
+        took = min(span.end_ns, root.start_ns + latency) - max(span.start_ns, reached)
+        if took <= 0 or span.name not in _SHARES:
+            continue
+        reached = max(reached, span.end_ns)
+        _SHARES[span.name](result, took, span, spans)
+    result.unaccounted += latency - result.latency_ns
+    return result
+
+
+def _validation(result: Breakdown, took: int, *_: object) -> None:
+    result.validation += took
+
+
+def _response(result: Breakdown, took: int, *_: object) -> None:
+    result.response += took
+
+
+def _tokenizer(result: Breakdown, took: int, hop: Span, spans: Sequence[Span]) -> None:
+    result.tokenization += _held(result, took, hop, spans, names.PREPROCESS)
+
+
+def _postprocessor(result: Breakdown, took: int, hop: Span, spans: Sequence[Span]) -> None:
+    result.postprocessing += _held(result, took, hop, spans, names.POSTPROCESS)
+
+
+def _model(result: Breakdown, took: int, hop: Span, spans: Sequence[Span]) -> None:
+    before = result.transit
+    held = _held(result, took, hop, spans, names.BATCHED_PREDICT)
+    stage = next((s for s in spans if s.parent_id == hop.span_id and s.name == names.BATCHED_PREDICT), None)
+    if stage is None:
+        # The call says how long the replica had it, but the replica's own spans are missing.
+        result.unaccounted += held
+        return
+    if stage.attributes.get("ai.model.load_type") == "cold":
+        result.cold_start += result.transit - before
+        result.transit = before
+    inside = [s for s in spans if s.parent_id == stage.span_id]
+    runs = union(_within(stage, s) for s in inside if s.name == names.FORWARD_PASS)
+    queues = [s for s in inside if s.name == names.QUEUE]
+    waits = without(union(_within(stage, s) for s in queues), runs)
+    result.forward += (forward := min(held, length(runs)))
+    waited = min(held - forward, length(waits))
+    busy, fill, load = (_total_ns(queues, f"ai.queue.{part}_ms") for part in ("device_busy", "fill_wait", "load_wait"))
+    stated = busy + fill + load
+    shares = [waited * part // stated if stated else 0 for part in (fill, load)]
+    result.batch_fill += shares[0]
+    result.model_load += shares[1]
+    # What a queue's span does not explain further is waiting for the device, as nearly all of it is.
+    result.device_busy += waited - sum(shares)
+    result.unaccounted += held - forward - waited
+
+
+_SHARES: dict[str, Callable[[Breakdown, int, Span, Sequence[Span]], None]] = {
+    names.VALIDATE: _validation,
+    names.HOP_TOKENIZER: _tokenizer,
+    names.HOP_MODEL: _model,
+    names.HOP_POSTPROCESSOR: _postprocessor,
+    names.RESPOND: _response,
+}
+
+
+def _held(result: Breakdown, took: int, hop: Span, spans: Sequence[Span], stage: str) -> int:
+    """How much of the call the stage had the request, the rest being transit; 0 where nothing says it."""
+    callee = next((s for s in spans if s.parent_id == hop.span_id and s.name == stage), None)
+    transit_ms = hop.attributes.get("ai.hop.transit_ms")
+    if callee is not None:
+        held = min(took, max(0, callee.end_ns - callee.start_ns))
+    elif isinstance(transit_ms, int | float) and 0 <= transit_ms < float("inf"):
+        held = max(0, took - round(transit_ms * 1e6))
+    else:
+        result.unaccounted += took
+        return 0
+    result.transit += took - held
+    return held
+
+
+def _within(outer: Span, span: Span) -> Interval:
+    return max(span.start_ns, outer.start_ns), min(span.end_ns, outer.end_ns)
+
+
+def _total_ns(queues: Iterable[Span], key: str) -> int:
+    values = (span.attributes.get(key) for span in queues)
+    return sum(round(v * 1e6) for v in values if isinstance(v, int | float) and 0 <= v < float("inf"))
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same time, in intervals that neither touch nor overlap, in order."""
+    result: list[Interval] = []
+    for start, end in sorted(intervals):
+        if end <= start:
+            continue
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((start, end))
+    return result
+
+
+def without(intervals: Sequence[Interval], cut: Sequence[Interval]) -> list[Interval]:
+    """What is in ``intervals`` and not in ``cut``; both as ``union`` gives them."""
+    result = []
+    for start, end in intervals:
+        for cut_start, cut_end in cut:
+            if cut_end <= start or end <= cut_start:
+                continue
+            if start < cut_start:
+                result.append((start, cut_start))
+            start = max(start, cut_end)
+        if start < end:
+            result.append((start, end))
+    return result
+
+
+def length(intervals: Iterable[Interval]) -> int:
+    return sum(end - start for start, end in intervals)

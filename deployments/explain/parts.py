@@ -1,0 +1,135 @@
+"""Each request's latency in parts that speak for a cause: the breakdown, split further by what all requests show.
+
+1. What a run of the model costs is fitted over all runs, ``a + b * padded tokens``. A request's own work is what a run
+   of its tokens alone would cost; the other members' tokens and the padding of the batch cost ``b`` each; what the
+   runs took beyond all that is contention (less than none where they were faster than the fit).
+2. The clocks of two processes differ by what nobody knows, but the quickest way there and the quickest way back between
+   them bound it. A call that was longer under way to the stage than back waited there for a replica to take it; what
+   was slow both ways was transit.
+3. Both only move time between parts: their sum stays the latency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from deployments.explain.capture import Call, Capture, Key, Request, Run
+
+Parts = dict[str, float]
+"""Milliseconds by part."""
+PARTS = (
+    "validation",
+    "tokenization",
+    "replica_wait",
+    "cold_start",
+    "device_busy",
+    "batch_fill",
+    "model_load",
+    "own_work",
+    "company",
+    "padding",
+    "contention",
+    "postprocessing",
+    "transit",
+    "response",
+    "unaccounted",
+)
+_ROUNDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RunFit:
+    """Milliseconds of a run: ``run_ms + token_ms * padded tokens``."""
+
+    run_ms: float
+    token_ms: float
+
+    def ms(self, padded_tokens: float) -> float:
+        return self.run_ms + self.token_ms * padded_tokens
+
+
+def parts_of(capture: Capture) -> list[Parts]:
+    """Of each request of the capture, in its order."""
+    fit = fit_runs(capture.runs.values())
+    quickest = _quickest(call for request in capture.requests for call in request.calls)
+    return [_parts(request, capture.runs, fit, quickest) for request in capture.requests]
+
+
+def _parts(
+    request: Request, runs: Mapping[Key, Run], fit: RunFit | None, quickest: Mapping[tuple[str, str, str], Call]
+) -> Parts:
+    split = {name: took / 1e6 for name, took in request.breakdown.parts()}
+    forward = split.pop("forward")
+    parts = dict.fromkeys(PARTS, 0.0) | split
+    own, company, padding = _work(request, runs, fit, forward)
+    parts["own_work"], parts["company"], parts["padding"] = own, company, padding
+    parts["contention"] = forward - own - company - padding
+    # A cold start has its call's whole transit already.
+    calls = [call for call in request.calls if not (parts["cold_start"] and call.stage == "model")]
+    waited = min(parts["transit"], sum(_one_sided_ms(call, quickest) for call in calls))
+    parts["replica_wait"] += waited
+    parts["transit"] -= waited
+    return parts
+
+
+def _work(
+    request: Request, runs: Mapping[Key, Run], fit: RunFit | None, forward_ms: float
+) -> tuple[float, float, float]:
+    """Of its forward passes: own work, company, padding. All own work where the runs or the fit are missing."""
+    known = [runs[key] for key in request.runs if key in runs]
+    if fit is None or not known or len(known) < len(request.runs):
+        return forward_ms, 0.0, 0.0
+    own_tokens = min(request.tokens, sum(run.tokens for run in known))
+    own = fit.run_ms * len(known) + fit.token_ms * own_tokens
+    company = fit.token_ms * (sum(run.tokens for run in known) - own_tokens)
+    padding = fit.token_ms * sum(max(0, run.padded_tokens - run.tokens) for run in known)
+    return own, company, padding
+
+
+def fit_runs(runs: Iterable[Run]) -> RunFit | None:
+    """Weighted least squares of the relative errors, with slow outliers weighed down (Huber). None without runs."""
+    points = [(run.padded_tokens, run.took_ns / 1e6) for run in runs if run.took_ns > 0 and not run.failed]
+    if not points:
+        return None
+    weights = [1.0] * len(points)
+    fit = RunFit(0.0, 0.0)
+    for _ in range(_ROUNDS):
+        fit = _least_squares(points, weights)
+        errors = [(took - fit.ms(tokens)) / took for tokens, took in points]
+        scale = max(0.02, _median([abs(error) for error in errors]))
+        weights = [min(1.0, scale / max(error, 1e-9)) for error in errors]
+    return fit
+
+
+def _least_squares(points: Sequence[tuple[int, float]], weights: Sequence[float]) -> RunFit:
+    s0 = sx = sxx = sy = sxy = 0.0
+    for (tokens, took), weight in zip(points, weights, strict=True):
+        w = weight / took**2
+        s0, sx, sxx = s0 + w, sx + w * tokens, sxx + w * tokens**2
+        sy, sxy = sy + w * took, sxy + w * tokens * took
+    determinant = s0 * sxx - sx**2
+    slope = (s0 * sxy - sx * sy) / determinant if determinant > 1e-9 * s0 * sxx else 0.0
+    slope = max(0.0, slope)
+    return RunFit(max(0.0, (sy - slope * sx) / s0), slope)
+
+
+def _quickest(calls: Iterable[Call]) -> dict[tuple[str, str, str], Call]:
+    """By stage and pair of instances: the quickest way there and the quickest way back, of different calls perhaps."""
+    quickest: dict[tuple[str, str, str], Call] = {}
+    for call in calls:
+        key = (call.stage, *call.between)
+        seen = quickest.get(key, call)
+        quickest[key] = Call(
+            call.stage, call.between, min(seen.there_ns, call.there_ns), min(seen.back_ns, call.back_ns)
+        )
+    return quickest
+
+
+def _one_sided_ms(call: Call, quickest: Mapping[tuple[str, str, str], Call]) -> float:
+    best = quickest[(call.stage, *call.between)]
+    return max(0, (call.there_ns - best.there_ns) - (call.back_ns - best.back_ns)) / 1e6
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]

@@ -1,0 +1,149 @@
+"""What a request's time was spent on: by hand, and the law that nothing is lost or counted twice."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.explain.breakdown import NoRoot, break_down, length, union, without
+from deployments.explain.otlp import Span
+from deployments.telemetry import names
+
+SKEW = 3_600_000
+"""Milliseconds by which another host's clock is ahead."""
+
+
+def span(ident: str, parent: str, name: str, start_ms: float, end_ms: float, **attributes: Any) -> Span:
+    named = {key.replace("__", "."): value for key, value in attributes.items()}
+    return Span("t" * 32, ident, parent, name, "", "", round(start_ms * 1e6), round(end_ms * 1e6), named, (), False)
+
+
+def request() -> list[Span]:
+    return [
+        span("root", "caller", names.PREDICT, 0, 100),
+        span("v", "root", names.VALIDATE, 0, 5),
+        span("ht", "root", names.HOP_TOKENIZER, 5, 15),
+        span("t", "ht", names.PREPROCESS, SKEW, SKEW + 4),
+        span("hm", "root", names.HOP_MODEL, 15, 85),
+        span("m", "hm", names.BATCHED_PREDICT, -SKEW, -SKEW + 60),
+        span("q", "m", names.QUEUE, -SKEW + 1, -SKEW + 40, ai__queue__device_busy_ms=30.0, ai__queue__fill_wait_ms=9.0),
+        span("f", "m", names.FORWARD_PASS, -SKEW + 40, -SKEW + 60),
+        span("hp", "root", names.HOP_POSTPROCESSOR, 85, 95, **{"ai.hop.transit_ms": 8.0}),
+        span("r", "root", names.RESPOND, 95, 99),
+    ]
+
+
+def parts(trace: list[Span]) -> dict[str, float]:
+    return {name: took / 1e6 for name, took in asdict(break_down(trace)).items() if took}
+
+
+WHOLE = {
+    "validation": 5,
+    "tokenization": 4,
+    "transit": 6 + 10 + 8,
+    "device_busy": 30,
+    "batch_fill": 9,
+    "forward": 20,
+    "postprocessing": 2,
+    "response": 4,
+    # 1 ms before the queue, 1 ms after the answer was made.
+    "unaccounted": 2,
+}
+
+
+def test_every_part_has_its_time_whatever_the_clocks_of_the_hosts_say() -> None:
+    assert parts(request()) == WHOLE
+    assert break_down(request()).latency_ns == 100_000_000
+
+
+def test_spans_that_came_twice_and_out_of_order_count_once() -> None:
+    trace = request()
+    assert parts([*reversed(trace), *trace]) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("missing", "changed"),
+    [
+        # The caller knows how long the stage had it, where the stage's own span was lost.
+        ("t", {"tokenization": 0, "unaccounted": 2 + 10, "transit": 24 - 6}),
+        ("hp", {"postprocessing": 0, "transit": 24 - 8, "unaccounted": 2 + 10}),
+        ("v", {"validation": 0, "unaccounted": 2 + 5}),
+        ("q", {"device_busy": 0, "batch_fill": 0, "unaccounted": 2 + 39}),
+        ("f", {"forward": 0, "unaccounted": 2 + 20}),
+        ("m", {"device_busy": 0, "batch_fill": 0, "forward": 0, "transit": 24 - 10, "unaccounted": 1 + 70}),
+    ],
+)
+def test_what_a_missing_span_would_have_explained_is_unaccounted(missing: str, changed: dict[str, float]) -> None:
+    expected = {name: took for name, took in (WHOLE | changed).items() if took}
+    assert parts([s for s in request() if s.span_id != missing]) == expected
+
+
+def test_the_call_of_a_request_that_came_before_its_replica_was_ready_is_a_cold_start() -> None:
+    trace = request()
+    trace[5] = replace(trace[5], attributes={"ai.model.load_type": "cold"})
+    assert parts(trace) == WHOLE | {"cold_start": 10, "transit": 24 - 10}
+
+
+def test_a_request_in_two_batches_waits_only_while_neither_runs() -> None:
+    trace = [
+        span("root", "", names.PREDICT, 0, 100),
+        span("hm", "root", names.HOP_MODEL, 0, 100),
+        span("m", "hm", names.BATCHED_PREDICT, 0, 100),
+        span("q1", "m", names.QUEUE, 0, 10, ai__queue__device_busy_ms=10.0),
+        span("f1", "m", names.FORWARD_PASS, 10, 40),
+        span("q2", "m", names.QUEUE, 0, 60, ai__queue__device_busy_ms=60.0),
+        span("f2", "m", names.FORWARD_PASS, 60, 100),
+    ]
+    assert parts(trace) == {"device_busy": 10 + 20, "forward": 30 + 40}
+
+
+def test_a_stage_is_believed_up_to_what_its_call_lasted() -> None:
+    trace = [
+        span("root", "", names.PREDICT, 0, 10),
+        span("ht", "root", names.HOP_TOKENIZER, 0, 10),
+        span("t", "ht", names.PREPROCESS, 0, 11),
+    ]
+    assert parts(trace) == {"tokenization": 10}
+
+
+def test_without_a_root_there_is_nothing_to_split() -> None:
+    with pytest.raises(NoRoot):
+        break_down(request()[1:])
+
+
+TIMES = st.integers(-50, 150)
+NUMBERS = st.one_of(st.none(), st.floats(), st.integers(-5, 200), st.text(max_size=2))
+KEYS = ["ai.hop.transit_ms", "ai.queue.device_busy_ms", "ai.queue.fill_wait_ms", "ai.queue.load_wait_ms"]
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> list[Span]:
+    spans = [span("root", "", names.PREDICT, 0, draw(st.integers(-5, 120)))]
+    for number in range(draw(st.integers(0, 12))):
+        name = draw(st.sampled_from([spec.name for spec in names.SPANS if spec.name != names.PREDICT]))
+        parent = draw(st.sampled_from(spans)).span_id
+        attributes = draw(st.dictionaries(st.sampled_from(KEYS), NUMBERS))
+        spans.append(span(f"s{number}", parent, name, draw(TIMES), draw(TIMES), **attributes))
+    return draw(st.permutations(spans))
+
+
+@given(damaged())
+def test_the_parts_add_up_to_the_latency_whatever_was_read(trace: list[Span]) -> None:
+    root = next(s for s in trace if s.span_id == "root")
+    result = break_down(trace)
+
+    assert result.latency_ns == max(0, root.end_ns - root.start_ns)
+    assert all(took >= 0 for _, took in result.parts())
+
+
+@given(*[st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)))] * 2)
+def test_intervals_against_counting_every_moment(some: list[tuple[int, int]], cut: list[tuple[int, int]]) -> None:
+    def moments(intervals: list[tuple[int, int]]) -> set[int]:
+        return {moment for start, end in intervals for moment in range(start, end)}
+
+    assert length(union(some)) == len(moments(some))
+    assert moments(without(union(some), union(cut))) == moments(some) - moments(cut)

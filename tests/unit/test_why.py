@@ -1,0 +1,287 @@
+"""Verdicts on hand-made traces: the right cause first, nothing where nothing is unusual."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.command import main
+from deployments.explain.capture import capture
+from deployments.explain.otlp import Span
+from deployments.explain.parts import PARTS, RunFit, fit_runs, parts_of
+from deployments.explain.report import as_json, as_text
+from deployments.explain.verdict import Verdict, judge
+from deployments.telemetry import names
+
+SKEW = {"ingress": 0.0, "tokenizer": 7_000_000.0, "model": -3_000_000.0, "postprocessor": 12.5}
+"""Milliseconds that each host's clock is ahead."""
+RUN_MS, TOKEN_MS = 4.0, 0.5
+
+
+def span(
+    trace: str,
+    ident: str,
+    parent: str,
+    name: str,
+    where: str,
+    start: float,
+    took: float,
+    links: Sequence[tuple[str, str]] = (),
+    **attributes: Any,
+) -> Span:
+    start_ns = 10**18 + round((start + SKEW[where]) * 1e6)
+    named = {key.replace("__", "."): value for key, value in attributes.items()}
+    return Span(
+        trace, ident, parent, name, f"slowlens.{where}", where, start_ns, start_ns + round(took * 1e6), named,
+        tuple(links), "error.type" in named,
+    )  # fmt: skip
+
+
+def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
+    """One request of 10 tokens, alone in its run, that waits for nothing; ``slow`` says what is different about it."""
+    d = {"upload": 1.0, "tokenize": 0.5, "there": 1.0, "back": 1.0, "busy": 0.0, "fill": 0.0, "contention": 0.0}
+    d |= {"postprocess": 0.4, "tokens": 10, "company": 0, "padding": 0, "cold": 0.0, "lost": (), "error": ""} | slow
+    trace, run = f"{number:032x}", f"{number + 10**6:032x}"
+    forward = RUN_MS + TOKEN_MS * (d["tokens"] + d["company"] + d["padding"]) + d["contention"]
+    wait = d["busy"] + d["fill"]
+    clock = at_ms
+    made = []
+
+    def hop(ident: str, name: str, stage: str, held: float, there: float, **attributes: Any) -> float:
+        nonlocal clock
+        took = there + held + d["back"]
+        made.append(span(trace, ident, "root", name, "ingress", clock, took))
+        made.append(span(trace, ident + "s", ident, stage_names[stage], stage, clock + there, held, **attributes))
+        clock += took
+        return clock - d["back"] - held
+
+    stage_names = {"tokenizer": names.PREPROCESS, "model": names.BATCHED_PREDICT, "postprocessor": names.POSTPROCESS}
+    made.append(span(trace, "v", "root", names.VALIDATE, "ingress", clock, d["upload"]))
+    clock += d["upload"]
+    hop("ht", names.HOP_TOKENIZER, "tokenizer", d["tokenize"], d["there"])
+    began = hop(
+        "hm", names.HOP_MODEL, "model", wait + forward, d["there"] + d["cold"],
+        ai__model__load_type="cold" if d["cold"] else "warm", ai__batch__timeout_ms=200.0,
+    )  # fmt: skip
+    waits = {"ai__queue__device_busy_ms": d["busy"], "ai__queue__fill_wait_ms": d["fill"]}
+    made.append(span(trace, "q", "hms", names.QUEUE, "model", began, wait, **waits))
+    made.append(span(trace, "f", "hms", names.FORWARD_PASS, "model", began + wait, forward, [(run, "b")]))
+    hop("hp", names.HOP_POSTPROCESSOR, "postprocessor", d["postprocess"], d["there"])
+    made.append(span(trace, "r", "root", names.RESPOND, "ingress", clock, 0.1))
+    clock += 0.1
+    failed = {"error__type": d["error"]} if d["error"] else {}
+    root = {"http__route": "/v1/embeddings", "gen_ai__usage__input_tokens": d["tokens"], "ai__input_length": 40}
+    made.append(span(trace, "root", "", names.PREDICT, "ingress", at_ms, clock - at_ms, **root, **failed))
+    tokens = d["tokens"] + d["company"]
+    made.append(
+        span(
+            run, "b", "", names.BATCH_FORWARD, "model", began + wait, forward, [(trace, "f")], ai__batch__actual_size=1,
+            ai__batch__tokens=tokens, ai__batch__padded_tokens=tokens + d["padding"],
+        )
+    )  # fmt: skip
+    yield from (one for one in made if one.span_id not in d["lost"])
+
+
+def window(slow: dict[str, Any], every: int = 12, count: int = 240) -> list[Span]:
+    """A busy minute in which every so many-th request is slow in this way. Inputs are of 5 to 15 tokens."""
+    chance = random.Random(7)
+    spans: list[Span] = []
+    for number in range(count):
+        usual = {"tokens": chance.randint(5, 15), "busy": chance.random() * 2, "there": 1 + chance.random()}
+        spans += request(number, number * 250.0, **usual | (slow if number % every == 3 else {}))
+    chance.shuffle(spans)
+    return spans
+
+
+def verdict(spans: list[Span]) -> Verdict:
+    return judge(capture(spans), 0.05)
+
+
+CASES = {
+    "cold_start": {"cold": 900.0},
+    "replica_queue": {"there": 60.0},
+    "device_queue": {"busy": 80.0, "company": 40},
+    "batch_fill": {"fill": 200.0},
+    "tokenization": {"tokenize": 90.0},
+    "long_input": {"tokens": 250},
+    "padding": {"padding": 300},
+    "device_contention": {"contention": 70.0},
+    "postprocessing": {"postprocess": 60.0},
+    "transit": {"there": 30.0, "back": 30.0},
+    "slow_upload": {"upload": 500.0},
+}
+
+
+@pytest.mark.parametrize("cause", CASES)
+def test_the_right_cause_and_no_other(cause: str) -> None:
+    found = verdict(window(CASES[cause]))
+    assert [finding.cause for finding in found.findings] == [cause]
+    (finding,) = found.findings
+    assert finding.share_of_excess > 0.8
+    assert finding.requests == 12
+    # The evidence is of requests that were slow in this way.
+    assert {int(trace_id, 16) % 12 for trace_id, _ in finding.evidence} == {3}
+
+
+@pytest.mark.parametrize("cause", CASES)
+def test_lost_spans_cost_certainty_but_never_turn_the_verdict(cause: str) -> None:
+    spans = window(CASES[cause])
+    chance = random.Random(1)
+    left = [one for one in spans if chance.random() > 0.03 or one.name == names.PREDICT]
+    found = verdict([*left, *left[::10]])
+    assert found.findings[0].cause == cause
+    assert [finding.cause for finding in found.findings[1:]] == ["telemetry_loss"]
+
+
+def test_a_healthy_window_names_nothing() -> None:
+    found = verdict(window({}))
+    assert found.findings == []
+    assert found.note.startswith("nothing is unusual")
+
+
+def test_what_is_always_long_explains_nothing_but_waiting_is_never_usual() -> None:
+    assert verdict(window({"postprocess": 60.0}, every=1)).findings == []
+    found = verdict([one for number in range(100) for one in request(number, number * 250.0, fill=200.0)])
+    assert [finding.cause for finding in found.findings] == ["batch_fill"]
+    assert found.findings[0].fix.startswith("batching.max_wait_ms: 200 -> 0")
+
+
+def test_two_causes_at_once_are_both_named() -> None:
+    found = verdict(window({"busy": 100.0, "upload": 60.0}))
+    assert [finding.cause for finding in found.findings] == ["device_queue", "slow_upload"]
+
+
+def test_too_little_is_said_to_be_too_little() -> None:
+    found = verdict(list(itertools.chain(*(request(number, number * 250.0, busy=900.0) for number in range(10)))))
+    assert found.findings == []
+    assert found.note == "10 answered requests are too few to tell slow from ordinary; 20 are needed"
+
+
+def test_failures_are_a_cause_and_bad_input_is_none() -> None:
+    spans = window({"error": "replica_died", "there": 400.0}, every=40)
+    (finding,) = verdict(spans).findings
+    assert (finding.cause, finding.requests) == ("errors_retries", 6)
+    assert "6 of 240 requests failed (replica_died 6)" in finding.summary
+    assert verdict(window({"error": "invalid_field"})).findings == []
+
+
+def test_the_parts_are_the_latency_after_every_split() -> None:
+    found = capture(window(CASES["padding"] | CASES["transit"]))
+    for one, parts in zip(found.requests, parts_of(found), strict=True):
+        assert sum(parts.values()) == pytest.approx(one.latency_ns / 1e6)
+        assert set(parts) == set(PARTS)
+        assert all(ms > -1e-9 for part, ms in parts.items() if part != "contention")
+
+
+def test_the_cost_of_a_run_is_found_beside_slow_ones() -> None:
+    found = capture(window({"contention": 300.0}, every=4))
+    fit = fit_runs(found.runs.values())
+    assert fit is not None
+    assert (fit.run_ms, fit.token_ms) == (pytest.approx(RUN_MS, rel=0.05), pytest.approx(TOKEN_MS, rel=0.05))
+    assert fit_runs([]) is None
+    assert fit.ms(10) == pytest.approx(RunFit(RUN_MS, TOKEN_MS).ms(10), rel=0.05)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def otlp(spans: Sequence[Span]) -> str:
+    def value(content: Any) -> dict[str, Any]:
+        kinds: dict[type, Callable[[Any], dict[str, Any]]] = {
+            bool: lambda v: {"boolValue": v},
+            int: lambda v: {"intValue": str(v)},
+            float: lambda v: {"doubleValue": v},
+        }
+        return kinds.get(type(content), lambda v: {"stringValue": v})(content)
+
+    def ident(name: str) -> str:
+        return name.encode().hex().ljust(16, "0") if name else ""
+
+    def line(one: Span) -> str:
+        made = {
+            "traceId": one.trace_id,
+            "spanId": ident(one.span_id),
+            "parentSpanId": ident(one.parent_id),
+            "name": one.name,
+            "startTimeUnixNano": str(one.start_ns),
+            "endTimeUnixNano": str(one.end_ns),
+            "attributes": [{"key": key, "value": value(content)} for key, content in one.attributes.items()],
+            "links": [{"traceId": trace, "spanId": ident(name)} for trace, name in one.links],
+        }
+        resource = [{"key": "service.name", "value": value(one.service)}]
+        resource.append({"key": "service.instance.id", "value": value(one.instance)})
+        return json.dumps(
+            {"resourceSpans": [{"resource": {"attributes": resource}, "scopeSpans": [{"spans": [made]}]}]}
+        )
+
+    return "\n".join(map(line, spans))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    path = tmp_path / "traces.jsonl"
+    path.write_text(otlp(window(CASES["tokenization"], count=120)))
+    return str(path)
+
+
+def test_json_has_what_was_promised(store: str, tmp_path: Path) -> None:
+    target = tmp_path / "verdict.json"
+    assert main(["why", "--source", store, "--format", "json", "-o", str(target)]) == 0
+    found = json.loads(target.read_text())
+
+    assert {key: type(value).__name__ for key, value in found.items()} == {
+        "schema": "int",
+        "window": "dict",
+        "requests": "int",
+        "incomplete": "int",
+        "errors": "dict",
+        "latency_ms": "dict",
+        "stages": "list",
+        "findings": "list",
+        "unaccounted_share": "float",
+    }
+    assert (found["schema"], found["requests"], found["incomplete"], found["errors"]) == (1, 120, 0, {})
+    assert found["window"] == {"from": "2001-09-09T01:46:40.000Z", "to": "2001-09-09T01:47:09.768Z"}
+    assert list(found["latency_ms"]) == ["p50", "p90", "p95", "p99", "max"]
+    assert [stage["stage"] for stage in found["stages"]] == list(PARTS)
+    assert sum(stage["share_of_total"] for stage in found["stages"]) == pytest.approx(1, abs=0.002)
+    (finding,) = found["findings"]
+    assert set(finding) == {"cause", "share_of_excess", "requests", "summary", "fix", "evidence"}
+    assert finding["cause"] == "tokenization"
+    assert finding["evidence"][0]["value_ms"] == pytest.approx(89.5)
+
+
+def test_text_names_the_cause_its_fix_and_traces_to_look_at(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["why", "--source", store]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("120 requests in 30 s\nlatency: p50 ")
+    assert "\n1. tokenization (9" in printed
+    assert "6 of 6 slow requests spent 90 ms more than usual (median; worst 90 ms) in the tokenizer\n" in printed
+    assert "\n   fix: inputs of up to 40 characters: " in printed
+    assert "\n   slowlens trace 0000" in printed
+
+
+def test_only_what_is_recent_where_that_is_asked(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["why", "--source", store, "--since", "15m"]) == 1
+    assert "there is no request in these traces" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--since", "15"], ["--since", "0m"], ["--slowest", "0%"], ["--slowest", "x"], ["--format", "xml"]]
+)
+def test_a_wrong_call_names_what_is_wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["why", *arguments])
+    assert stop.value.code == 2
+    assert repr(arguments[1]) in capsys.readouterr().err
+
+
+def test_text_and_json_say_the_same() -> None:
+    found = verdict(window(CASES["padding"]))
+    assert json.loads(as_json(found))["findings"][0]["cause"] in "\n".join(as_text(found))
