@@ -123,8 +123,8 @@ CASES = {
     ),
     "padding": Case(
         "padding",
-        "in order of arrival, 6 clients with short inputs beside one with 250 words",
-        lambda: together(lambda: clients(6, SHORT, SECONDS), lambda: clients(1, " ".join([SHORT] * 28), SECONDS)),
+        "in order of arrival, 15 clients with short inputs beside one with 360 words",
+        lambda: together(lambda: clients(15, SHORT, SECONDS), lambda: clients(1, "a long one " * 120, SECONDS)),
         IN_ORDER,
     ),
     "odd_input": Case(

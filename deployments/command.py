@@ -49,8 +49,10 @@ def _serve(config: Path, rest: Sequence[str]) -> int:
 
 def _why(options: argparse.Namespace, where: str) -> int:
     try:
+        if "://" in where:
+            raise SourceError(f"why reads files only, and {without_password(where)} is a URL")
         source = TraceFiles(Path(where))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, SourceError) as error:
         print(f"slowlens: {error}", file=sys.stderr)  # noqa: T201
         return 1
     since_ns = time.time_ns() - options.since_ns if options.since_ns is not None else 0

@@ -2,7 +2,7 @@
 
 1. What a run of the model costs is fitted over all runs, ``a + b * padded tokens``. A request's own work is what a run
    of its tokens alone would cost; the other members' tokens and the padding of the batch cost ``b`` each; what the
-   runs took beyond all that is contention (less than none where they were faster than the fit).
+   runs took beyond all that is contention.
 2. The clocks of two processes differ by what nobody knows, but the quickest way there and the quickest way back between
    them bound it. A call that was longer under way to the stage than back waited there for a replica to take it; what
    was slow both ways was transit.
@@ -84,7 +84,9 @@ def _work(
     own = fit.run_ms * len(known) + fit.token_ms * own_tokens
     company = fit.token_ms * (sum(run.tokens for run in known) - own_tokens)
     padding = fit.token_ms * sum(max(0, run.padded_tokens - run.tokens) for run in known)
-    return own, company, padding
+    # Runs that were quicker than the fit leave no contention, and each part is as much smaller.
+    scale = min(1.0, forward_ms / (own + company + padding)) if own + company + padding else 0.0
+    return own * scale, company * scale, padding * scale
 
 
 def fit_runs(runs: Iterable[Run]) -> RunFit | None:

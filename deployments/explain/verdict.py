@@ -3,8 +3,8 @@
 1. The slow ones are the slowest part of the requests that were answered; the others are the ordinary ones.
 2. The excess of a part is what it takes beyond its ordinary amount: the median of the ordinary requests of the same
    route, and nothing for waiting, padding and contention, which serve nobody. Work that is always long has no excess.
-3. A cause is named where it adds, to the slow requests on average, at least half of what a request takes without any
-   waiting, and a seventh of the whole excess. Otherwise nothing is unusual.
+3. A cause is named where at least a tenth of the slow requests lost to it one and a half times what a request takes
+   without any waiting, and where it makes a seventh of the whole excess. Otherwise nothing is unusual.
 4. Requests that failed on our side are not among the slow ones; they are a cause of their own (``errors_retries``).
    Advisories have no share of the excess and come last.
 """
@@ -21,7 +21,7 @@ from deployments.explain.parts import PARTS, Parts, parts_of
 
 MIN_REQUESTS = 20
 """Fewer are too few to tell the slow from the ordinary."""
-_MIN_OF_USEFUL, _MIN_SHARE, _MIN_MS = 0.5, 1 / 7, 5.0
+_MIN_OF_USEFUL, _MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 1.5, 0.1, 1 / 7, 5.0
 _EVIDENCE = 3
 _NOT_OURS = {"cancelled", "invalid_json", "invalid_field", "too_large", "model_not_found"}
 
@@ -109,10 +109,9 @@ def _compare(
     useful = sum(of_all.values())
     for cause in CAUSES:
         amounts = [sum(one[part] for part in cause.parts) for one in excess]
-        mean = sum(amounts) / len(amounts)
-        if mean < max(_MIN_MS, _MIN_OF_USEFUL * useful) or mean * len(amounts) < _MIN_SHARE * whole:
-            continue
-        verdict.findings.append(_finding(cause, capture, [r for r, _ in slow], amounts, whole))
+        hit = sum(ms >= max(_MIN_MS, _MIN_OF_USEFUL * useful) for ms in amounts)
+        if hit >= _MIN_REQUESTS * len(slow) and sum(amounts) >= _MIN_SHARE * whole:
+            verdict.findings.append(_finding(cause, capture, [r for r, _ in slow], amounts, whole))
 
 
 def _usual(ordinary: Sequence[Parts]) -> Parts:

@@ -49,7 +49,7 @@ def spent(breakdown: Breakdown) -> Iterator[str]:
     for part, took in breakdown.parts():
         if took:
             share = took / latency
-            bar = "#" * max(1, round(share * _WIDTH))
+            bar = "#" * round(share * _WIDTH)
             yield f"  {part.replace('_', ' '):<22} {took / 1e6:22.2f} ms |{bar:<{_WIDTH}}| {share:.1%}"
 
 
