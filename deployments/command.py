@@ -130,9 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="15m",
         help="only requests that ended so long ago at most",
     )
-    why.add_argument(
-        "--slowest", type=_share, default=0.05, metavar="5%%", help="which requests are slow; default: 5%%"
-    )
+    why.add_argument("--slowest", type=_share, default=0.05, metavar="5%", help="which requests are slow; default: 5%%")
     why.add_argument("--format", choices=("text", "json"), default="text")
     why.add_argument("-o", dest="output", type=Path, metavar="FILE", help="where to write; default: standard output")
     trace = commands.add_parser("trace", help="one request as a waterfall, with its batch")

@@ -15,6 +15,9 @@ from deployments.explain.otlp import Span
 from deployments.telemetry import names
 
 Key = tuple[str, str]
+_EXPORT_NS = 5 * 10**9
+"""How long after its end a span may be written."""
+_OF_THE_INGRESS = {spec.name for spec in names.SPANS if spec.service == "ingress"}
 _OF_A_REQUEST = {spec.name for spec in names.SPANS if spec.parent != "none"} - {
     names.LOAD_WEIGHTS,
     names.LOAD_DEVICE_MOVE,
@@ -80,23 +83,35 @@ class Capture:
 
 
 def capture(spans: Iterable[Span], since_ns: int = 0) -> Capture:
-    """All requests that ended at ``since_ns`` or later."""
+    """All requests that ended at ``since_ns`` or later, by the clock of their ingress."""
     traces: dict[str, dict[str, Span]] = defaultdict(dict)
     runs: dict[Key, Run] = {}
     for span in spans:
         if span.name == names.BATCH_FORWARD:
             runs[span.key] = _run(span)
-        elif span.name in _OF_A_REQUEST and span.end_ns >= since_ns:
+        elif span.name in _OF_A_REQUEST:
             traces[span.trace_id][span.span_id] = span
+    ends = {trace_id: _end_ns(trace.values()) for trace_id, trace in traces.items()}
+    # What happened just before the end may not have been exported by all processes yet.
+    complete_until_ns = max(ends.values(), default=0) - _EXPORT_NS
     requests = []
     incomplete = 0
-    for trace in traces.values():
+    for trace_id, trace in traces.items():
+        if ends[trace_id] < since_ns:
+            continue
         request = _request(list(trace.values()))
         if request is not None:
             requests.append(request)
-        incomplete += request is None or _has_gaps(trace)
+        if request is None or _has_gaps(trace):
+            incomplete += ends[trace_id] <= complete_until_ns
     requests.sort(key=lambda request: request.started_ns)
-    return Capture(requests, runs, incomplete)
+    used = {key for request in requests for key in request.runs}
+    return Capture(requests, {key: run for key, run in runs.items() if key in used}, incomplete)
+
+
+def _end_ns(trace: Iterable[Span]) -> int:
+    """Of a request, by the ingress; 0 where no span of the ingress came."""
+    return max((span.end_ns for span in trace if span.name in _OF_THE_INGRESS), default=0)
 
 
 def _has_gaps(trace: dict[str, Span]) -> bool:

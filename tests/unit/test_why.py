@@ -139,6 +139,18 @@ def test_lost_spans_cost_certainty_but_never_turn_the_verdict(cause: str) -> Non
     assert [finding.cause for finding in found.findings[1:]] == ["telemetry_loss"]
 
 
+def test_a_window_that_begins_or_ends_in_the_midst_of_requests_misses_nothing() -> None:
+    spans = window({"busy": 400.0}, every=1)
+    root = next(one for one in spans if one.name == names.PREDICT and int(one.trace_id, 16) == 120)
+    since_ns = (root.start_ns + root.end_ns) // 2
+    last = f"{239:032x}"
+    found = capture([one for one in spans if one.trace_id != last or one.name != names.PREDICT], since_ns)
+    # 119 was over by then, 120 was under way, and 239 has no end yet.
+    assert [int(request.trace_id, 16) for request in found.requests] == list(range(120, 239))
+    assert found.incomplete == 0
+    assert len(found.runs) == 119
+
+
 def test_a_healthy_window_names_nothing() -> None:
     found = verdict(window({}))
     assert found.findings == []
