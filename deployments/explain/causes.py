@@ -20,6 +20,8 @@ class Cause:
     what: str
     """What the time went to, after "3 of 5 slow requests spent"."""
     fix: Callable[[Capture, Sequence[Request]], str]
+    is_stated: bool = False
+    """Whether the trace itself states it, so that one request is enough to say so."""
 
 
 def _more_model_replicas(capture: Capture, _: Sequence[Request]) -> str:
@@ -76,6 +78,7 @@ CAUSES = (
         True,
         "waiting for a model replica to start and load",
         _advice("keep a replica warm: min_replicas: 0 -> 1 in the autoscaling_config of the deployment Model"),
+        is_stated=True,
     ),
     Cause("replica_queue", ("replica_wait",), True, "waiting for a replica to take the call", _replica_that_waited),
     Cause(

@@ -1,10 +1,11 @@
 """Why the slow requests were slow: what they have in excess, by cause.
 
-1. The slow ones are the slowest part of the requests that were answered; the others are the ordinary ones.
+1. The slow ones are the slowest part of the requests that were answered, five at least; the others are the ordinary.
 2. The excess of a part is what it takes beyond its ordinary amount: the median of the ordinary requests of the same
    route, and nothing for waiting, padding and contention, which serve nobody. Work that is always long has no excess.
-3. A cause is named where at least a tenth of the slow requests lost to it one and a half times what a request takes
-   without any waiting, and where it makes a seventh of the whole excess. Otherwise nothing is unusual.
+3. A cause is named where at least a tenth of the slow requests, and more than one, lost to it one and a half times what
+   a request takes without any waiting, and where it makes a seventh of the whole excess. Of a cold start one is enough,
+   for the trace itself states it. Otherwise nothing is unusual.
 4. Requests that failed on our side are not among the slow ones; they are a cause of their own (``errors_retries``).
    Advisories have no share of the excess and come last.
 """
@@ -22,7 +23,7 @@ from deployments.explain.parts import PARTS, Parts, parts_of
 MIN_REQUESTS = 20
 """Fewer are too few to tell the slow from the ordinary."""
 _MIN_OF_USEFUL, _MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 1.5, 0.1, 1 / 7, 5.0
-_EVIDENCE = 3
+_EVIDENCE, _MIN_SLOW, _MIN_HIT = 3, 5, 2
 _NOT_OURS = {"cancelled", "invalid_json", "invalid_field", "too_large", "model_not_found"}
 
 
@@ -73,7 +74,7 @@ def judge(capture: Capture, slowest: float) -> Verdict:
             f"{len(answered)} answered requests are too few to tell slow from ordinary; {MIN_REQUESTS} are needed"
         )
     else:
-        cut = min(len(answered) - 1, max(1, round(len(answered) * (1 - slowest))))
+        cut = len(answered) - min(len(answered) - 1, max(_MIN_SLOW, round(len(answered) * slowest)))
         _compare(capture, verdict, answered[:cut], answered[cut:])
     failed = _failures(capture, sum(max(0.0, ms) for ms in verdict.excess_ms.values()))
     if failed is not None:
@@ -110,7 +111,8 @@ def _compare(
     for cause in CAUSES:
         amounts = [sum(one[part] for part in cause.parts) for one in excess]
         hit = sum(ms >= max(_MIN_MS, _MIN_OF_USEFUL * useful) for ms in amounts)
-        if hit >= _MIN_REQUESTS * len(slow) and sum(amounts) >= _MIN_SHARE * whole:
+        needed = max(_MIN_REQUESTS * len(slow), 1 if cause.is_stated else _MIN_HIT)
+        if hit >= needed and sum(amounts) >= _MIN_SHARE * whole:
             verdict.findings.append(_finding(cause, capture, [r for r, _ in slow], amounts, whole))
 
 

@@ -169,6 +169,11 @@ def test_two_causes_at_once_are_both_named() -> None:
     assert [finding.cause for finding in found.findings] == ["device_queue", "slow_upload"]
 
 
+@pytest.mark.parametrize(("slow", "named"), [({"there": 300.0}, []), ({"cold": 900.0}, ["cold_start"])])
+def test_one_slow_request_is_chance_unless_its_trace_states_why(slow: dict[str, Any], named: list[str]) -> None:
+    assert [finding.cause for finding in verdict(window(slow, every=60, count=60)).findings] == named
+
+
 def test_too_little_is_said_to_be_too_little() -> None:
     found = verdict(list(itertools.chain(*(request(number, number * 250.0, busy=900.0) for number in range(10)))))
     assert found.findings == []
