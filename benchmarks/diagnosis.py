@@ -68,11 +68,11 @@ def together(*works: Callable[[], None]) -> None:
         thread.join()
 
 
-def steady(odd: Callable[[], None] | None = None, every: int = 15, seconds: float = SECONDS) -> None:
-    """A request every so often, whatever became of the one before; each so many-th is an odd one."""
+def steady(odd: Callable[[], None] | None = None) -> None:
+    """A request every so often, whatever became of the one before; every 15th is an odd one."""
     begin, sent = time.monotonic(), []
-    for number in range(int(seconds * RATE)):
-        work = odd if odd is not None and number % every == every - 1 else lambda: post(SHORT)
+    for number in range(int(SECONDS * RATE)):
+        work = odd if odd is not None and number % 15 == 14 else lambda: post(SHORT)
         sent.append(threading.Thread(target=work))
         time.sleep(max(0.0, begin + number / RATE - time.monotonic()))
         sent[-1].start()
@@ -92,8 +92,7 @@ def clients(count: int, text: str, seconds: float) -> None:
 
 
 def hogs() -> None:
-    """Two busy loops at the replicas' own priority, for a part of the time."""
-    time.sleep(SECONDS / 2)
+    """Four busy loops before the replicas in priority, for a part of the time."""
     loops = [subprocess.Popen(["nice", "-n", "5", sys.executable, "-c", "while True: pass"]) for _ in range(4)]
     time.sleep(SECONDS / 8)
     for loop in loops:
@@ -101,9 +100,9 @@ def hogs() -> None:
         loop.wait()
 
 
-def later(work: Callable[[], None], seconds: float = SECONDS / 2) -> Callable[[], None]:
+def later(work: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
-        time.sleep(seconds)
+        time.sleep(SECONDS / 2)
         work()
 
     return run
@@ -142,7 +141,9 @@ CASES = {
         config="scale_from_zero.yaml",
         autoscaling={"downscale_delay_s": 1, "downscale_to_zero_delay_s": 1},
     ),
-    "cpu_hog": Case("device_contention", "four busy loops for an eighth of the time", lambda: together(steady, hogs)),
+    "cpu_hog": Case(
+        "device_contention", "four busy loops for an eighth of the time", lambda: together(steady, later(hogs))
+    ),
 }
 
 

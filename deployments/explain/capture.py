@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from deployments.explain.breakdown import Breakdown, break_down
 from deployments.explain.otlp import Span
@@ -66,8 +65,8 @@ class Request:
     """Links of its forward passes; more than it has forward passes where a run was repeated."""
     passes: int
     calls: tuple[Call, ...]
-    settings: dict[str, float] = field(default_factory=dict)
-    """Settings of the server that its spans state, by their names in the configuration."""
+    max_wait_ms: float
+    """``batching.max_wait_ms`` as its spans state it."""
 
     @property
     def latency_ns(self) -> int:
@@ -114,6 +113,13 @@ def _end_ns(trace: Iterable[Span]) -> int:
     return max((span.end_ns for span in trace if span.name in _OF_THE_INGRESS), default=0)
 
 
+def window_of(requests: Sequence[Request]) -> tuple[int, int]:
+    """From the first request's start to the last one's end, in Unix nanoseconds; zeros of none."""
+    if not requests:
+        return 0, 0
+    return min(r.started_ns for r in requests), max(r.started_ns + r.latency_ns for r in requests)
+
+
 def _has_gaps(trace: dict[str, Span]) -> bool:
     return any(span.parent_id not in trace for span in trace.values() if span.name != names.PREDICT)
 
@@ -152,7 +158,7 @@ def _request(trace: Sequence[Span]) -> Request | None:
         runs=tuple(link for span in passes for link in span.links),
         passes=len(passes),
         calls=tuple(_calls(by_name)),
-        settings=_settings(predicted),
+        max_wait_ms=_number(predicted, "ai.batch.timeout_ms") if predicted is not None else 0.0,
     )
 
 
@@ -169,14 +175,11 @@ def _calls(by_name: dict[str, list[Span]]) -> Iterable[Call]:
                     yield Call(stage, between, served.start_ns - hop.start_ns, hop.end_ns - served.end_ns)
 
 
-def _settings(predicted: Span | None) -> dict[str, float]:
-    if predicted is None:
-        return {}
-    stated = {"batching.max_batch_size": "ai.batch.max_size", "batching.max_wait_ms": "ai.batch.timeout_ms"}
-    found: dict[str, Any] = {setting: predicted.attributes.get(name) for setting, name in stated.items()}
-    return {setting: float(value) for setting, value in found.items() if isinstance(value, int | float)}
-
-
 def _int(span: Span, key: str) -> int:
+    return int(_number(span, key))
+
+
+def _number(span: Span, key: str) -> float:
+    """Of an attribute; 0 where it is missing or no number."""
     value = span.attributes.get(key, 0)
-    return int(value) if isinstance(value, int | float) and abs(value) < 2**62 else 0
+    return value if isinstance(value, int | float) and abs(value) < 2**62 else 0

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deployments.explain.capture import Capture, Request
+from deployments.explain.capture import Capture, Request, window_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,7 @@ class Cause:
 
 def _more_model_replicas(capture: Capture, _: Sequence[Request]) -> str:
     replicas = len({request.model_replica for request in capture.requests if request.model_replica}) or 1
-    begun = min(request.started_ns for request in capture.requests)
-    ended = max(request.started_ns + request.latency_ns for request in capture.requests)
+    begun, ended = window_of(capture.requests)
     busy = sum(run.took_ns for run in capture.runs.values()) / max(1, ended - begun) / replicas
     wanted = max(replicas + 1, math.ceil(replicas * busy / 0.7))
     return (
@@ -38,8 +37,7 @@ def _more_model_replicas(capture: Capture, _: Sequence[Request]) -> str:
 
 
 def _less_filling(_: Capture, slow: Sequence[Request]) -> str:
-    waits = [request.settings["batching.max_wait_ms"] for request in slow if "batching.max_wait_ms" in request.settings]
-    current = f"{max(waits):g}" if waits else "?"
+    current = f"{max(request.max_wait_ms for request in slow):g}"
     return f"batching.max_wait_ms: {current} -> 0; batches still grow while the device is busy"
 
 

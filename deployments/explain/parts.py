@@ -99,7 +99,7 @@ def fit_runs(runs: Iterable[Run]) -> RunFit | None:
     for _ in range(_ROUNDS):
         fit = _least_squares(points, weights)
         errors = [(took - fit.ms(tokens)) / took for tokens, took in points]
-        scale = max(0.02, _median([abs(error) for error in errors]))
+        scale = max(0.02, median([abs(error) for error in errors]))
         weights = [min(1.0, scale / max(error, 1e-9)) for error in errors]
     return fit
 
@@ -133,5 +133,6 @@ def _one_sided_ms(call: Call, quickest: Mapping[tuple[str, str, str], Call]) -> 
     return max(0, (call.there_ns - best.there_ns) - (call.back_ns - best.back_ns)) / 1e6
 
 
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def median(values: Sequence[float]) -> float:
+    """The upper of the two in the middle; 0 of nothing."""
+    return sorted(values)[len(values) // 2] if values else 0.0

@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deployments.explain.capture import Capture, Request
+from deployments.explain.capture import Capture, Request, window_of
 from deployments.explain.causes import CAUSES, Cause
-from deployments.explain.parts import PARTS, Parts, parts_of
+from deployments.explain.parts import PARTS, Parts, median, parts_of
 
 MIN_REQUESTS = 20
 """Fewer are too few to tell the slow from the ordinary."""
@@ -64,7 +64,7 @@ def judge(capture: Capture, slowest: float) -> Verdict:
         requests=len(capture.requests),
         incomplete=capture.incomplete,
         errors=dict(Counter(request.error for request in capture.requests if request.error)),
-        window_ns=_window(capture.requests),
+        window_ns=window_of(capture.requests),
         latencies_ms=[request.latency_ns / 1e6 for request, _ in answered],
         parts=[p for _, p in answered],
         excess_ms=dict.fromkeys(PARTS, 0.0),
@@ -84,12 +84,6 @@ def judge(capture: Capture, slowest: float) -> Verdict:
         verdict.note = "nothing is unusual: the slowest requests spent their time as the others did"
     verdict.findings += _advisories(capture)
     return verdict
-
-
-def _window(requests: Sequence[Request]) -> tuple[int, int]:
-    if not requests:
-        return 0, 0
-    return min(r.started_ns for r in requests), max(r.started_ns + r.latency_ns for r in requests)
 
 
 def _compare(
@@ -119,7 +113,7 @@ def _compare(
 def _usual(ordinary: Sequence[Parts]) -> Parts:
     """What a request takes that waits for nothing: medians of the work, nothing of the rest."""
     idle = {part for cause in CAUSES if cause.serves_nobody for part in cause.parts}
-    return {part: 0.0 if part in idle else _median([one[part] for one in ordinary]) for part in PARTS}
+    return {part: 0.0 if part in idle else median([one[part] for one in ordinary]) for part in PARTS}
 
 
 def _finding(
@@ -128,7 +122,7 @@ def _finding(
     hit = [(request, ms) for request, ms in zip(slow, amounts, strict=True) if ms >= _MIN_MS]
     hit.sort(key=lambda pair: -pair[1])
     concerned = [request for request, _ in hit]
-    middle, worst = _median([ms for _, ms in hit]), hit[0][1]
+    middle, worst = median([ms for _, ms in hit]), hit[0][1]
     summary = (
         f"{len(hit)} of {len(slow)} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
         f"{cause.what}{_where(concerned, capture.requests)}"
@@ -146,8 +140,8 @@ def _where(concerned: Sequence[Request], everybody: Sequence[Request]) -> str:
         replica, count = replicas.most_common(1)[0]
         if count >= 0.9 * len(concerned) and len(concerned) > 1:
             said += f", nearly all on the replica {replica}"
-    begun, ended = _window(concerned)
-    first, last = _window(everybody)
+    begun, ended = window_of(concerned)
+    first, last = window_of(everybody)
     if len(concerned) > 1 and ended - begun < (last - first) / 3:
         said += f", all within {(ended - begun) / 1e9:.1f} of the {(last - first) / 1e9:.1f} s seen"
     return said
@@ -190,7 +184,3 @@ def _advisories(capture: Capture) -> list[Finding]:
         fix = "look at ai.telemetry.dropped_records and ai.telemetry.unwritten_spans, and at the collector's own losses"
         found.append(Finding("telemetry_loss", 0.0, capture.incomplete, summary, fix, ()))
     return found
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0

@@ -60,6 +60,14 @@ class Device:
         return asyncio.ensure_future(self.gate.submit([Item(name, tokens, deadline_ns) for name in names]))
 
 
+def timed_device(**limits: float) -> Device:
+    """Its clock is the loop's, and its runs are expected to take 40 ms."""
+    device = Device(**limits)
+    device.gate._clock = now_ns
+    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    return device
+
+
 async def settle() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
@@ -379,9 +387,7 @@ async def test_a_full_batch_is_released_while_the_device_runs_and_one_only() -> 
 
 @virtual
 async def test_what_waits_is_ready_shortly_before_the_run_is_expected_to_end() -> None:
-    device = Device()
-    device.gate._clock = now_ns
-    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    device = timed_device()
     device.submit("a")
     await device.start()
     device.submit("b")
@@ -405,9 +411,7 @@ async def test_what_waits_is_ready_shortly_before_the_run_is_expected_to_end() -
 
 @virtual
 async def test_a_run_that_lasts_longer_than_expected_lets_the_next_batch_grow() -> None:
-    device = Device()
-    device.gate._clock = now_ns
-    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    device = timed_device()
     device.submit("a")
     await device.start()
     await asyncio.sleep(0.05)
@@ -422,9 +426,7 @@ async def test_a_run_that_lasts_longer_than_expected_lets_the_next_batch_grow() 
 
 @virtual
 async def test_a_batch_that_begins_before_the_end_of_the_last_is_told_keeps_its_own_time() -> None:
-    device = Device()
-    device.gate._clock = now_ns
-    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    device = timed_device()
     device.submit("a")
     await device.start()
     device.submit("b")
@@ -444,9 +446,7 @@ async def test_a_batch_that_begins_before_the_end_of_the_last_is_told_keeps_its_
 
 @virtual
 async def test_who_came_just_now_still_waits_for_a_batch_to_fill() -> None:
-    device = Device(max_wait_ms=10)
-    device.gate._clock = now_ns
-    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    device = timed_device(max_wait_ms=10)
     for arrives_at_s, is_ready in ((0.001, True), (0.03, False)):
         device.submit("a")
         await asyncio.sleep(0.011)
