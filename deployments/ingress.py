@@ -50,8 +50,8 @@ from deployments.timing import server_timing
 _logger = logging.getLogger("slowlens.ingress")
 _CONTROLLER_PATIENCE_S = 5.0
 _TOKENIZER_REST = 2.0
-_MAX_REQUEST_ID = 256
-"""Characters of it that telemetry keeps."""
+_MAX_REQUEST_ID, _MAX_ADDRESS = 256, 64
+"""Characters of them that telemetry keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,7 @@ class IngressStage:
             path=http.scope["path"],
             scheme=http.scope["scheme"],
             route=route.path,
+            client=_client(http),
             request_id=request_id,
             headers=http.headers,
         ) as record:
@@ -273,6 +274,12 @@ class IngressStage:
 def _request_id(headers: Mapping[str, str]) -> str:
     """The caller's X-Request-ID, or the one that Serve gave the request. Serve itself puts it on every answer."""
     return headers.get("x-request-id", "")[:_MAX_REQUEST_ID] or uuid.uuid4().hex
+
+
+def _client(http: Request) -> str:
+    """The address of the client: what the first intermediary says of it, or the peer's."""
+    forwarded = http.headers.get("x-forwarded-for", "").partition(",")[0].strip()
+    return (forwarded or (http.client.host if http.client is not None else ""))[:_MAX_ADDRESS]
 
 
 def _body_schema(route: Route) -> dict[str, Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.context import ReplicaContext
 
 from deployments.telemetry.provider import ReplicaIdentity
 
@@ -31,8 +34,25 @@ def placement() -> Placement:
     serve_context = serve.get_replica_context()
     ray_context = ray.get_runtime_context()
     return Placement(
-        identity=ReplicaIdentity(serve_context.replica_id.to_full_id_str(), ray_context.get_node_id()),
+        identity=ReplicaIdentity(
+            serve_context.replica_id.to_full_id_str(), ray_context.get_node_id(), dict(_scheduling(serve_context))
+        ),
         app_name=serve_context.app_name,
         cpus=float(ray_context.get_assigned_resources().get("CPU", 1.0)),  # type: ignore[no-untyped-call]
         gpus=tuple(str(device) for device in ray_context.get_accelerator_ids().get("GPU", ())),
     )
+
+
+def _scheduling(context: ReplicaContext) -> Iterator[tuple[str, float]]:
+    """What Serve schedules this deployment by. Serve has no public way to ask; nothing, where it has moved."""
+    config: Any = getattr(context, "_deployment_config", None)
+    autoscaling = getattr(config, "autoscaling_config", None)
+    known = {
+        "num_replicas": None if autoscaling is not None else getattr(config, "num_replicas", None),
+        "max_ongoing_requests": getattr(config, "max_ongoing_requests", None),
+        "autoscaling_config.min_replicas": getattr(autoscaling, "min_replicas", None),
+        "autoscaling_config.max_replicas": getattr(autoscaling, "max_replicas", None),
+    }
+    for key, value in known.items():
+        if isinstance(value, int | float):
+            yield f"deployments.{context.deployment}.{key}", value

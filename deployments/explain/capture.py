@@ -1,27 +1,32 @@
 """Spans to requests: what ``slowlens why`` compares.
 
-A request is a trace with a span of the whole request in it. Traces of which only parts came are counted, not judged.
+A trace may have several requests (its caller called more than once): each is a span of the whole request with what
+hangs below it. Requests of which only parts came are counted, and judged by what is there.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from deployments.explain.breakdown import Breakdown, break_down
 from deployments.explain.otlp import Span
+from deployments.explain.survey import Key, Root, Survey
 from deployments.telemetry import names
 
-Key = tuple[str, str]
 _EXPORT_NS = 5 * 10**9
 """How long after its end a span may be written."""
 _OF_THE_INGRESS = {spec.name for spec in names.SPANS if spec.service == "ingress"}
-_OF_A_REQUEST = {spec.name for spec in names.SPANS if spec.parent != "none"} - {
-    names.LOAD_WEIGHTS,
-    names.LOAD_DEVICE_MOVE,
-    names.LOAD_WARM_UP,
-}
+_STAGES = (
+    ("tokenizer", names.HOP_TOKENIZER, names.PREPROCESS),
+    ("model", names.HOP_MODEL, names.BATCHED_PREDICT),
+    ("postprocessor", names.HOP_POSTPROCESSOR, names.POSTPROCESS),
+)
+BINS = 60
+"""Into how many equal parts of time the window is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +34,31 @@ class Run:
     """One run of the model: a ``batch_forward`` span."""
 
     key: Key
+    started_ns: int
     took_ns: int
     size: int
     tokens: int
     padded_tokens: int
     queue_behind: int
+    reason: str
     failed: bool
+    gpu_utilization: float | None
+    """Percent, before and after it; None without a GPU."""
+    members: tuple[Key, ...]
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One load of the model: a ``model_load`` span."""
+
+    key: Key
+    replica: str
+    started_ns: int
+    took_ns: int
+
+
+Event = TypeVar("Event", Run, Load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,66 +75,255 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    trace_id: str
+    key: Key
     started_ns: int
     breakdown: Breakdown
     route: str
     error: str
     """``error.type``; empty where there was none."""
+    client: str
+    """``client.address``; empty where it is not known."""
+    inputs: int
     tokens: int
     chars: int
     truncated: bool
-    model_replica: str
+    replicas: Mapping[str, str]
+    """By stage, the replica that had it."""
+    host: str
+    """Where its model replica ran."""
     runs: tuple[Key, ...]
     """Links of its forward passes; more than it has forward passes where a run was repeated."""
-    passes: int
     calls: tuple[Call, ...]
     max_wait_ms: float
     """``batching.max_wait_ms`` as its spans state it."""
 
     @property
+    def trace_id(self) -> str:
+        return self.key[0]
+
+    @property
     def latency_ns(self) -> int:
         return self.breakdown.latency_ns
+
+    @property
+    def is_cold(self) -> bool:
+        return self.breakdown.cold_start > 0
 
 
 @dataclass(slots=True)
 class Capture:
-    requests: list[Request]
-    runs: dict[Key, Run]
-    incomplete: int
-    """Requests that miss their root or a parent of one of their spans."""
+    survey: Survey
+    requests: list[Request] = field(default_factory=list)
+    """Those that were read closely, by their start."""
+    spans: dict[Key, list[Span]] = field(default_factory=dict)
+    """Of each of them."""
+    runs: dict[Key, Run] = field(default_factory=dict)
+    """Those that they were in."""
+    loads: list[Load] = field(default_factory=list)
+    """Within the window, by their start."""
+    busy_ns: dict[str, list[int]] = field(default_factory=dict)
+    """By model replica: how long its device ran batches in each part of the window."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the processes say of their configuration (``slowlens.*``), by its key; the last one's word."""
+    incomplete: int = 0
+    """Requests that miss their root, a parent of one of their spans, or what a stage had to say."""
+
+    def weight(self, request: Request) -> float:
+        """For how many requests it stands."""
+        return self.survey.weight if request.key in self.survey.ordinary else 1.0
 
 
-def capture(spans: Iterable[Span], since_ns: int = 0) -> Capture:
-    """All requests that ended at ``since_ns`` or later, by the clock of their ingress."""
-    traces: dict[str, dict[str, Span]] = defaultdict(dict)
+def capture(spans: Iterable[Span], survey: Survey) -> Capture:
+    """The requests that the survey chose, and the runs and loads of its window."""
+    found = Capture(survey)
     runs: dict[Key, Run] = {}
+    busy: dict[str, array[int]] = defaultdict(lambda: array("q"))
+    traces: dict[str, dict[str, Span]] = defaultdict(dict)
+    loads: dict[Key, Load] = {}
+    orphans: dict[str, int] = {}
+    seen: set[int] = set()
     for span in spans:
         if span.name == names.BATCH_FORWARD:
-            runs[span.key] = _run(span)
-        elif span.name in _OF_A_REQUEST:
+            if hash(span.key) not in seen:
+                seen.add(hash(span.key))
+                run = _run(span)
+                busy[run.replica].extend((run.started_ns, run.took_ns))
+                # Of a run whose links were lost nobody knows whose it was.
+                if not span.links or any(trace_id in survey.close for trace_id, _ in span.links):
+                    runs[run.key] = run
+        elif span.name == names.MODEL_LOAD:
+            loads[span.key] = Load(span.key, span.instance, span.start_ns, max(0, span.end_ns - span.start_ns))
+        elif span.trace_id in survey.close:
             traces[span.trace_id][span.span_id] = span
-    ends = {trace_id: _end_ns(trace.values()) for trace_id, trace in traces.items()}
+        elif span.trace_id not in survey.known:
+            end_ns = span.end_ns if span.name in _OF_THE_INGRESS else 0
+            orphans[span.trace_id] = max(end_ns, orphans.get(span.trace_id, 0))
     # What happened just before the end may not have been exported by all processes yet.
-    complete_until_ns = max(ends.values(), default=0) - _EXPORT_NS
-    requests = []
-    incomplete = 0
-    for trace_id, trace in traces.items():
-        if ends[trace_id] < since_ns:
+    complete_until_ns = max(survey.window_ns[1], *orphans.values(), 0) - _EXPORT_NS
+    found.incomplete = sum(survey.since_ns <= end_ns <= complete_until_ns for end_ns in orphans.values())
+    lost = 0.0
+    for trace in traces.values():
+        lost += _add_requests(trace, found, complete_until_ns)
+    found.incomplete += round(lost)
+    found.requests.sort(key=lambda request: request.started_ns)
+    ahead = _clocks(found.requests)
+    used = {key for request in found.requests for key in request.runs}
+    found.runs = {key: _set_back(run, ahead) for key, run in runs.items() if key in used}
+    found.loads = sorted((_set_back(load, ahead) for load in loads.values()), key=lambda load: load.started_ns)
+    begin, end = survey.window_ns
+    found.loads = [load for load in found.loads if load.started_ns <= end and load.started_ns + load.took_ns >= begin]
+    found.busy_ns = {replica: _busy(runs_, ahead.get(replica, 0), survey.window_ns) for replica, runs_ in busy.items()}
+    return found
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+def split(trace: Iterable[Span]) -> list[list[Span]]:
+    """The requests of a trace, by their start: each its root, and then what hangs below it."""
+    below: dict[str, list[Span]] = defaultdict(list)
+    spans = list({span.span_id: span for span in trace}.values())
+    for span in spans:
+        below[span.parent_id].append(span)
+    found = []
+    for root in sorted((s for s in spans if s.name == names.PREDICT), key=lambda s: s.start_ns):
+        request = [root]
+        for span in request:
+            request += (s for s in below[span.span_id] if s.name != names.PREDICT)
+        found.append(request)
+    return found
+
+
+def _add_requests(trace: dict[str, Span], found: Capture, complete_until_ns: int) -> float:
+    """For how many requests spans are missing."""
+    survey, lost = found.survey, 0.0
+    has_gaps = any(s.parent_id not in trace for s in trace.values() if s.name != names.PREDICT)
+    for spans in split(trace.values()):
+        root = spans[0]
+        if root.key not in survey.slow and root.key not in survey.ordinary and root.key not in survey.failed:
             continue
-        request = _request(list(trace.values()))
-        if request is not None:
-            requests.append(request)
-        if request is None or _has_gaps(trace):
-            incomplete += ends[trace_id] <= complete_until_ns
-    requests.sort(key=lambda request: request.started_ns)
-    used = {key for request in requests for key in request.runs}
-    return Capture(requests, {key: run for key, run in runs.items() if key in used}, incomplete)
+        request = _request(spans)
+        found.requests.append(request)
+        found.spans[root.key] = spans
+        for span in spans:
+            _note_settings(span.resource, found.settings)
+        if (has_gaps or _lacks_a_stage(request, spans)) and root.end_ns <= complete_until_ns:
+            lost += found.weight(request)
+    return lost
 
 
-def _end_ns(trace: Iterable[Span]) -> int:
-    """Of a request, by the ingress; 0 where no span of the ingress came."""
-    return max((span.end_ns for span in trace if span.name in _OF_THE_INGRESS), default=0)
+def _lacks_a_stage(request: Request, spans: Sequence[Span]) -> bool:
+    """Whether a call was answered by a stage that says nothing of it."""
+    present = {(span.parent_id, span.name) for span in spans}
+    stage_of = {hop: stage for _, hop, stage in _STAGES}
+    return not request.error and any(
+        (span.span_id, stage_of[span.name]) not in present for span in spans if span.name in stage_of
+    )
+
+
+def _request(spans: Sequence[Span]) -> Request:
+    root = spans[0]
+    by_name: dict[str, list[Span]] = defaultdict(list)
+    for span in spans:
+        by_name[span.name].append(span)
+    predicted = next(iter(by_name[names.BATCHED_PREDICT]), None)
+    return Request(
+        key=root.key,
+        started_ns=root.start_ns,
+        breakdown=break_down(spans),
+        route=str(root.attributes.get("http.route", "")),
+        error=Root.of(root).error,
+        client=str(root.attributes.get("client.address", "")),
+        inputs=_int(root, "ai.input_count"),
+        tokens=_int(root, "gen_ai.usage.input_tokens"),
+        chars=_int(root, "ai.input_length"),
+        truncated=any(span.attributes.get("ai.preprocess.was_truncated") is True for span in spans),
+        replicas={
+            "ingress": root.instance,
+            **{stage: span.instance for stage, _, name in _STAGES for span in by_name[name]},
+        },
+        host=_host(predicted.resource) if predicted is not None else "",
+        runs=tuple(link for span in by_name[names.FORWARD_PASS] for link in span.links),
+        calls=tuple(_calls(by_name)),
+        max_wait_ms=_number(predicted, "ai.batch.timeout_ms") if predicted is not None else 0.0,
+    )
+
+
+def _calls(by_name: Mapping[str, Sequence[Span]]) -> Iterable[Call]:
+    for stage, hop_name, stage_name in _STAGES:
+        for hop in by_name.get(hop_name, ()):
+            for served in by_name.get(stage_name, ()):
+                if served.parent_id == hop.span_id:
+                    between = (hop.instance, served.instance)
+                    yield Call(stage, between, served.start_ns - hop.start_ns, hop.end_ns - served.end_ns)
+
+
+def _host(resource: Mapping[str, Any]) -> str:
+    keys = ("k8s.node.name", "host.name", "ray.node.id")
+    return next((str(resource[key]) for key in keys if resource.get(key)), "")
+
+
+def _note_settings(resource: Mapping[str, Any], settings: dict[str, Any]) -> None:
+    for key, value in resource.items():
+        if key.startswith(names.SETTING):
+            settings[key.removeprefix(names.SETTING)] = value
+
+
+# --- runs and loads --------------------------------------------------------------------------------------------------
+
+
+def _run(span: Span) -> Run:
+    seen = [span.attributes.get(f"ai.gpu.utilization_{when}") for when in ("pre", "post")]
+    gpu = [float(percent) for percent in seen if isinstance(percent, int | float)]
+    return Run(
+        key=span.key,
+        started_ns=span.start_ns,
+        took_ns=max(0, span.end_ns - span.start_ns),
+        size=_int(span, "ai.batch.actual_size"),
+        tokens=_int(span, "ai.batch.tokens"),
+        padded_tokens=_int(span, "ai.batch.padded_tokens"),
+        queue_behind=_int(span, "ai.batch.queue_behind"),
+        reason=str(span.attributes.get("ai.batch.dispatch_reason", "")),
+        failed=span.failed,
+        gpu_utilization=sum(gpu) / len(gpu) if gpu else None,
+        members=span.links,
+        replica=span.instance,
+    )
+
+
+def _set_back(event: Event, ahead: Mapping[str, int]) -> Event:
+    """The same by the clock of the ingress."""
+    return replace(event, started_ns=event.started_ns - ahead.get(event.replica, 0))
+
+
+def _clocks(requests: Iterable[Request]) -> dict[str, int]:
+    """By instance, how far its clock is ahead of its callers', as the quickest ways there and back have it."""
+    there: dict[str, int] = {}
+    back: dict[str, int] = {}
+    for call in (call for request in requests for call in request.calls):
+        callee = call.between[1]
+        there[callee] = min(call.there_ns, there.get(callee, call.there_ns))
+        back[callee] = min(call.back_ns, back.get(callee, call.back_ns))
+    return {callee: (there[callee] - back[callee]) // 2 for callee in there}
+
+
+def _busy(runs: Sequence[int], ahead_ns: int, window_ns: tuple[int, int]) -> list[int]:
+    """Of starts and durations in turn: nanoseconds in each part of the window."""
+    begin, end = window_ns
+    width = bin_ns(window_ns)
+    busy = [0] * BINS
+    for start, took in zip(runs[::2], runs[1::2], strict=True):
+        start -= ahead_ns
+        first, last = max(0, (start - begin) // width), min(BINS - 1, (start + took - begin) // width)
+        for number in range(first, last + 1):
+            lower = begin + number * width
+            busy[number] += min(start + took, lower + width, end) - max(start, lower)
+    return busy
+
+
+def bin_ns(window_ns: tuple[int, int]) -> int:
+    """How long each of its parts is."""
+    return max(1, (window_ns[1] - window_ns[0]) // BINS + 1)
 
 
 def window_of(requests: Sequence[Request]) -> tuple[int, int]:
@@ -118,61 +331,6 @@ def window_of(requests: Sequence[Request]) -> tuple[int, int]:
     if not requests:
         return 0, 0
     return min(r.started_ns for r in requests), max(r.started_ns + r.latency_ns for r in requests)
-
-
-def _has_gaps(trace: dict[str, Span]) -> bool:
-    return any(span.parent_id not in trace for span in trace.values() if span.name != names.PREDICT)
-
-
-def _run(span: Span) -> Run:
-    return Run(
-        span.key,
-        max(0, span.end_ns - span.start_ns),
-        _int(span, "ai.batch.actual_size"),
-        _int(span, "ai.batch.tokens"),
-        _int(span, "ai.batch.padded_tokens"),
-        _int(span, "ai.batch.queue_behind"),
-        span.failed,
-    )
-
-
-def _request(trace: Sequence[Span]) -> Request | None:
-    by_name: dict[str, list[Span]] = defaultdict(list)
-    for span in trace:
-        by_name[span.name].append(span)
-    if not by_name[names.PREDICT]:
-        return None
-    root = by_name[names.PREDICT][0]
-    predicted = next(iter(by_name[names.BATCHED_PREDICT]), None)
-    passes = by_name[names.FORWARD_PASS]
-    return Request(
-        trace_id=root.trace_id,
-        started_ns=root.start_ns,
-        breakdown=break_down(trace),
-        route=str(root.attributes.get("http.route", "")),
-        error=str(root.attributes.get("error.type") or ("error" if root.failed else "")),
-        tokens=_int(root, "gen_ai.usage.input_tokens"),
-        chars=_int(root, "ai.input_length"),
-        truncated=any(span.attributes.get("ai.preprocess.was_truncated") is True for span in trace),
-        model_replica=predicted.instance if predicted is not None else "",
-        runs=tuple(link for span in passes for link in span.links),
-        passes=len(passes),
-        calls=tuple(_calls(by_name)),
-        max_wait_ms=_number(predicted, "ai.batch.timeout_ms") if predicted is not None else 0.0,
-    )
-
-
-def _calls(by_name: dict[str, list[Span]]) -> Iterable[Call]:
-    for stage, hop_name, stage_name in (
-        ("tokenizer", names.HOP_TOKENIZER, names.PREPROCESS),
-        ("model", names.HOP_MODEL, names.BATCHED_PREDICT),
-        ("postprocessor", names.HOP_POSTPROCESSOR, names.POSTPROCESS),
-    ):
-        for hop in by_name.get(hop_name, ()):
-            for served in by_name.get(stage_name, ()):
-                if served.parent_id == hop.span_id:
-                    between = (hop.instance, served.instance)
-                    yield Call(stage, between, served.start_ns - hop.start_ns, hop.end_ns - served.end_ns)
 
 
 def _int(span: Span, key: str) -> int:

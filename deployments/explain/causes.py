@@ -1,4 +1,7 @@
-"""The causes that a slow request can have: which parts of its latency speak for each, and what helps."""
+"""The causes that a slow request can have: which parts of its latency speak for each, and what helps.
+
+A fix names the setting as it stands in serve_config.yaml, its value where the processes said it, and another to try.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from deployments.explain.capture import Capture, Request, window_of
+from deployments.explain.capture import Capture, Request
+
+_ALL_AT_ONCE = 4000
+"""``max_ongoing_requests`` that leaves the waiting to the model's own queue."""
+_GROUPING = 128
+_COMFORT = 0.7
+"""How busy a device may be before those who come wait long for those who came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,49 +30,108 @@ class Cause:
     what: str
     """What the time went to, after "3 of 5 slow requests spent"."""
     fix: Callable[[Capture, Sequence[Request]], str]
+    """From all that was read, and the requests concerned."""
+    stage: str = "model"
+    """Whose replica matters."""
     is_stated: bool = False
     """Whether the trace itself states it, so that one request is enough to say so."""
 
 
+def _warm(capture: Capture, _: Sequence[Request]) -> str:
+    key = "deployments.Model.autoscaling_config.min_replicas"
+    current = capture.settings.get(key)
+    if current is None and "deployments.Model.num_replicas" in capture.settings:
+        return f"a replica (re)started under traffic: see its log; keep another beside it ({_more(capture, 'Model')})"
+    return f"keep replicas warm: {_change(key, current, 1 + (current or 0))}"
+
+
 def _more_model_replicas(capture: Capture, _: Sequence[Request]) -> str:
-    replicas = len({request.model_replica for request in capture.requests if request.model_replica}) or 1
-    begun, ended = window_of(capture.requests)
-    busy = sum(run.took_ns for run in capture.runs.values()) / max(1, ended - begun) / replicas
-    wanted = max(replicas + 1, math.ceil(replicas * busy / 0.7))
+    replicas = max(1, len(capture.busy_ns))
+    busy = sum(map(sum, capture.busy_ns.values())) / max(1, _seen_ns(capture)) / replicas
+    more = _more(capture, "Model", max(replicas + 1, math.ceil(replicas * busy / _COMFORT)))
     return (
-        f"the model's devices were busy {busy:.0%} of the time: more model replicas (deployment Model, num_replicas: "
-        f"{replicas} -> {wanted}, or max_replicas of its autoscaling_config), or runs that cost less (a GPU, "
-        "model.dtype, model.quantization)"
+        f"the model's devices were busy {busy:.0%} of the time: more model replicas ({more}), or runs that cost less "
+        "(a GPU, model.dtype, model.quantization)"
     )
 
 
 def _less_filling(_: Capture, slow: Sequence[Request]) -> str:
-    current = f"{max(request.max_wait_ms for request in slow):g}"
-    return f"batching.max_wait_ms: {current} -> 0; batches still grow while the device is busy"
+    current = max(request.max_wait_ms for request in slow)
+    return f"{_change('batching.max_wait_ms', current, 0)}; batches still grow while the device is busy"
 
 
-def _shorter_inputs(_: Capture, slow: Sequence[Request]) -> str:
+def _shorter_inputs(capture: Capture, slow: Sequence[Request]) -> str:
     tokens = sorted(request.tokens for request in slow)
     return (
-        f"the slow requests had {tokens[len(tokens) // 2]} tokens (median): refuse or cut longer ones "
-        "(limits.max_input_chars, model.max_length), or make runs cost less (a GPU, model.dtype)"
+        f"the slow requests had {tokens[len(tokens) // 2]} tokens (median): refuse longer ones "
+        f"({_input_limit(capture, slow)}), cut them (model.max_length), or make runs cost less (a GPU, model.dtype)"
     )
 
 
-def _tokenizer(_: Capture, slow: Sequence[Request]) -> str:
+def _tokenizer(capture: Capture, slow: Sequence[Request]) -> str:
     chars = max(request.chars for request in slow)
     return (
-        f"inputs of up to {chars} characters: limits.max_input_chars below that, or more tokenizer replicas "
-        "(deployment Tokenizer, num_replicas)"
+        f"inputs of up to {chars} characters: {_input_limit(capture, slow)}, or more tokenizer replicas "
+        f"({_more(capture, 'Tokenizer')})"
     )
 
 
-def _replica_that_waited(_: Capture, slow: Sequence[Request]) -> str:
+def _input_limit(capture: Capture, slow: Sequence[Request]) -> str:
+    """A limit that leaves room for twice what is usual and still refuses these, where there is one."""
+    keys = {request.key for request in slow}
+    usual = max((request.chars for request in capture.requests if request.key not in keys), default=0)
+    wanted = 10 ** math.ceil(math.log10(max(1, 2 * usual)))
+    key = "limits.max_input_chars"
+    if wanted >= min(request.chars for request in slow):
+        return f"{key} below that"
+    return _change(key, capture.settings.get(key), wanted)
+
+
+def _replica_that_waited(capture: Capture, slow: Sequence[Request]) -> str:
     stages = Counter(
         max(request.calls, key=lambda c: c.there_ns - c.back_ns).stage for request in slow if request.calls
     )
-    stage = stages.most_common(1)[0][0].capitalize() if stages else "Model"
-    return f"more replicas of the deployment {stage} (num_replicas), or a higher max_ongoing_requests of it"
+    name = stages.most_common(1)[0][0].capitalize() if stages else "Model"
+    key = f"deployments.{name}.max_ongoing_requests"
+    current = capture.settings.get(key)
+    if isinstance(current, int | float) and current < _ALL_AT_ONCE:
+        return f"{_change(key, current, _ALL_AT_ONCE)}, or more replicas ({_more(capture, name)})"
+    return f"more replicas of the deployment {name} ({_more(capture, name)})"
+
+
+def _less_padding(capture: Capture, _: Sequence[Request]) -> str:
+    window = capture.settings.get("batching.grouping_window")
+    if window is None or window < _GROUPING:
+        return f"keep short and long inputs apart: {_change('batching.grouping_window', window, _GROUPING)}"
+    tokens = capture.settings.get("batching.max_batch_tokens")
+    return f"smaller batches: {_change('batching.max_batch_tokens', tokens, (tokens or 8192) // 2)}"
+
+
+def _more_postprocessors(capture: Capture, _: Sequence[Request]) -> str:
+    return f"more replicas ({_more(capture, 'Postprocessor')}), or smaller answers (top_k, dimensions)"
+
+
+def _more(capture: Capture, deployment: str, wanted: int = 0) -> str:
+    """The setting that gives more replicas: one more, or as many as are wanted."""
+    path = f"deployments.{deployment}"
+    most = capture.settings.get(f"{path}.autoscaling_config.max_replicas")
+    if most is not None:
+        return _change(f"{path}.autoscaling_config.max_replicas", most, max(most + 1, wanted))
+    stage = deployment.lower()
+    seen = len({request.replicas[stage] for request in capture.requests if stage in request.replicas})
+    current = capture.settings.get(f"{path}.num_replicas", seen or 1)
+    return _change(f"{path}.num_replicas", current, max(current + 1, wanted))
+
+
+def _change(key: str, current: Any, wanted: Any) -> str:
+    """``batching.max_batch_tokens: 8192 -> 4096``."""
+    before = f"{current:g}" if isinstance(current, float) else current
+    return f"{key}: {before} -> {wanted}" if current is not None else f"{key}: {wanted}"
+
+
+def _seen_ns(capture: Capture) -> int:
+    begin, end = capture.survey.window_ns
+    return end - begin
 
 
 def _advice(text: str) -> Callable[[Capture, Sequence[Request]], str]:
@@ -75,7 +144,7 @@ CAUSES = (
         ("cold_start", "model_load"),
         True,
         "waiting for a model replica to start and load",
-        _advice("keep a replica warm: min_replicas: 0 -> 1 in the autoscaling_config of the deployment Model"),
+        _warm,
         is_stated=True,
     ),
     Cause("replica_queue", ("replica_wait",), True, "waiting for a replica to take the call", _replica_that_waited),
@@ -87,18 +156,9 @@ CAUSES = (
         _more_model_replicas,
     ),
     Cause("batch_fill", ("batch_fill",), True, "waiting for a batch to fill while the device was idle", _less_filling),
-    Cause("tokenization", ("tokenization",), False, "in the tokenizer", _tokenizer),
+    Cause("tokenization", ("tokenization",), False, "in the tokenizer", _tokenizer, "tokenizer"),
     Cause("long_input", ("own_work",), False, "running inputs longer than usual", _shorter_inputs),
-    Cause(
-        "padding",
-        ("padding",),
-        True,
-        "computing the padding of longer neighbours",
-        _advice(
-            "keep short and long inputs apart: batching.grouping_window (128 by default; 1 is order of arrival), or a "
-            "lower batching.max_batch_tokens"
-        ),
-    ),
+    Cause("padding", ("padding",), True, "computing the padding of longer neighbours", _less_padding),
     Cause(
         "device_contention",
         ("contention",),
@@ -109,13 +169,7 @@ CAUSES = (
             "Model CPUs or a GPU of its own (num_cpus, num_gpus)"
         ),
     ),
-    Cause(
-        "postprocessing",
-        ("postprocessing",),
-        False,
-        "in the postprocessor",
-        _advice("more replicas of the deployment Postprocessor (num_replicas), or smaller answers (top_k, dimensions)"),
-    ),
+    Cause("postprocessing", ("postprocessing",), False, "in the postprocessor", _more_postprocessors, "postprocessor"),
     Cause(
         "transit",
         ("transit", "response"),
@@ -125,6 +179,7 @@ CAUSES = (
             "the network between the hosts, or processes too busy to pass calls on: start with `slowlens serve`, give "
             "the stages CPUs (num_cpus), keep them on one host"
         ),
+        "ingress",
     ),
     Cause(
         "slow_upload",
@@ -132,5 +187,6 @@ CAUSES = (
         False,
         "reading the request",
         _advice("the client sent its body slowly: look at its network, or at what stands between it and the ingress"),
+        "ingress",
     ),
 )

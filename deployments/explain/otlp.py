@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 _BASE64_LENGTHS = (12, 24)
 
@@ -28,6 +28,8 @@ class Span:
     links: tuple[tuple[str, str], ...]
     """``(trace id, span id)``."""
     failed: bool
+    resource: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of the process."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -38,55 +40,68 @@ class Span:
         return (self.end_ns - self.start_ns) / 1e6
 
 
+class Wish(Protocol):
+    """Which spans are wanted, told by its name and its trace."""
+
+    def wants(self, name: str, trace_id: str) -> bool: ...
+
+
 class Decoder:
-    """Makes spans of OTLP JSON objects.
+    """Makes spans of OTLP JSON objects: all, or those that are wished for.
 
     Attributes:
         broken: objects and spans that were passed over, because they are not what OTLP says.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wish: Wish | None = None) -> None:
         self.broken = 0
+        self._wish = wish
+        # Every line repeats its process's resource.
+        self._resources: dict[str, dict[str, Any]] = {}
 
     def spans(self, data: Any) -> Iterator[Span]:
         """The spans of a ``TracesData`` object (Tempo calls its list ``batches``)."""
         try:
             resources = data.get("resourceSpans", data.get("batches")) or []
-            parts = [(*_origin(part), _of_scopes(part)) for part in resources]
+            parts = [(self._resource(part.get("resource", {})), _of_scopes(part)) for part in resources]
         except (ValueError, KeyError, TypeError, AttributeError):
             self.broken += 1
             return
-        for service, instance, spans in parts:
+        wish = self._wish
+        for resource, spans in parts:
             for span in spans:
                 try:
-                    yield _span(span, service, instance)
+                    if wish is None or wish.wants(span["name"], _hex(span["traceId"])):
+                        yield _span(span, resource)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     self.broken += 1
 
-
-def _origin(part: dict[str, Any]) -> tuple[str, str]:
-    resource = _attributes(part.get("resource", {}))
-    # A million spans share these few words.
-    return sys.intern(str(resource.get("service.name", ""))), sys.intern(str(resource.get("service.instance.id", "")))
+    def _resource(self, resource: dict[str, Any]) -> dict[str, Any]:
+        key = repr(resource)
+        if key not in self._resources:
+            self._resources[key] = _attributes(resource)
+        return self._resources[key]
 
 
 def _of_scopes(part: dict[str, Any]) -> list[dict[str, Any]]:
     return [span for scope in part.get("scopeSpans", []) for span in scope.get("spans", [])]
 
 
-def _span(span: dict[str, Any], service: str, instance: str) -> Span:
+def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
     return Span(
         trace_id=_hex(span["traceId"]),
         span_id=_hex(span["spanId"]),
         parent_id=_hex(span.get("parentSpanId") or ""),
         name=sys.intern(str(span["name"])),
-        service=service,
-        instance=instance,
+        # A million spans share these few words.
+        service=sys.intern(str(resource.get("service.name", ""))),
+        instance=sys.intern(str(resource.get("service.instance.id", ""))),
         start_ns=int(span["startTimeUnixNano"]),
         end_ns=int(span["endTimeUnixNano"]),
         attributes=_attributes(span),
         links=tuple((_hex(link["traceId"]), _hex(link["spanId"])) for link in span.get("links", [])),
         failed=span.get("status", {}).get("code") in (2, "STATUS_CODE_ERROR"),
+        resource=resource,
     )
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deployments.explain.capture import Call, Capture, Key, Request, Run
+from deployments.explain.capture import Call, Capture, Request, Run
+from deployments.explain.survey import Key
 
 Parts = dict[str, float]
 """Milliseconds by part."""

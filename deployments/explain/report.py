@@ -1,31 +1,37 @@
-"""The verdict as text and as JSON (its schema is public: README, "Why")."""
+"""The verdict as JSON (its schema is public: README, "Why was it slow?") and as text for a terminal."""
 
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from deployments.explain.parts import PARTS
-from deployments.explain.verdict import Verdict
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
-_WIDTH, _PAGE = 30, 110
+from deployments.explain.parts import PARTS
+from deployments.explain.pattern import clock
+from deployments.explain.verdict import Finding, Verdict, percentile
+
+_WIDTH = 30
 
 
 def as_json(verdict: Verdict) -> str:
-    excess = sum(max(0.0, ms) for ms in verdict.excess_ms.values())
-    total = sum(verdict.latencies_ms)
-    begun, ended = verdict.window_ns
+    survey = verdict.capture.survey
+    rows = stages(verdict)
+    begun, ended = survey.window_ns
+    unaccounted = next(row["share_of_total"] for row in rows if row["stage"] == "unaccounted")
     document = {
         "schema": 1,
         "window": {"from": _time(begun), "to": _time(ended)},
-        "requests": verdict.requests,
-        "incomplete": verdict.incomplete,
-        "errors": verdict.errors,
-        "latency_ms": {**_percentiles(verdict.latencies_ms)},
-        "stages": [_stage(verdict, part, total, excess) for part in PARTS],
+        "requests": survey.requests,
+        "incomplete": verdict.capture.incomplete,
+        "errors": survey.errors,
+        "latency_ms": percentiles(survey.latencies_ms),
+        "stages": rows,
         "findings": [
             {
                 "cause": finding.cause,
@@ -37,78 +43,95 @@ def as_json(verdict: Verdict) -> str:
             }
             for finding in verdict.findings
         ],
-        "unaccounted_share": round(sum(p["unaccounted"] for p in verdict.parts) / total, 6) if total else 0.0,
+        "unaccounted_share": unaccounted,
     }
     return json.dumps(document, indent=2)
 
 
-def as_text(verdict: Verdict) -> Iterator[str]:
-    begun, ended = verdict.window_ns
-    failed = sum(verdict.errors.values())
-    yield (
-        f"{verdict.requests} requests in {(ended - begun) / 1e9:.0f} s"
-        + (f", {failed} failed" if failed else "")
-        + (f", {verdict.incomplete} with spans missing" if verdict.incomplete else "")
-    )
-    if verdict.latencies_ms:
-        yield "latency: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in _percentiles(verdict.latencies_ms).items())
+def as_text(verdict: Verdict) -> RenderableType:
+    return Group(*_text(verdict))
+
+
+def _text(verdict: Verdict) -> Iterator[RenderableType]:
+    yield Text(headline(verdict), style="bold")
+    if verdict.capture.survey.latencies_ms:
+        shown = percentiles(verdict.capture.survey.latencies_ms)
+        yield Text("latency: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in shown.items()))
     if verdict.note:
-        yield ""
-        yield verdict.note
+        yield Text()
+        yield Text(verdict.note, style="green")
     for number, finding in enumerate(verdict.findings, 1):
-        share = f" ({finding.share_of_excess:.0%} of the excess)" if finding.share_of_excess else ""
-        yield ""
-        yield f"{number}. {finding.cause}{share}"
-        yield from _wrapped(finding.summary)
-        yield from _wrapped(f"fix: {finding.fix}")
-        for trace_id, ms in finding.evidence:
-            yield f"   slowlens trace {trace_id}" + (f"   {ms:.0f} ms" if ms else "")
-    yield ""
-    yield from _table(verdict)
+        yield Text()
+        yield from _finding(number, finding)
+    yield Text()
+    if verdict.answered:
+        yield _table(verdict)
 
 
-def _table(verdict: Verdict) -> Iterator[str]:
-    total, excess = sum(verdict.latencies_ms), sum(max(0.0, ms) for ms in verdict.excess_ms.values())
-    if not total:
-        return
-    yield f"{'spent on':<16} {'p50 ms':>9} {'p99 ms':>9} {'of total':>9} {'of excess':>9}"
-    for part in PARTS:
-        row = _stage(verdict, part, total, excess)
+def headline(verdict: Verdict) -> str:
+    survey, incomplete = verdict.capture.survey, verdict.capture.incomplete
+    begun, ended = survey.window_ns
+    failed = sum(survey.errors.values())
+    return (
+        f"{survey.requests} requests in {(ended - begun) / 1e9:.0f} s, {clock(begun)} to {clock(ended)}"
+        + (f", {failed} failed" if failed else "")
+        + (f", {incomplete} with spans missing" if incomplete else "")
+    )
+
+
+def _finding(number: int, finding: Finding) -> Iterator[RenderableType]:
+    share = f" ({finding.share_of_excess:.0%} of the excess)" if finding.share_of_excess else ""
+    style = "bold red" if finding.share_of_excess else "bold yellow"
+    yield Text.assemble((f"{number}. {finding.cause}", style), share)
+    yield Padding(Text(finding.summary), (0, 0, 0, 3))
+    yield Padding(Text.assemble(("fix: ", "green"), finding.fix), (0, 0, 0, 3))
+    for trace_id, ms in finding.evidence:
+        yield Padding(Text(f"slowlens trace {trace_id}" + (f"   {ms:.0f} ms" if ms else ""), "dim"), (0, 0, 0, 3))
+
+
+def _table(verdict: Verdict) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("spent on")
+    for heading in ("p50 ms", "p99 ms", "of total", "of excess"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for row in stages(verdict):
         if row["p99_ms"] or row["share_of_total"]:
-            bar = "#" * round(_WIDTH * row["share_of_total"])
-            name = part.replace("_", " ")
-            yield (
-                f"{name:<16} {row['p50_ms']:>9.2f} {row['p99_ms']:>9.2f} {row['share_of_total']:>9.1%} "
-                f"{row['share_of_excess']:>9.1%} {bar}"
-            ).rstrip()
+            table.add_row(
+                row["stage"].replace("_", " "),
+                f"{row['p50_ms']:.2f}",
+                f"{row['p99_ms']:.2f}",
+                f"{row['share_of_total']:.1%}",
+                f"{row['share_of_excess']:.1%}",
+                "#" * round(_WIDTH * row["share_of_total"]),
+            )
+    return table
 
 
-def _stage(verdict: Verdict, part: str, total_ms: float, excess_ms: float) -> dict[str, Any]:
-    values = sorted(parts[part] for parts in verdict.parts)
-    return {
-        "stage": part,
-        "p50_ms": round(_percentile(values, 0.5), 3),
-        "p99_ms": round(_percentile(values, 0.99), 3),
-        "share_of_total": round(sum(values) / total_ms, 4) if total_ms else 0.0,
-        "share_of_excess": round(max(0.0, verdict.excess_ms[part]) / excess_ms, 4) if excess_ms else 0.0,
-    }
+def stages(verdict: Verdict) -> list[dict[str, Any]]:
+    """One row for each part of the latency, in the order of the way of a request."""
+    excess = sum(max(0.0, ms) for ms in verdict.excess_ms.values())
+    total = sum(one.weight * sum(one.parts.values()) for one in verdict.answered)
+    rows = []
+    for part in PARTS:
+        values = sorted((one.parts[part], one.weight) for one in verdict.answered)
+        rows.append(
+            {
+                "stage": part,
+                "p50_ms": round(percentile(values, 0.5), 3),
+                "p99_ms": round(percentile(values, 0.99), 3),
+                "share_of_total": round(sum(ms * weight for ms, weight in values) / total, 6) if total else 0.0,
+                "share_of_excess": round(max(0.0, verdict.excess_ms[part]) / excess, 4) if excess else 0.0,
+            }
+        )
+    return rows
 
 
-def _percentiles(ascending: Sequence[float]) -> dict[str, float]:
+def percentiles(ascending: Sequence[float]) -> dict[str, float]:
     wanted = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
-    return {name: round(_percentile(ascending, share), 3) for name, share in wanted.items()}
-
-
-def _percentile(ascending: Sequence[float], share: float) -> float:
-    """The nearest rank; 0 of nothing."""
-    if not ascending:
-        return 0.0
-    return ascending[min(len(ascending) - 1, max(0, -int(-share * len(ascending) // 1) - 1))]
+    pairs = [(ms, 1.0) for ms in ascending]
+    return {name: round(percentile(pairs, share), 3) for name, share in wanted.items()}
 
 
 def _time(unix_ns: int) -> str:
     return datetime.fromtimestamp(unix_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _PAGE, initial_indent="   ", subsequent_indent="   ")

@@ -8,19 +8,25 @@ big-endian).
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from zstandard import ZstdDecompressor, ZstdError
 
-from deployments.explain.otlp import Decoder, Span
+from deployments.explain.otlp import Decoder, Span, Wish
+from deployments.explain.survey import Root, Survey
 from deployments.telemetry import names
 
 _ENDINGS = tuple(f".{form}{packed}" for form in ("jsonl", "json") for packed in ("", ".gz", ".zst"))
 _CHUNK = 1 << 16
+_LINES_A_STEP = 200
+_CLOCKS_NS = 60 * 10**9
+"""By how much the clocks of a file system and of the processes that write to it may differ."""
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
@@ -39,68 +45,112 @@ class Source(Protocol):
     def trace(self, trace_id: str) -> list[Span]:
         """The spans of a trace, each once. Raises LookupError where there is none."""
 
+    def traces(self, trace_ids: Collection[str]) -> list[Span]:
+        """The spans of these traces, as far as they are there, each once."""
+
     def linked(self, trace: list[Span]) -> list[Span]:
         """The spans of other traces that these link to."""
+
+    def roots(self, since_ns: int) -> Iterator[Root]:
+        """Of all requests; it may leave out those that ended before ``since_ns``."""
+
+    def spans(self, survey: Survey) -> Iterator[Span]:
+        """Those that the survey wants, and the runs of its requests. It may give more, and one twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OnlyRoots:
+    def wants(self, name: str, trace_id: str) -> bool:  # noqa: ARG002
+        return name == names.PREDICT
 
 
 class TraceFiles:
     """The traces of a file, or of the files of a folder whose names end in ``.jsonl`` or ``.json`` (``.gz``, ``.zst``).
 
     Raises FileNotFoundError where there is nothing of that name.
+
+    Attributes:
+        on_progress: is told, while a question is answered, how many of how many bytes have been read.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise FileNotFoundError(f"no traces at {path}")
         self._path = path
+        self.on_progress: Callable[[int, int], None] = lambda *_: None
         self.broken = 0
 
     def newest(self) -> str:
-        requests = (span for span in self.spans(names.PREDICT) if span.name == names.PREDICT)
-        newest = max(requests, key=lambda span: span.end_ns, default=None)
+        newest = max(self.roots(0), key=lambda root: root.ended_ns, default=None)
         if newest is None:
             raise LookupError("there is no request in these traces yet")
-        return newest.trace_id
+        return newest.key[0]
 
     def trace(self, trace_id: str) -> list[Span]:
-        found = {span.key: span for span in self.spans(trace_id) if span.trace_id == trace_id}
+        found = self.traces({trace_id})
         if not found:
             raise LookupError(f"no span of trace {trace_id} is here")
-        return list(found.values())
+        return found
+
+    def traces(self, trace_ids: Collection[str]) -> list[Span]:
+        if not trace_ids:
+            return []
+        return list({span.key: span for span in self.read(*trace_ids) if span.trace_id in trace_ids}.values())
 
     def linked(self, trace: list[Span]) -> list[Span]:
         links = {link for span in trace for link in span.links}
         if not links:
             return []
-        found = {span.key: span for span in self.spans(*(span_id for _, span_id in links)) if span.key in links}
+        found = {span.key: span for span in self.read(*(span_id for _, span_id in links)) if span.key in links}
         return list(found.values())
 
-    def spans(self, *containing: str) -> Iterator[Span]:
-        """All spans; or those of lines that contain one of these words, and others that stand beside them.
+    def roots(self, since_ns: int) -> Iterator[Root]:
+        return map(Root.of, self.read(names.PREDICT, wish=_OnlyRoots(), since_ns=since_ns))
+
+    def spans(self, survey: Survey) -> Iterator[Span]:
+        return self.read(wish=survey, since_ns=survey.since_ns)
+
+    def read(self, *containing: str, wish: Wish | None = None, since_ns: int = 0) -> Iterator[Span]:
+        """All spans, or those that are wished for; with words only those of lines that contain one of them, and others
+        that stand beside them. Files of a folder that nobody wrote to since ``since_ns`` are passed over.
 
         ``broken`` then counts, of the other lines, those that were cut short.
         """
         self.broken = 0
         words = [word.encode() for word in containing]
-        if self._path.is_dir():
-            files = sorted(path for path in self._path.iterdir() if path.name.endswith(_ENDINGS))
-        else:
-            files = [self._path]
-        for path in files:
-            yield from self._of_file(path, words)
+        files = self._files(since_ns)
+        total = sum(size for _, size in files)
+        begun = 0
+        for path, size in files:
+            yield from self._of_file(path, words, wish, begun, total)
+            begun += size
+        self.on_progress(total, total)
 
-    def _of_file(self, path: Path, words: list[bytes]) -> Iterator[Span]:
-        decoder = Decoder()
+    def _files(self, since_ns: int) -> list[tuple[Path, int]]:
+        if not self._path.is_dir():
+            return [(self._path, self._path.stat().st_size)]
+        files = []
+        for path in sorted(path for path in self._path.iterdir() if path.name.endswith(_ENDINGS)):
+            # The store may remove its oldest file in the meantime.
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if status.st_mtime_ns >= since_ns - _CLOCKS_NS:
+                    files.append((path, status.st_size))
+        return files
+
+    def _of_file(self, path: Path, words: list[bytes], wish: Wish | None, begun: int, total: int) -> Iterator[Span]:
+        decoder = Decoder(wish)
         try:
             with path.open("rb") as file:
-                for line in _lines(file):
+                for number, line in enumerate(_lines(file)):
+                    if number % _LINES_A_STEP == 0:
+                        self.on_progress(begun + file.tell(), total)
                     lowered = line.lower() if words else b""
                     if not words or any(word in lowered for word in words):
                         yield from self._of_line(line, decoder)
                     else:
                         self.broken += line.strip()[-1:] not in (b"}", b"")
         except FileNotFoundError:
-            # The store has removed its oldest file in the meantime.
             return
         except (OSError, EOFError, ZstdError):
             # Compressed, and cut short or damaged: what came before it has been read.
@@ -131,7 +181,12 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
             yield frame.decompress(file.read(int.from_bytes(prefix)))
             if not frame.eof:
                 raise EOFError
+    elif file.readline().strip() in (b"{", b"["):
+        # One document over many lines.
+        file.seek(0)
+        yield file.read()
     else:
+        file.seek(0)
         yield from file
 
 

@@ -12,19 +12,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from deployments.explain.capture import Capture, Request, window_of
+from deployments.explain.capture import Capture, Request, capture
 from deployments.explain.causes import CAUSES, Cause
 from deployments.explain.parts import PARTS, Parts, median, parts_of
+from deployments.explain.pattern import apart
+from deployments.explain.source import Source
+from deployments.explain.survey import NOT_OURS, survey
 
 MIN_REQUESTS = 20
 """Fewer are too few to tell the slow from the ordinary."""
 _MIN_OF_USEFUL, _MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 1.5, 0.1, 1 / 7, 5.0
-_EVIDENCE, _MIN_SLOW, _MIN_HIT = 3, 5, 2
-_NOT_OURS = {"cancelled", "invalid_json", "invalid_field", "too_large", "model_not_found"}
+_EVIDENCE, _MIN_HIT = 3, 2
+_MIN_GAIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +40,22 @@ class Finding:
     """``(trace id, milliseconds)``, the strongest first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One answered request that was read closely."""
+
+    request: Request
+    parts: Parts
+    weight: float
+    """For how many requests it stands."""
+    is_slow: bool
+
+
 @dataclass(slots=True)
 class Verdict:
-    requests: int
-    incomplete: int
-    errors: dict[str, int]
-    window_ns: tuple[int, int]
-    latencies_ms: list[float]
-    """Of all answered requests, ascending."""
-    parts: list[Parts]
-    """Of all answered requests."""
+    capture: Capture
+    answered: list[Judged]
+    """By latency, ascending."""
     excess_ms: dict[str, float]
     """Of the slow requests together, by part."""
     findings: list[Finding] = field(default_factory=list)
@@ -55,59 +63,77 @@ class Verdict:
     """Where nothing is named: why."""
 
 
-def judge(capture: Capture, slowest: float) -> Verdict:
-    """The verdict on the slowest part (0 to 1) of the requests."""
-    parts = parts_of(capture)
-    answered = [(r, p) for r, p in zip(capture.requests, parts, strict=True) if not r.error]
-    answered.sort(key=lambda pair: pair[0].latency_ns)
-    verdict = Verdict(
-        requests=len(capture.requests),
-        incomplete=capture.incomplete,
-        errors=dict(Counter(request.error for request in capture.requests if request.error)),
-        window_ns=window_of(capture.requests),
-        latencies_ms=[request.latency_ns / 1e6 for request, _ in answered],
-        parts=[p for _, p in answered],
-        excess_ms=dict.fromkeys(PARTS, 0.0),
-    )
-    if len(answered) < MIN_REQUESTS:
+def percentile(ascending: Sequence[tuple[float, float]], share: float) -> float:
+    """Of ``(value, weight)``: the least value that so much of the weight does not exceed; 0 of nothing."""
+    left = share * sum(weight for _, weight in ascending) * (1 - 1e-9)
+    for value, weight in ascending:
+        left -= weight
+        if left <= 0:
+            return value
+    return ascending[-1][0] if ascending else 0.0
+
+
+def examine(source: Source, slowest: float, since_ns: int = 0) -> Verdict:
+    """The verdict on the slowest part (0 to 1) of a source's requests that ended at ``since_ns`` or later."""
+    chosen = survey(source.roots(since_ns), slowest, since_ns)
+    return judge(capture(source.spans(chosen), chosen))
+
+
+def judge(found: Capture) -> Verdict:
+    counted = found.survey
+    answered = [
+        Judged(request, parts, found.weight(request), request.key in counted.slow)
+        for request, parts in zip(found.requests, parts_of(found), strict=True)
+        if not request.error
+    ]
+    answered.sort(key=lambda one: one.request.latency_ns)
+    verdict = Verdict(found, answered, dict.fromkeys(PARTS, 0.0))
+    if len(counted.latencies_ms) < MIN_REQUESTS:
         verdict.note = (
-            f"{len(answered)} answered requests are too few to tell slow from ordinary; {MIN_REQUESTS} are needed"
+            f"{len(counted.latencies_ms)} answered requests are too few to tell slow from ordinary; {MIN_REQUESTS} are "
+            "needed"
         )
     else:
-        cut = len(answered) - min(len(answered) - 1, max(_MIN_SLOW, round(len(answered) * slowest)))
-        _compare(capture, verdict, answered[:cut], answered[cut:])
-    failed = _failures(capture, sum(max(0.0, ms) for ms in verdict.excess_ms.values()))
-    if failed is not None:
-        verdict.findings.append(failed)
+        _compare(verdict)
+    verdict.findings += _failures(verdict)
     verdict.findings.sort(key=lambda finding: -finding.share_of_excess)
     if not verdict.findings and not verdict.note:
         verdict.note = "nothing is unusual: the slowest requests spent their time as the others did"
-    verdict.findings += _advisories(capture)
+    verdict.findings += _advisories(found)
     return verdict
 
 
-def _compare(
-    capture: Capture,
-    verdict: Verdict,
-    ordinary: Sequence[tuple[Request, Parts]],
-    slow: Sequence[tuple[Request, Parts]],
-) -> None:
-    usual = {route: _usual([p for r, p in ordinary if r.route == route]) for route in {r.route for r, _ in ordinary}}
-    of_all = _usual([p for _, p in ordinary])
+def _compare(verdict: Verdict) -> None:
+    ordinary = [one for one in verdict.answered if not one.is_slow]
+    routes = {one.request.route for one in ordinary}
+    usual = {route: _usual([one.parts for one in ordinary if one.request.route == route]) for route in routes}
+    of_all = _usual([one.parts for one in ordinary])
     excess = []
-    for request, parts in slow:
-        base = usual.get(request.route, of_all)
-        excess.append({part: ms - base[part] for part, ms in parts.items()})
+    for one in verdict.answered:
+        base = usual.get(one.request.route, of_all)
+        excess.append({part: ms - base[part] for part, ms in one.parts.items()})
+    slow = [(one, more) for one, more in zip(verdict.answered, excess, strict=True) if one.is_slow]
+    for _, more in slow:
         for part in PARTS:
-            verdict.excess_ms[part] += excess[-1][part]
+            verdict.excess_ms[part] += more[part]
     whole = sum(max(0.0, ms) for ms in verdict.excess_ms.values())
     useful = sum(of_all.values())
     for cause in CAUSES:
-        amounts = [sum(one[part] for part in cause.parts) for one in excess]
+        amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
         hit = sum(ms >= max(_MIN_MS, _MIN_OF_USEFUL * useful) for ms in amounts)
         needed = max(_MIN_REQUESTS * len(slow), 1 if cause.is_stated else _MIN_HIT)
         if hit >= needed and sum(amounts) >= _MIN_SHARE * whole:
-            verdict.findings.append(_finding(cause, capture, [r for r, _ in slow], amounts, whole))
+            of_everybody = [sum(more[part] for part in cause.parts) for more in excess]
+            gain = _gain(verdict.answered, of_everybody)
+            verdict.findings.append(_finding(cause, verdict, [one.request for one, _ in slow], amounts, whole, gain))
+
+
+def _gain(answered: Sequence[Judged], amounts: Sequence[float]) -> str:
+    """What the 99th percentile would be if it all went, where that is much."""
+    now = [(one.request.latency_ns / 1e6, one.weight) for one in answered]
+    then = sorted((ms - max(0.0, less), weight) for (ms, weight), less in zip(now, amounts, strict=True))
+    before, after = percentile(now, 0.99), percentile(then, 0.99)
+    return f"; at best p99 {before:.0f} -> {after:.0f} ms" if after < (1 - _MIN_GAIN) * before else ""
 
 
 def _usual(ordinary: Sequence[Parts]) -> Parts:
@@ -117,7 +143,12 @@ def _usual(ordinary: Sequence[Parts]) -> Parts:
 
 
 def _finding(
-    cause: Cause, capture: Capture, slow: Sequence[Request], amounts: Sequence[float], whole_ms: float
+    cause: Cause,
+    verdict: Verdict,
+    slow: Sequence[Request],
+    amounts: Sequence[float],
+    whole_ms: float,
+    gain: str,
 ) -> Finding:
     hit = [(request, ms) for request, ms in zip(slow, amounts, strict=True) if ms >= _MIN_MS]
     hit.sort(key=lambda pair: -pair[1])
@@ -125,62 +156,60 @@ def _finding(
     middle, worst = median([ms for _, ms in hit]), hit[0][1]
     summary = (
         f"{len(hit)} of {len(slow)} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
-        f"{cause.what}{_where(concerned, capture.requests)}"
+        f"{cause.what}{_apart(verdict.capture, concerned, cause.stage)}"
     )
     evidence = tuple((request.trace_id, ms) for request, ms in hit[:_EVIDENCE])
     share = sum(amounts) / whole_ms
-    return Finding(cause.name, min(1.0, share), len(hit), summary, cause.fix(capture, concerned), evidence)
+    fix = cause.fix(verdict.capture, concerned) + gain
+    return Finding(cause.name, min(1.0, share), len(hit), summary, fix, evidence)
 
 
-def _where(concerned: Sequence[Request], everybody: Sequence[Request]) -> str:
-    """What sets them apart from the others: a moment, or one of several replicas."""
-    said = ""
-    replicas = Counter(request.model_replica for request in concerned if request.model_replica)
-    if replicas and len({request.model_replica for request in everybody if request.model_replica}) > 1:
-        replica, count = replicas.most_common(1)[0]
-        if count >= 0.9 * len(concerned) and len(concerned) > 1:
-            said += f", nearly all on the replica {replica}"
-    begun, ended = window_of(concerned)
-    first, last = window_of(everybody)
-    if len(concerned) > 1 and ended - begun < (last - first) / 3:
-        said += f", all within {(ended - begun) / 1e9:.1f} of the {(last - first) / 1e9:.1f} s seen"
-    return said
+def _apart(capture: Capture, concerned: Sequence[Request], stage: str) -> str:
+    return apart(concerned, capture.requests, capture.survey.window_ns, stage)
 
 
-def _failures(capture: Capture, excess_ms: float) -> Finding | None:
-    failed = [request for request in capture.requests if request.error and request.error not in _NOT_OURS]
-    if not failed:
-        return None
-    spent_ms = sum(request.latency_ns for request in failed) / 1e6
-    kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(r.error for r in failed).most_common())
-    worst = sorted(failed, key=lambda request: -request.latency_ns)[:_EVIDENCE]
-    return Finding(
+def _failures(verdict: Verdict) -> Iterator[Finding]:
+    counted = verdict.capture.survey
+    kinds = {kind: count for kind, count in counted.errors.items() if kind not in NOT_OURS}
+    if not kinds:
+        return
+    excess_ms = sum(max(0.0, ms) for ms in verdict.excess_ms.values())
+    count = sum(kinds.values())
+    listed = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items(), key=lambda pair: -pair[1]))
+    read = [request for request in verdict.capture.requests if request.key in counted.failed]
+    worst = sorted(read, key=lambda request: -request.latency_ns)[:_EVIDENCE]
+    yield Finding(
         "errors_retries",
-        spent_ms / (spent_ms + excess_ms) if spent_ms + excess_ms else 0.0,
-        len(failed),
-        f"{len(failed)} of {len(capture.requests)} requests failed ({kinds}){_where(failed, capture.requests)}",
+        counted.failed_ms / (counted.failed_ms + excess_ms) if counted.failed_ms + excess_ms else 0.0,
+        count,
+        f"{count} of {counted.requests} requests failed ({listed}){_apart(verdict.capture, read, 'model')}",
         "callers that try again make more load: read one of these traces, and the replica's log at its time",
         tuple((request.trace_id, request.latency_ns / 1e6) for request in worst),
     )
 
 
-def _advisories(capture: Capture) -> list[Finding]:
+def _advisories(read: Capture) -> list[Finding]:
     found = []
-    runs = [run for run in capture.runs.values() if run.size]
+    counted = read.survey
+    runs = [run for run in read.runs.values() if run.size]
     wasteful = [run for run in runs if run.queue_behind >= run.size and run.size <= 4]
     if len(runs) >= MIN_REQUESTS and len(wasteful) > len(runs) / 2:
         summary = f"{len(wasteful)} of {len(runs)} runs had at most 4 inputs while as many or more waited"
-        fix = "batching.max_batch_size or batching.max_batch_tokens may be too low for these inputs"
-        found.append(Finding("small_batches", 0.0, sum(run.size for run in wasteful), summary, fix, ()))
-    cut = [request for request in capture.requests if request.truncated]
-    if len(cut) > len(capture.requests) / 20:
-        summary = f"inputs of {len(cut)} of {len(capture.requests)} requests were cut to the model's longest input"
-        fix = "send shorter inputs, or `truncate: false` to have them refused"
-        found.append(
-            Finding("truncation", 0.0, len(cut), summary, fix, tuple((r.trace_id, 0.0) for r in cut[:_EVIDENCE]))
+        current = [read.settings.get(f"batching.{key}", "?") for key in ("max_batch_size", "max_batch_tokens")]
+        fix = (
+            f"batching.max_batch_size ({current[0]}) or batching.max_batch_tokens ({current[1]}) may be too low for "
+            "these inputs"
         )
-    if capture.incomplete > (len(capture.requests) + capture.incomplete) / 100:
-        summary = f"spans are missing from {capture.incomplete} requests; what they would have explained is unaccounted"
+        found.append(Finding("small_batches", 0.0, sum(run.size for run in wasteful), summary, fix, ()))
+    cut = [request for request in read.requests if request.truncated]
+    count = round(sum(map(read.weight, cut)))
+    if count > counted.requests / 20:
+        summary = f"inputs of {count} of {counted.requests} requests were cut to the model's longest input"
+        fix = "send shorter inputs, or `truncate: false` to have them refused"
+        evidence = tuple((request.trace_id, 0.0) for request in cut[:_EVIDENCE])
+        found.append(Finding("truncation", 0.0, count, summary, fix, evidence))
+    if read.incomplete > (counted.requests + read.incomplete) / 100:
+        summary = f"spans are missing from {read.incomplete} requests; what they would have explained is unaccounted"
         fix = "look at ai.telemetry.dropped_records and ai.telemetry.unwritten_spans, and at the collector's own losses"
-        found.append(Finding("telemetry_loss", 0.0, capture.incomplete, summary, fix, ()))
+        found.append(Finding("telemetry_loss", 0.0, read.incomplete, summary, fix, ()))
     return found

@@ -1,8 +1,10 @@
-"""One request as a waterfall, with the batch that ran it beneath."""
+"""One request as a waterfall, with the batch that ran it and that batch's members beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from deployments.explain.breakdown import Breakdown
 from deployments.explain.otlp import Span
@@ -23,6 +25,13 @@ _SHOWN = (
     "http.response.status_code",
     "error.type",
 )
+_STAGE_OF = {
+    names.HOP_TOKENIZER: names.PREPROCESS,
+    names.HOP_MODEL: names.BATCHED_PREDICT,
+    names.HOP_POSTPROCESSOR: names.POSTPROCESS,
+}
+MOST_MEMBERS = 64
+"""Of a batch that are shown."""
 
 
 def waterfall(trace: Sequence[Span], linked: Sequence[Span]) -> Iterator[str]:
@@ -30,16 +39,47 @@ def waterfall(trace: Sequence[Span], linked: Sequence[Span]) -> Iterator[str]:
 
     Spans whose parent is missing stand at the top level, so nothing is hidden.
     """
+    trace, linked = aligned(trace, linked)
     start = min(span.start_ns for span in trace)
     scale = max(span.end_ns for span in trace) - start
     yield f"trace {trace[0].trace_id}"
-    present = {span.span_id for span in trace}
-    for root in _by_start(span for span in trace if span.parent_id not in present):
-        yield from _branch(root, trace, start, scale, 0)
+    for depth, span in ordered(trace):
+        yield _line(span, start, scale, depth)
     for batch in _by_start(linked):
-        members = _members(batch) if batch.name == names.BATCH_FORWARD else "waited for"
-        yield f"linked: {members}, trace {batch.trace_id}"
+        count = len(batch.links)
+        held = (
+            f"{count} request{'' if count == 1 else 's'} in it" if batch.name == names.BATCH_FORWARD else "waited for"
+        )
+        yield f"linked: {held}, trace {batch.trace_id}"
         yield _line(batch, start, scale, 0)
+
+
+def member_traces(linked: Iterable[Span]) -> Collection[str]:
+    """The traces of those who were in the linked batches, so many at most."""
+    batches = (span for span in linked if span.name == names.BATCH_FORWARD)
+    return dict.fromkeys(trace_id for batch in batches for trace_id, _ in batch.links[:MOST_MEMBERS])
+
+
+def members(trace_id: str, linked: Iterable[Span], spans: Iterable[Span]) -> Iterator[str]:
+    """Lines of text: who was in the linked batches, where somebody else was; ``spans`` are those of their traces."""
+    by_key = {span.key: span for span in spans}
+    inputs: dict[str, int] = defaultdict(int)
+    for span in by_key.values():
+        count = span.attributes.get("ai.preprocess.token_count", 0)
+        inputs[span.trace_id] += count if isinstance(count, int) else 0
+    for batch in (span for span in linked if span.name == names.BATCH_FORWARD):
+        passes = [by_key[link] for link in batch.links[:MOST_MEMBERS] if link in by_key]
+        if not any(span.trace_id != trace_id for span in passes):
+            continue
+        yield ""
+        yield f"in the batch of trace {batch.trace_id}: {'tokens':>21} {'waited ms':>10}"
+        for span in sorted(passes, key=lambda one: -inputs[one.trace_id]):
+            stage = by_key.get((span.trace_id, span.parent_id))
+            waited = f"{(span.start_ns - stage.start_ns) / 1e6:.2f}" if stage is not None else ""
+            own = " (this request)" if span.trace_id == trace_id else ""
+            yield f"  slowlens trace {span.trace_id} {inputs[span.trace_id] or '':>20} {waited:>10}{own}"
+        if len(batch.links) > MOST_MEMBERS:
+            yield f"  and {len(batch.links) - MOST_MEMBERS} more"
 
 
 def spent(breakdown: Breakdown) -> Iterator[str]:
@@ -53,27 +93,58 @@ def spent(breakdown: Breakdown) -> Iterator[str]:
             yield f"  {part.replace('_', ' '):<22} {took / 1e6:22.2f} ms |{bar:<{_WIDTH}}| {share:.1%}"
 
 
-def _members(batch: Span) -> str:
-    count = len(batch.links)
-    return f"{count} request{'' if count == 1 else 's'} in it"
+def aligned(trace: Sequence[Span], linked: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+    """The same, with the clocks of other processes set so that a stage lies within its call.
+
+    Where it does already, nothing is moved; where it does not, it is put in the middle: nobody knows better.
+    """
+    by_id = {span.span_id: span for span in trace}
+    ahead: dict[str, int] = {}
+    for stage in trace:
+        hop = by_id.get(stage.parent_id)
+        if hop is None or _STAGE_OF.get(hop.name) != stage.name:
+            continue
+        if stage.start_ns < hop.start_ns or stage.end_ns > hop.end_ns:
+            ahead[stage.instance] = (stage.start_ns + stage.end_ns - hop.start_ns - hop.end_ns) // 2
+    return [_earlier(s, ahead) for s in trace], [_earlier(s, ahead) for s in linked]
 
 
-def _branch(span: Span, trace: Sequence[Span], start: int, scale: int, depth: int) -> Iterator[str]:
-    yield _line(span, start, scale, depth)
-    for child in _by_start(other for other in trace if other.parent_id == span.span_id):
-        yield from _branch(child, trace, start, scale, depth + 1)
+def _earlier(span: Span, ahead: dict[str, int]) -> Span:
+    by_ns = ahead.get(span.instance, 0)
+    return replace(span, start_ns=span.start_ns - by_ns, end_ns=span.end_ns - by_ns) if by_ns else span
+
+
+def ordered(trace: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+    """Every span behind its parent, with its depth; children by their start."""
+    present = {span.span_id for span in trace}
+    below: dict[str, list[Span]] = defaultdict(list)
+    for span in trace:
+        below[span.parent_id if span.parent_id in present else ""].append(span)
+    waiting = [(0, span) for span in reversed(_by_start(below[""]))]
+    while waiting:
+        depth, span = waiting.pop()
+        yield depth, span
+        waiting += [(depth + 1, child) for child in reversed(_by_start(below[span.span_id]))]
+
+
+def label(span: Span) -> str:
+    return span.name.removeprefix("ai.inference.").removeprefix("ai.")
+
+
+def shown(span: Span) -> str:
+    """What a reader looks for first."""
+    return ", ".join(
+        f"{key.rpartition('.')[2]} {_short(span.attributes[key])}" for key in _SHOWN if key in span.attributes
+    )
 
 
 def _line(span: Span, start: int, scale: int, depth: int) -> str:
-    label = "  " * depth + span.name.removeprefix("ai.inference.").removeprefix("ai.")
+    name = "  " * depth + label(span)
     first = min(_WIDTH - 1, max(0, (span.start_ns - start) * _WIDTH // max(scale, 1)))
     last = min(_WIDTH, max(first + 1, -(-(span.end_ns - start) * _WIDTH // max(scale, 1))))
     bar = " " * first + ("x" if span.failed else "=") * (last - first)
-    shown = ", ".join(
-        f"{key.rpartition('.')[2]} {_short(span.attributes[key])}" for key in _SHOWN if key in span.attributes
-    )
     service = span.service.removeprefix("slowlens.")
-    return f"{label:<24} {service:<13} {span.ms:9.2f} ms |{bar:<{_WIDTH}}| {shown}".rstrip()
+    return f"{name:<24} {service:<13} {span.ms:9.2f} ms |{bar:<{_WIDTH}}| {shown(span)}".rstrip()
 
 
 def _short(value: object) -> str:

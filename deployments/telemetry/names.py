@@ -7,6 +7,8 @@ from typing import Literal
 
 SCOPE = "slowlens"
 NAMESPACE = "slowlens"
+SETTING = "slowlens."
+"""Prefix of resource attributes that say how the process is configured: behind it, the key in serve_config.yaml."""
 
 # --- spans -----------------------------------------------------------------------------------------------------------
 
@@ -64,6 +66,7 @@ SPANS: tuple[SpanSpec, ...] = (
             "http.response.status_code",
             "url.path",
             "url.scheme",
+            "client.address",
             "error.type",
             "gen_ai.operation.name",
             "gen_ai.request.model",

@@ -12,8 +12,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExport
 from opentelemetry.sdk.trace.sampling import Sampler
 
 from deployments import __version__
-from deployments.config import TelemetryConfig
+from deployments.config import AppConfig
 from deployments.errors import ConfigError
 from deployments.telemetry import names
 from deployments.telemetry.names import Service
@@ -43,6 +43,19 @@ _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 # Room for a burst of some thousand requests, and fresh traces within a second, where the operator says nothing.
 _DEFAULT_QUEUE, _DEFAULT_DELAY_MS = 16_384, 1_000.0
 _FLUSH_S = 5.0
+_SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
+    "ingress": (("limits", "max_input_chars"),),
+    "tokenizer": (("tokenizer", "cache_entries"),),
+    "model": (
+        ("model", "dtype"),
+        ("model", "quantization"),
+        ("batching", "max_batch_size"),
+        ("batching", "max_batch_tokens"),
+        ("batching", "max_wait_ms"),
+        ("batching", "grouping_window"),
+    ),
+    "postprocessor": (),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +64,15 @@ class ReplicaIdentity:
 
     replica_id: str
     node_id: str
+    settings: Mapping[str, float] = field(default_factory=dict)
+    """What Serve schedules it by, by the key in serve_config.yaml."""
 
 
 class Provider:
     """Owns the SDK objects of one process. ``close`` flushes what is left, within a few seconds."""
 
-    def __init__(self, service: Service, config: TelemetryConfig, identity: ReplicaIdentity) -> None:
-        self._service, self._config, self._identity = service, config, identity
+    def __init__(self, service: Service, config: AppConfig, identity: ReplicaIdentity) -> None:
+        self._config, self._identity = config.telemetry, identity
         self.resource = make_resource(service, config, identity)
         # The SDK counts what its queues drop and what its exporters fail to deliver (otel.sdk.*), once asked to.
         os.environ.setdefault("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "true")
@@ -173,7 +188,7 @@ def destination(
             raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL: {other!r} is not one of grpc, http/protobuf")
 
 
-def make_resource(service: Service, config: TelemetryConfig, identity: ReplicaIdentity) -> Resource:
+def make_resource(service: Service, config: AppConfig, identity: ReplicaIdentity) -> Resource:
     """OTEL_RESOURCE_ATTRIBUTES, with our own names over it: the service names are a contract with dashboards."""
     return Resource.create(
         {
@@ -181,13 +196,21 @@ def make_resource(service: Service, config: TelemetryConfig, identity: ReplicaId
             "service.name": f"slowlens.{service}",
             "service.instance.id": identity.replica_id,
             "service.version": __version__,
-            **_environment(config.environment),
+            **_environment(config.telemetry.environment),
             "ray.node.id": identity.node_id,
             "host.name": socket.gethostname(),
             "process.pid": os.getpid(),
             **_kubernetes(os.environ),
+            **{f"{names.SETTING}{key}": value for key, value in _settings(service, config, identity)},
         }
     )
+
+
+def _settings(service: Service, config: AppConfig, identity: ReplicaIdentity) -> Iterator[tuple[str, str | float]]:
+    """What ``slowlens why`` proposes to change, as it is."""
+    for section, key in _SETTINGS[service]:
+        yield f"{section}.{key}", getattr(getattr(config, section), key)
+    yield from identity.settings.items()
 
 
 def _environment(configured: str | None) -> dict[str, str]:

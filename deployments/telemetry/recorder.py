@@ -96,7 +96,7 @@ class Telemetry:
         gpus: Sequence[str] = (),
     ) -> None:
         self._config, self._model = config, model
-        self._provider = Provider(service, config.telemetry, identity)
+        self._provider = Provider(service, config, identity)
         self._measures = Measures(self._provider.meter(), service, model)
         self._ids = RandomIdGenerator()
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
@@ -121,7 +121,15 @@ class Telemetry:
 
     @contextmanager
     def request(
-        self, *, method: str, path: str, scheme: str, route: str, request_id: str, headers: Mapping[str, str]
+        self,
+        *,
+        method: str,
+        path: str,
+        scheme: str,
+        route: str,
+        client: str,
+        request_id: str,
+        headers: Mapping[str, str],
     ) -> Iterator[RequestRecord]:
         """The root span. The block must set ``status``; an ApiError is the caller's to answer."""
         parent = from_headers(headers)
@@ -133,6 +141,7 @@ class Telemetry:
             path=path,
             scheme=scheme,
             route=route,
+            client=client,
             started_ns=time.monotonic_ns(),
         )
         try:

@@ -254,6 +254,8 @@ class RequestRecord:
     path: str
     scheme: str
     route: str
+    client: str
+    """Its address; empty where it is not known."""
     started_ns: int
     ended_ns: int = 0
     intervals: list[Interval] = field(default_factory=list)

@@ -172,6 +172,7 @@ def _root_attributes(record: RequestRecord, model: str) -> dict[str, Value | Non
         "http.response.status_code": record.status or None,
         "url.path": record.path,
         "url.scheme": record.scheme,
+        "client.address": record.client or None,
         "gen_ai.operation.name": record.operation or None,
         "gen_ai.request.model": record.requested_model or None,
         "gen_ai.usage.input_tokens": record.tokens,

@@ -183,7 +183,7 @@ def test_a_request_and_its_batch(api: dict[str, Any], given: list[str], capsys: 
         assert searches[0]["service"] == ["slowlens.ingress"]
         assert searches[0]["operation"] == ["ai.inference.predict"]
     else:
-        assert searches[0]["q"] == ['{ name = "ai.inference.predict" }']
+        assert searches[0]["q"] == ['{ name = "ai.inference.predict" } | select(span.error.type, status)']
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.config import TelemetryConfig
+from deployments.config import AppConfig, TelemetryConfig
 from deployments.errors import ConfigError
 from deployments.telemetry.provider import ReplicaIdentity, destination, make_resource
 
@@ -53,7 +53,7 @@ def test_our_names_win_over_the_environment_and_the_rest_is_kept(monkeypatch: py
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("K8S_POD_NAME", "pod-1")
     monkeypatch.setenv("K8S_NODE_NAME", "node-1")
-    config = TelemetryConfig(environment="production")
+    config = AppConfig(telemetry=TelemetryConfig(environment="production"))
     attributes = make_resource("model", config, ReplicaIdentity("replica", "node")).attributes
 
     expected = {

@@ -67,7 +67,7 @@ def envelope(carrier: Carrier) -> Envelope:
 
 def request(telemetry: Telemetry, **headers: str) -> RequestRecord:
     with telemetry.request(
-        method="POST", path="/p", scheme="http", route="/p", request_id="id", headers=headers
+        method="POST", path="/p", scheme="http", route="/p", client="10.0.0.9", request_id="id", headers=headers
     ) as record:
         with telemetry.interval(record, "validate"):
             pass
@@ -110,7 +110,7 @@ def test_tracestate_travels_through_the_carrier(start: Start, tmp_path: Path) ->
     telemetry = start()
     headers = {"traceparent": SAMPLED.traceparent, "tracestate": "vendor=1,other=2"}
     with telemetry.request(
-        method="POST", path="/p", scheme="http", route="/p", request_id="id", headers=headers
+        method="POST", path="/p", scheme="http", route="/p", client="10.0.0.9", request_id="id", headers=headers
     ) as record:
         with telemetry.hop(record, "model") as hop:
             carrier = telemetry.carrier_of(record, hop)

@@ -50,7 +50,7 @@ def test_every_form_of_a_file_has_the_same_spans(tmp_path: Path, name: str) -> N
     (tmp_path / name).write_bytes(FORMS[name](LINES))
     for path in (tmp_path, tmp_path / name):
         source = TraceFiles(path)
-        assert [s.span_id[0] for s in source.spans()] == ["1", "2", "3"]
+        assert [s.span_id[0] for s in source.read()] == ["1", "2", "3"]
         assert {s.name for s in source.trace(TRACE)} == {"ai.inference.predict", "ai.inference.validate"}
         assert source.newest() == TRACE
         assert source.broken == 0
@@ -63,7 +63,7 @@ def test_a_file_that_was_cut_short_gives_what_comes_before(tmp_path: Path, name:
     content = FORMS[name]([LINES[0], line(span(OTHER, "4", noise))])
     (tmp_path / name).write_bytes(content[:-20])
     source = TraceFiles(tmp_path)
-    found = [s.span_id[0] for s in source.spans()]
+    found = [s.span_id[0] for s in source.read()]
 
     # A gzip or zstd stream may lose what stands in the block that was cut.
     assert found == ["1"] or (not found and "." in name[6:])
@@ -92,7 +92,7 @@ def test_a_broken_span_costs_only_itself(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.jsonl").write_bytes(line(*broken, span(TRACE, "1")) + b'\n[]\n{"resourceSpans": 5}\n\n{"resou')  # type: ignore[arg-type]
     source = TraceFiles(tmp_path)
-    assert [s.span_id[0] for s in source.spans()] == ["1"]
+    assert [s.span_id[0] for s in source.read()] == ["1"]
     assert source.broken == len(broken) + 3
 
 

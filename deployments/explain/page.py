@@ -1,0 +1,258 @@
+"""The verdict as one page that opens without a network: findings, charts, and the traces that the charts lead to.
+
+Charts are drawn by Chart.js (https://www.chartjs.org, ``assets/chart.js``), which stands in the page like all else.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any
+
+from deployments.explain.capture import BINS, Request, Run, bin_ns
+from deployments.explain.otlp import Span
+from deployments.explain.parts import fit_runs, median
+from deployments.explain.report import headline, percentiles, stages
+from deployments.explain.survey import Key
+from deployments.explain.verdict import Finding, Judged, Verdict
+from deployments.explain.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
+
+_POINTS = 250
+"""Of the ordinary and of the slow requests in a scatter plot."""
+_GROUPS = {
+    "reading": ("validation",),
+    "tokenization": ("tokenization",),
+    "waiting for a replica": ("replica_wait", "cold_start", "model_load"),
+    "device busy": ("device_busy", "company"),
+    "batch fill": ("batch_fill",),
+    "own work": ("own_work",),
+    "padding": ("padding",),
+    "contention": ("contention",),
+    "postprocessing": ("postprocessing",),
+    "transit": ("transit", "response"),
+    "unaccounted": ("unaccounted",),
+}
+
+
+def as_html(verdict: Verdict) -> str:
+    content = {
+        "headline": html.escape(headline(verdict)),
+        "figures": "".join(
+            f"<li><b>{ms:.0f} ms</b><span>{name}</span></li>"
+            for name, ms in percentiles(verdict.capture.survey.latencies_ms).items()
+        ),
+        "findings": _findings(verdict),
+        "stages": "".join(_row(row) for row in stages(verdict) if row["p99_ms"] or row["share_of_total"]),
+        # No "<" of a string may end the script.
+        "data": json.dumps(_Data(verdict).document(), separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    assets = files("deployments.explain") / "assets"
+    page = (assets / "page.html").read_text("utf-8")
+    for name in ("page.css", "page.js", "chart.js"):
+        content[name] = (assets / name).read_text("utf-8").partition("//# sourceMappingURL")[0]
+    # Each once and in one pass: what is put in may contain braces.
+    pieces = [piece.partition("}}") for piece in page.split("{{")]
+    return pieces[0][0] + "".join(content[name] + rest for name, _, rest in pieces[1:])
+
+
+def _findings(verdict: Verdict) -> str:
+    note = f'<div class="finding none"><p>{html.escape(verdict.note)}</p></div>' if verdict.note else ""
+    return note + "".join(map(_finding, verdict.findings))
+
+
+def _finding(finding: Finding) -> str:
+    share = f" {finding.share_of_excess:.0%} of the excess" if finding.share_of_excess else ""
+    traces = "".join(
+        f'<li><a class="trace-id" href="#{html.escape(trace_id)}">{html.escape(trace_id)}</a>'
+        + (f" {ms:.0f} ms" if ms else "")
+        + "</li>"
+        for trace_id, ms in finding.evidence
+    )
+    return (
+        f'<div class="finding{"" if share else " advice"}"><h2><b>{finding.cause}</b>{share}</h2>'
+        f"<p>{html.escape(finding.summary)}</p><p><b>Fix:</b> {html.escape(finding.fix)}</p><ul>{traces}</ul></div>"
+    )
+
+
+def _row(row: dict[str, Any]) -> str:
+    return (
+        f"<tr><td>{row['stage'].replace('_', ' ')}</td><td>{row['p50_ms']:.2f}</td><td>{row['p99_ms']:.2f}</td>"
+        f"<td>{row['share_of_total']:.1%}</td><td>{row['share_of_excess']:.1%}</td></tr>"
+    )
+
+
+class _Data:
+    """What the page's script draws, and of each mark the trace that shows it best."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self._verdict, self._capture = verdict, verdict.capture
+        window_ns = self._capture.survey.window_ns
+        self._begin_ns, self._width_ns = window_ns[0], bin_ns(window_ns)
+        self._used: dict[str, Request] = {}
+        self._bins: list[list[Judged]] = [[] for _ in range(BINS)]
+        for one in verdict.answered:
+            self._bins[self._bin(one.request.started_ns)].append(one)
+
+    def document(self) -> dict[str, Any]:
+        slowest = [max(ones, key=lambda one: one.request.latency_ns, default=None) for ones in self._bins]
+        document = {
+            "bins": [(self._begin_ns + number * self._width_ns) / 1e6 for number in range(BINS)],
+            "bin_ms": self._width_ns / 1e6,
+            "best": [self._use(one.request) if one is not None else None for one in slowest],
+            "latency": self._latency(),
+            "cold": self._cold(),
+            "device": self._device(),
+            "tokens": self._tokens(),
+            "batches": self._batches(),
+        }
+        evidence = {trace_id for finding in self._verdict.findings for trace_id, _ in finding.evidence}
+        for request in self._capture.requests:
+            if request.trace_id in evidence:
+                self._use(request)
+        document["charts"] = self._charts(document)
+        document["traces"] = {trace_id: self._trace(request) for trace_id, request in self._used.items()}
+        return document
+
+    def _charts(self, document: dict[str, Any]) -> list[dict[str, str]]:
+        cold = "When model replicas loaded, and how many requests waited for it."
+        if not document["cold"]["loads"] and not any(document["cold"]["requests"]):
+            cold = "No model replica loaded and no request waited for one."
+        texts = {
+            "latency": ("Latency by stage", "What a request's time was spent on, on average, by when it came."),
+            "cold": ("Cold starts", cold),
+            "device": (
+                "GPU utilisation against latency",
+                document["device"]["what"] + ", beside the latency of the requests that came then.",
+            ),
+            "tokens": ("Tokens against forward time", "Above the line: company, padding, or a device that was slow."),
+            "batches": ("Batch efficiency", "How full the runs of the model were, and how much of them was padding."),
+        }
+        return [{"name": name, "title": title, "text": text} for name, (title, text) in texts.items()]
+
+    def _bin(self, at_ns: int) -> int:
+        return min(BINS - 1, max(0, (at_ns - self._begin_ns) // self._width_ns))
+
+    def _use(self, request: Request) -> str:
+        self._used[request.trace_id] = request
+        return request.trace_id
+
+    # --- the five charts ---
+
+    def _latency(self) -> list[dict[str, Any]]:
+        def mean(ones: Sequence[Judged], parts: Iterable[str]) -> float:
+            weight = sum(one.weight for one in ones)
+            return sum(one.weight * sum(one.parts[part] for part in parts) for one in ones) / weight if weight else 0.0
+
+        rows = [
+            {"part": group, "ms": [round(mean(ones, parts), 3) for ones in self._bins]}
+            for group, parts in _GROUPS.items()
+        ]
+        return [row for row in rows if any(row["ms"])]
+
+    def _cold(self) -> dict[str, Any]:
+        cold = [[one.request for one in ones if one.request.is_cold] for ones in self._bins]
+        longest = [max(requests, key=lambda r: r.breakdown.cold_start, default=None) for requests in cold]
+        loads = [
+            {"x": load.started_ns / 1e6, "y": round(load.took_ns / 1e9, 3), "trace": self._who_waited(load.started_ns)}
+            for load in self._capture.loads
+        ]
+        return {
+            "requests": [len(requests) for requests in cold],
+            "traces": [self._use(request) if request is not None else None for request in longest],
+            "loads": loads,
+        }
+
+    def _who_waited(self, load_ns: int) -> str | None:
+        """The request that waited for a load and came nearest to its start."""
+        cold = (one.request for one in self._verdict.answered if one.request.is_cold)
+        nearest = min(cold, key=lambda request: abs(request.started_ns - load_ns), default=None)
+        return self._use(nearest) if nearest is not None else None
+
+    def _device(self) -> dict[str, Any]:
+        read: dict[int, list[float]] = defaultdict(list)
+        for run in self._capture.runs.values():
+            if run.gpu_utilization is not None:
+                read[self._bin(run.started_ns)].append(run.gpu_utilization)
+        busy = self._capture.busy_ns.values()
+        share = [100 * sum(replica[number] for replica in busy) / self._width_ns for number in range(BINS)]
+        replicas = max(1, len(busy))
+        gpu = [round(sum(read[number]) / len(read[number]), 2) if number in read else None for number in range(BINS)]
+        latencies = [sorted(one.request.latency_ns / 1e6 for one in ones) for ones in self._bins]
+        return {
+            "what": "GPU utilisation, %" if read else "Time that the device ran batches, % (no GPU in these traces)",
+            "percent": gpu if read else [round(value / replicas, 2) for value in share],
+            "slowest_ms": [round(ms[-1], 2) if ms else None for ms in latencies],
+            "median_ms": [round(median(ms), 2) if ms else None for ms in latencies],
+        }
+
+    def _tokens(self) -> dict[str, Any]:
+        slow = [one for one in self._verdict.answered if one.is_slow][-_POINTS:]
+        others = [one for one in self._verdict.answered if not one.is_slow]
+        others = others[:: max(1, len(others) // _POINTS)][:_POINTS]
+        fit = fit_runs(self._capture.runs.values())
+        most = max((one.request.tokens for one in slow + others), default=0)
+        return {
+            "slow": [self._point(one) for one in slow],
+            "others": [self._point(one) for one in others],
+            "fit": [{"x": tokens, "y": round(fit.ms(tokens), 3)} for tokens in (0, most)] if fit is not None else [],
+        }
+
+    def _point(self, one: Judged) -> dict[str, Any]:
+        forward_ms = round(one.request.breakdown.forward / 1e6, 3)
+        return {"x": one.request.tokens, "y": forward_ms, "trace": self._use(one.request)}
+
+    def _batches(self) -> dict[str, Any]:
+        bins: list[list[Run]] = [[] for _ in range(BINS)]
+        for run in self._capture.runs.values():
+            bins[self._bin(run.started_ns)].append(run)
+        member_of = {key: request for request in self._capture.requests for key in request.runs}
+        padded = [max(runs, key=lambda run: run.padded_tokens - run.tokens, default=None) for runs in bins]
+        members = [member_of.get(run.key) if run is not None else None for run in padded]
+        return {
+            "size": [round(sum(run.size for run in runs) / len(runs), 2) if runs else None for runs in bins],
+            "padding": [_padding(runs) for runs in bins],
+            "traces": [self._use(request) if request is not None else None for request in members],
+        }
+
+    # --- the traces ---
+
+    def _trace(self, request: Request) -> dict[str, Any]:
+        spans, _ = aligned(self._capture.spans[request.key], ())
+        root = spans[0]
+        parts = [(name.replace("_", " "), took / 1e6) for name, took in request.breakdown.parts() if took]
+        return {
+            "at": root.start_ns / 1e6,
+            "ms": request.latency_ns / 1e6,
+            "spent": ", ".join(f"{name} {ms:.1f}" for name, ms in parts),
+            "spans": [_bar(depth, span, root.start_ns) for depth, span in ordered(spans)],
+            "runs": [self._run(key, spans, root.start_ns) for key in dict.fromkeys(request.runs) if self._known(key)],
+        }
+
+    def _known(self, key: Key) -> bool:
+        return key in self._capture.runs
+
+    def _run(self, key: Key, spans: Sequence[Span], start_ns: int) -> dict[str, Any]:
+        """Drawn where the request's own part of it is: the two are of one clock, which may not be the page's."""
+        run = self._capture.runs[key]
+        passed = next(span for span in spans if key in span.links)
+        text = (
+            f"{run.size} inputs, {run.tokens} tokens and {max(0, run.padded_tokens - run.tokens)} of padding, "
+            f"{run.reason or 'no reason stated'}, {run.queue_behind} waiting behind"
+        )
+        bar = [0, "batch_forward", "model", (passed.start_ns - start_ns) / 1e6, run.took_ns / 1e6, run.failed, text]
+        members = list(dict.fromkeys(trace_id for trace_id, _ in run.members))
+        return {"span": bar, "members": members[:MOST_MEMBERS]}
+
+
+def _bar(depth: int, span: Span, start_ns: int) -> list[Any]:
+    service = span.service.removeprefix("slowlens.")
+    start_ms, took_ms = round((span.start_ns - start_ns) / 1e6, 3), round(span.ms, 3)
+    return [depth, label(span), service, start_ms, took_ms, span.failed, shown(span)]
+
+
+def _padding(runs: Sequence[Run]) -> float | None:
+    padded = sum(run.padded_tokens for run in runs)
+    return round(100 * (1 - sum(run.tokens for run in runs) / padded), 2) if padded else None

@@ -1,0 +1,108 @@
+"""First look at a window: every request's latency, and which requests to read closely.
+
+1. All requests count in the percentiles, the errors and the window; of each only a few numbers are kept.
+2. Read closely are the slow ones (the slowest part, five at least), as many of the others as tell what is usual, and
+   the longest of those that failed. So memory grows with the slow ones, not with all.
+3. Which of the others are read is drawn with a fixed seed: the same traces get the same verdict.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from deployments.explain.otlp import Span
+from deployments.telemetry import names
+
+Key = tuple[str, str]
+"""Trace id and span id."""
+ORDINARY, FAILED = 5_000, 500
+"""How many are read closely of the ordinary requests and of those that failed on our side."""
+_MIN_SLOW = 5
+NOT_OURS = frozenset({"cancelled", "invalid_json", "invalid_field", "too_large", "model_not_found"})
+"""``error.type`` of requests at whose failure the server has no part."""
+OF_A_REQUEST = {spec.name for spec in names.SPANS if spec.parent != "none"} - {
+    names.LOAD_WEIGHTS,
+    names.LOAD_DEVICE_MOVE,
+    names.LOAD_WARM_UP,
+}
+_OF_A_PROCESS = {names.BATCH_FORWARD, names.MODEL_LOAD}
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """What the span of a whole request says of itself."""
+
+    key: Key
+    started_ns: int
+    latency_ns: int
+    error: str
+    """``error.type``; empty where there was none."""
+
+    @classmethod
+    def of(cls, span: Span) -> Root:
+        error = str(span.attributes.get("error.type") or ("error" if span.failed else ""))
+        return cls(span.key, span.start_ns, max(0, span.end_ns - span.start_ns), error)
+
+    @property
+    def ended_ns(self) -> int:
+        return self.started_ns + self.latency_ns
+
+
+@dataclass(slots=True)
+class Survey:
+    requests: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    """Requests by ``error.type``."""
+    failed_ms: float = 0.0
+    """Spent by all requests that failed on our side."""
+    latencies_ms: list[float] = field(default_factory=list)
+    """Of all answered requests, ascending."""
+    window_ns: tuple[int, int] = (0, 0)
+    """From the first request's start to the last one's end, in Unix nanoseconds; zeros of none."""
+    since_ns: int = 0
+    slow: set[Key] = field(default_factory=set)
+    ordinary: set[Key] = field(default_factory=set)
+    failed: set[Key] = field(default_factory=set)
+    """Of those that failed on our side, the longest."""
+    weight: float = 1.0
+    """For how many ordinary requests each of those that are read stands."""
+    close: set[str] = field(default_factory=set)
+    """The traces to read."""
+    known: set[str] = field(default_factory=set)
+    """The traces of all requests."""
+
+    def wants(self, name: str, trace_id: str) -> bool:
+        """Whether this span is to be read. Those of a request without a root are, so that it is missed."""
+        if name in _OF_A_PROCESS:
+            return True
+        return trace_id in self.close or (trace_id not in self.known and name in OF_A_REQUEST)
+
+
+def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0) -> Survey:
+    """Over all requests that ended at ``since_ns`` or later; ``slowest`` (0 to 1) is the part that is slow."""
+    every = list({root.key: root for root in roots if root.ended_ns >= since_ns}.values())
+    answered = sorted((root for root in every if not root.error), key=lambda root: (root.latency_ns, root.key))
+    failed = sorted(
+        (root for root in every if root.error and root.error not in NOT_OURS), key=lambda root: -root.latency_ns
+    )
+    cut = len(answered) - min(max(0, len(answered) - 1), max(_MIN_SLOW, round(len(answered) * slowest)))
+    read = random.Random(0).sample(answered[:cut], min(ORDINARY, cut))
+    found = Survey(
+        requests=len(every),
+        errors=dict(Counter(root.error for root in every if root.error)),
+        failed_ms=sum(root.latency_ns for root in failed) / 1e6,
+        latencies_ms=[root.latency_ns / 1e6 for root in answered],
+        since_ns=since_ns,
+        slow={root.key for root in answered[cut:]},
+        ordinary={root.key for root in read},
+        failed={root.key for root in failed[:FAILED]},
+        weight=cut / len(read) if read else 1.0,
+        known={root.key[0] for root in every},
+    )
+    if every:
+        found.window_ns = min(root.started_ns for root in every), max(root.ended_ns for root in every)
+    found.close = {trace_id for trace_id, _ in found.slow | found.ordinary | found.failed}
+    return found

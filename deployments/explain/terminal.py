@@ -1,0 +1,154 @@
+"""``slowlens why``, ``trace`` and ``live`` in a terminal: the questions, and where their answers go."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+from deployments.explain.backends import SourceError, backend, without_password
+from deployments.explain.breakdown import break_down
+from deployments.explain.capture import split
+from deployments.explain.page import as_html
+from deployments.explain.report import as_json, as_text
+from deployments.explain.source import Source, TraceFiles
+from deployments.explain.verdict import Verdict, examine
+from deployments.explain.waterfall import member_traces, members, spent, waterfall
+
+Format = Literal["text", "json", "html"]
+_WIDTH = 120
+"""Of text that goes to no terminal."""
+_LONG_BYTES = 20_000_000
+"""From where on a terminal is shown how far the reading is."""
+
+
+class NothingToShow(Exception):
+    """There are no traces, not these, or the source does not answer."""
+
+
+def why(where: str, since_ns: int, slowest: float, form: Format, output: Path | None) -> None:
+    """Raises NothingToShow."""
+    with _opened(where) as source:
+        verdict = examine(source, slowest, since_ns)
+    if not verdict.capture.survey.requests:
+        raise NothingToShow(f"there is no request in these traces (looked in {without_password(where)})")
+    try:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(output.open("w", encoding="utf-8")) if output is not None else sys.stdout
+            _write(verdict, form, file)
+    except OSError as error:
+        raise NothingToShow(f"{output or 'standard output'} cannot be written: {error.strerror}") from None
+    _say_what_is_broken(source)
+
+
+def _write(verdict: Verdict, form: Format, file: IO[str]) -> None:
+    match form:
+        case "text":
+            _print(as_text(verdict), file)
+        case "json":
+            print(as_json(verdict), file=file)
+        case "html":
+            print(as_html(verdict), file=file)
+
+
+def trace(trace_id: str | None, where: str) -> None:
+    """Raises NothingToShow."""
+    with _opened(where) as source:
+        try:
+            spans = source.trace(trace_id.lower() if trace_id is not None else source.newest())
+        except LookupError as error:
+            raise NothingToShow(f"{error} (looked in {without_password(where)})") from None
+        linked = source.linked(spans)
+        beside = source.traces(member_traces(linked))
+    lines = [*waterfall(spans, linked), *members(spans[0].trace_id, linked, beside)]
+    for request in split(spans):
+        lines += ["", *spent(break_down(request))]
+    # As wide as it is: a terminal breaks lines, a pipe must not.
+    _console(sys.stdout).print(Text("\n".join(lines)), soft_wrap=True)
+    _say_what_is_broken(source)
+
+
+def live(where: str, since_s: int, slowest: float, every_s: float) -> None:
+    """Until it is interrupted. Raises NothingToShow where the source is a server that does not answer."""
+    console = _console(sys.stdout)
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, transient=False) as shown:
+        while True:
+            begun = time.monotonic()
+            newest = _now(where, since_s, slowest)
+            if console.is_terminal:
+                shown.update(newest, refresh=True)
+            else:
+                _print(newest, sys.stdout)
+                sys.stdout.flush()
+            # Reading a large store must not take all of a processor that the server needs.
+            time.sleep(max(every_s, 3 * (time.monotonic() - begun)))
+
+
+def _now(where: str, since_s: int, slowest: float) -> RenderableType:
+    now_ns = time.time_ns()
+    try:
+        source = _source(where)
+        verdict = examine(source, slowest, now_ns - since_s * 10**9)
+    except FileNotFoundError:
+        return Text(f"no traces at {where} yet")
+    except SourceError as error:
+        raise NothingToShow(str(error)) from None
+    if not verdict.capture.survey.requests:
+        return Text(f"no request in the last {since_s} s")
+    return as_text(verdict)
+
+
+# --- sources and consoles --------------------------------------------------------------------------------------------
+
+
+def _source(where: str) -> Source:
+    return backend(where) if "://" in where else TraceFiles(Path(where))
+
+
+@contextlib.contextmanager
+def _opened(where: str) -> Iterator[Source]:
+    """The source, with a bar on a terminal while a long file is read. Raises NothingToShow."""
+    console = Console(stderr=True)
+    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), DownloadColumn())
+    try:
+        source = _source(where)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            if isinstance(source, TraceFiles):
+                task = progress.add_task("", visible=False)
+                source.on_progress = lambda done, total: progress.update(
+                    task, completed=done, total=total, visible=total > _LONG_BYTES
+                )
+            yield source
+    except (FileNotFoundError, SourceError) as error:
+        raise NothingToShow(f"{error} (looked in {without_password(where)})") from None
+
+
+def _print(content: RenderableType, file: IO[str]) -> None:
+    console = _console(file)
+    if console.is_terminal:
+        console.print(content)
+        return
+    # Tables fill their lines with blanks, which nobody wants in a file.
+    with console.capture() as written:
+        console.print(content)
+    file.writelines(f"{line.rstrip()}\n" for line in written.get().splitlines())
+
+
+def _console(file: IO[str]) -> Console:
+    console = Console(file=file, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    return console
+
+
+def _say_what_is_broken(source: Source) -> None:
+    if source.broken:
+        print(f"{source.broken} broken lines or spans were passed over", file=sys.stderr)  # noqa: T201
