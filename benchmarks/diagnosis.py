@@ -1,210 +1,130 @@
-"""Does ``slowlens why`` name what was wrong? Each case starts the application and makes one thing slow from outside.
+"""Does ``slowlens why`` name what was wrong? Each case starts the application and makes it slow, from outside.
 
-    python benchmarks/diagnosis.py                # every case
+    python benchmarks/diagnosis.py                        # every case
     python benchmarks/diagnosis.py padding cpu_hog
+    python benchmarks/diagnosis.py --rounds 3 -o FILE     # writes the table of truth and verdict
 
-Prints, for each case, what was done and which causes were named, and ends with status 1 where a verdict was wrong: the
-right cause must come first, and a healthy run must name nothing. Needs Linux and port 8000; a case takes a minute.
+Prints each verdict, and ends with status 1 where one was wrong: the right causes must come first, and a healthy run
+must name nothing. Needs Linux, ports 8000 and 14318, and a C compiler for one case. A case takes about a minute.
 """
 
 from __future__ import annotations
 
-import contextlib
-import http.client
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import yaml
+from slowdowns import HERE, SLOWDOWNS, Setup, Slowdown, fills, short
 from throughput import Server, running
 
-HERE = Path(__file__).parent
-SECONDS, RATE = 24.0, 6.0
-SHORT = "the river ran quietly under an old stone bridge"
+PROGRAMS = Path(sys.executable).parent
 
 
-@dataclass(frozen=True)
-class Case:
-    truth: str
-    """The cause that must come first; empty where none may be named."""
-    what: str
-    drive: Callable[[], None]
-    args: dict[str, Any] = field(default_factory=dict)
-    config: str = "../serve_config.yaml"
-    autoscaling: dict[str, Any] = field(default_factory=dict)
-    """Of the deployment Model."""
-
-
-# --- traffic ---------------------------------------------------------------------------------------------------------
-
-
-def post(text: str, pause_s: float = 0.0) -> None:
-    """One request. With a pause between the halves of its body."""
-    body = json.dumps({"input": [text]}).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=60)
-    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-        connection.putrequest("POST", "/v1/embeddings")
-        connection.putheader("Content-Type", "application/json")
-        connection.putheader("Content-Length", str(len(body)))
-        connection.endheaders()
-        connection.send(body[: len(body) // 2])
-        time.sleep(pause_s)
-        connection.send(body[len(body) // 2 :])
-        connection.getresponse().read()
-
-
-def together(*works: Callable[[], None]) -> None:
-    threads = [threading.Thread(target=work) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def steady(odd: Callable[[], None] | None = None) -> None:
-    """A request every so often, whatever became of the one before; every 15th is an odd one."""
-    begin, sent = time.monotonic(), []
-    for number in range(int(SECONDS * RATE)):
-        work = odd if odd is not None and number % 15 == 14 else lambda: post(SHORT)
-        sent.append(threading.Thread(target=work))
-        time.sleep(max(0.0, begin + number / RATE - time.monotonic()))
-        sent[-1].start()
-    for thread in sent:
-        thread.join()
-
-
-def clients(count: int, text: str, seconds: float) -> None:
-    """So many that each wait for their answer and ask again."""
-    end = time.monotonic() + seconds
-
-    def one() -> None:
-        while time.monotonic() < end:
-            post(text)
-
-    together(*[one] * count)
-
-
-def hogs() -> None:
-    """Four busy loops before the replicas in priority, for a part of the time."""
-    loops = [subprocess.Popen(["nice", "-n", "5", sys.executable, "-c", "while True: pass"]) for _ in range(4)]
-    time.sleep(SECONDS / 8)
-    for loop in loops:
-        loop.kill()
-        loop.wait()
-
-
-def later(work: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        time.sleep(SECONDS / 2)
-        work()
-
-    return run
-
-
-IN_ORDER = {"batching": {"grouping_window": 1}}
-CASES = {
-    "healthy": Case("", "6 short requests a second", steady),
-    "saturated_device": Case(
-        "device_queue",
-        "64 clients at once for a quarter of the time",
-        lambda: together(steady, later(lambda: clients(64, SHORT, SECONDS / 4))),
-    ),
-    "batch_timer": Case("batch_fill", "batching.max_wait_ms: 300", steady, {"batching": {"max_wait_ms": 300}}),
-    "long_inputs": Case(
-        "long_input", "every 15th request has 250 words", lambda: steady(lambda: post(" ".join([SHORT] * 28)))
-    ),
-    "padding": Case(
-        "padding",
-        "in order of arrival, 15 clients with short inputs beside one with 360 words",
-        lambda: together(lambda: clients(15, SHORT, SECONDS), lambda: clients(1, "a long one " * 120, SECONDS)),
-        IN_ORDER,
-    ),
-    "odd_input": Case(
-        "tokenization",
-        "every 15th request has 190,000 characters that the tokenizer must take apart",
-        lambda: steady(lambda: post("\ufdfa " * 95_000)),
-    ),
-    "slow_upload": Case(
-        "slow_upload", "every 15th client pauses 0.4 s in its body", lambda: steady(lambda: post(SHORT, 0.4))
-    ),
-    "cold_start": Case(
-        "cold_start",
-        "scaled to zero before the first request",
-        lambda: together(steady, lambda: post(SHORT)),
-        config="scale_from_zero.yaml",
-        autoscaling={"downscale_delay_s": 1, "downscale_to_zero_delay_s": 1},
-    ),
-    "cpu_hog": Case(
-        "device_contention", "four busy loops for an eighth of the time", lambda: together(steady, later(hogs))
-    ),
-}
-
-
-# --- a case ----------------------------------------------------------------------------------------------------------
-
-
-def verdict_on(case: Case) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.yaml"
-        config.write_text(changed((HERE / case.config).read_text(), case))
-        command = [str(Path(sys.executable).parent / "serve"), "run", str(config)]
-        server = Server("slowlens", command, 8000, {"RAY_USAGE_STATS_ENABLED": "0"}, HERE.parent)
-        with running(server, Path(folder) / "log"):
-            wait_until_quiet(case)
+def named_in(case: Slowdown) -> list[str]:
+    """The causes of the verdict, in their order."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        setup = case.setup(folder)
+        config = folder / "config.yaml"
+        config.write_text(changed((HERE / setup.config).read_text(), setup))
+        command = [str(PROGRAMS / "serve"), "run", str(config)]
+        environment = {"RAY_USAGE_STATS_ENABLED": "0", **setup.environment}
+        server = Server("slowlens", command, 8000, environment, HERE.parent)
+        with running(server, folder / "log", until_healthy):
+            get_going(case)
             begun = time.time()
-            case.drive()
+            case.drive(folder)
             time.sleep(2)
-        store = Path(folder) / "slowlens"
-        seconds = f"{int(time.time() - begun) + 1}s"
-        why = [str(Path(sys.executable).parent / "slowlens"), "why", "--source", str(store), "--since", seconds]
-        print(subprocess.run(why, capture_output=True, text=True).stdout, file=sys.stderr)
-        output = subprocess.run([*why, "--format", "json"], capture_output=True, text=True, check=True).stdout
-        findings: list[dict[str, Any]] = json.loads(output)["findings"]
-        return findings
+            since = f"{int(time.time() - begun) + 1}s"
+            why = [str(PROGRAMS / "slowlens"), "why", "--source", str(folder / "slowlens"), "--since", since]
+            print(subprocess.run(why, capture_output=True, text=True).stdout, file=sys.stderr, flush=True)
+            verdict = subprocess.run([*why, "--format", "json"], capture_output=True, text=True, check=True).stdout
+        return [finding["cause"] for finding in json.loads(verdict)["findings"]]
 
 
-def wait_until_quiet(case: Case) -> None:
-    """The replicas' first requests set things up; a case that scales to zero waits for that."""
-    if case.autoscaling:
-        time.sleep(20)
-    else:
-        for _ in range(20):
-            post(SHORT)
+def is_right(named: list[str], truth: tuple[str, ...]) -> bool:
+    return set(named[: len(truth)]) == set(truth) if truth else not named
 
 
-def changed(text: str, case: Case) -> str:
+def until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(1200):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            # Scaled to zero: the front is there, the model is not.
+            if b"no replica is ready: model" in error.read():
+                return
+        except OSError:
+            pass
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise SystemExit(f"the application did not start:\n{log.read_text()[-3000:]}")
+
+
+def get_going(case: Slowdown) -> None:
+    """The replicas' first requests set things up; a case that scales to zero waits until that is forgotten."""
+    for _ in range(20):
+        short()
+        fills(1, 5)()
+    time.sleep(case.rest_s)
+
+
+def changed(text: str, setup: Setup) -> str:
     document = yaml.safe_load(text)
     application = document["applications"][0]
-    args = application.setdefault("args", {})
-    for section, values in case.args.items():
-        args[section] = args.get(section, {}) | values
+    merge(application.setdefault("args", {}), setup.args)
     for deployment in application["deployments"]:
-        if deployment["name"] == "Model" and case.autoscaling:
-            deployment["autoscaling_config"] |= case.autoscaling
+        merge(deployment, setup.deployments.get(deployment["name"], {}))
     return yaml.safe_dump(document)
 
 
+def merge(into: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict):
+            merge(into.setdefault(key, {}), value)
+        else:
+            into[key] = value
+
+
+def table(results: dict[str, list[list[str]]]) -> str:
+    lines = ["| case | what was done | truth | named, by round | right |", "| --- | --- | --- | --- | --- |"]
+    for name, rounds in results.items():
+        case = SLOWDOWNS[name]
+        truth = " and ".join(f"`{cause}`" for cause in case.truth) or "nothing"
+        named = "; ".join(", ".join(causes) or "nothing" for causes in rounds)
+        right = sum(is_right(causes, case.truth) for causes in rounds)
+        lines.append(f"| {name} | {case.what} | {truth} | {named} | {right} of {len(rounds)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
-    wrong = 0
-    rows: list[tuple[str, str, str]] = []
-    for name in sys.argv[1:] or CASES:
-        case = CASES[name]
-        named = [finding["cause"] for finding in verdict_on(case)]
-        right = named[:1] == [case.truth] if case.truth else not named
-        wrong += not right
-        rows.append((case.truth or "nothing", ", ".join(named) or "nothing", "right" if right else "WRONG"))
-        print(f"{name}: {case.what}: {rows[-1]}", flush=True)
-    print("\n| case | what was done | truth | named | |\n| --- | --- | --- | --- | --- |")
-    for name, (truth, named_, right_) in zip(sys.argv[1:] or CASES, rows, strict=True):
-        print(f"| {name} | {CASES[name].what} | `{truth}` | {named_} | {right_} |")
-    return int(wrong > 0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(SLOWDOWNS)}; default: all")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("-o", dest="output", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(SLOWDOWNS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    results: dict[str, list[list[str]]] = {name: [] for name in options.cases or SLOWDOWNS}
+    for number in range(1, options.rounds + 1):
+        for name, rounds in results.items():
+            rounds.append(named_in(SLOWDOWNS[name]))
+            right = "right" if is_right(rounds[-1], SLOWDOWNS[name].truth) else "WRONG"
+            print(f"round {number}: {name}: {', '.join(rounds[-1]) or 'nothing'}: {right}", flush=True)
+    print(f"\n{table(results)}")
+    if options.output is not None:
+        options.output.write_text(table(results) + "\n")
+    return int(any(not is_right(causes, SLOWDOWNS[name].truth) for name in results for causes in results[name]))
 
 
 if __name__ == "__main__":

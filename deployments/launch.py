@@ -19,6 +19,7 @@ import yaml
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ConfigError
+from deployments.explain.options import PageConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ FAST: dict[str, Setting] = {
         "0.5", "Serve's controller looks at everything twice a second, not ten times."
     ),
 }
-IMPORT_PATH = "deployments.app:build"
+IMPORT_PATH, PAGE_IMPORT_PATH = "deployments.app:build", "deployments.lens:build"
 
 
 def launch(config: Path, arguments: Sequence[str]) -> NoReturn:
@@ -73,8 +74,11 @@ def check(config: Path) -> None:
     if not isinstance(applications, list):
         raise ConfigError(f"{config}: must have a list `applications`; see serve_config.yaml of slowlens")
     for application in applications:
-        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH:
+        path = application.get("import_path") if isinstance(application, dict) else None
+        if path == IMPORT_PATH:
             ModelCard.load(AppConfig.parse(application.get("args") or {}).model)
+        elif path == PAGE_IMPORT_PATH:
+            PageConfig.parse(application.get("args") or {})
 
 
 def _serve() -> str:

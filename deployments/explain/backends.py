@@ -17,11 +17,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlencode, urlsplit, urlunsplit
 
 from deployments.explain.otlp import Decoder, Span
-from deployments.explain.source import Source
+from deployments.explain.source import Source, TraceFiles
 from deployments.explain.survey import Root, Survey
 from deployments.telemetry import names
 
@@ -44,6 +45,11 @@ def backend(url: str) -> Source:
     """The traces behind the URL of a Jaeger query service or of Tempo. Raises SourceError."""
     api = _Api(url)
     return _Tempo(api) if (api.text("/api/echo", {}) or "").strip() == "echo" else _Jaeger(api)
+
+
+def source_at(where: str) -> Source:
+    """The traces of a file, a folder or a server. Raises FileNotFoundError and SourceError."""
+    return backend(where) if "://" in where else TraceFiles(Path(where))
 
 
 def without_password(url: str) -> str:
@@ -100,7 +106,7 @@ class _Backend:
 
     def __init__(self, api: _Api) -> None:
         self._api = api
-        self.broken = 0
+        self.broken = self.lost = 0
 
     def trace(self, trace_id: str) -> list[Span]:
         self.broken = 0

@@ -125,6 +125,8 @@ class Capture:
     """By model replica: how long its device ran batches in each part of the window."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the processes say of their configuration (``slowlens.*``), by its key; the last one's word."""
+    lost: int = 0
+    """Spans and records that the processes say they lost."""
     incomplete: int = 0
     """Requests that miss their root, a parent of one of their spans, or what a stage had to say."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.explain.capture import Capture, Request
+from deployments.explain.capture import BINS, Capture, Request, bin_ns
 
 _ALL_AT_ONCE = 4000
 """``max_ongoing_requests`` that leaves the waiting to the model's own queue."""
@@ -45,13 +45,17 @@ def _warm(capture: Capture, _: Sequence[Request]) -> str:
     return f"keep replicas warm: {_change(key, current, 1 + (current or 0))}"
 
 
-def _more_model_replicas(capture: Capture, _: Sequence[Request]) -> str:
+def _more_model_replicas(capture: Capture, slow: Sequence[Request]) -> str:
     replicas = max(1, len(capture.busy_ns))
-    busy = sum(map(sum, capture.busy_ns.values())) / max(1, _seen_ns(capture)) / replicas
+    begin, width = capture.survey.window_ns[0], bin_ns(capture.survey.window_ns)
+    # While they were there, not before and after.
+    bins = {min(BINS - 1, (request.started_ns - begin) // width) for request in slow}
+    busy_ns = sum(busy[number] for busy in capture.busy_ns.values() for number in bins)
+    busy = busy_ns / (len(bins) * width * replicas)
     more = _more(capture, "Model", max(replicas + 1, math.ceil(replicas * busy / _COMFORT)))
     return (
-        f"the model's devices were busy {busy:.0%} of the time: more model replicas ({more}), or runs that cost less "
-        "(a GPU, model.dtype, model.quantization)"
+        f"the model's devices were busy for {busy:.0%} of that time: more model replicas ({more}), or runs that cost "
+        "less (a GPU, model.dtype, model.quantization)"
     )
 
 
@@ -79,7 +83,8 @@ def _tokenizer(capture: Capture, slow: Sequence[Request]) -> str:
 def _input_limit(capture: Capture, slow: Sequence[Request]) -> str:
     """A limit that leaves room for twice what is usual and still refuses these, where there is one."""
     keys = {request.key for request in slow}
-    usual = max((request.chars for request in capture.requests if request.key not in keys), default=0)
+    others = sorted(request.chars for request in capture.requests if request.key not in keys)
+    usual = others[len(others) * 95 // 100] if others else 0
     wanted = 10 ** math.ceil(math.log10(max(1, 2 * usual)))
     key = "limits.max_input_chars"
     if wanted >= min(request.chars for request in slow):
@@ -127,11 +132,6 @@ def _change(key: str, current: Any, wanted: Any) -> str:
     """``batching.max_batch_tokens: 8192 -> 4096``."""
     before = f"{current:g}" if isinstance(current, float) else current
     return f"{key}: {before} -> {wanted}" if current is not None else f"{key}: {wanted}"
-
-
-def _seen_ns(capture: Capture) -> int:
-    begin, end = capture.survey.window_ns
-    return end - begin
 
 
 def _advice(text: str) -> Callable[[Capture, Sequence[Request]], str]:

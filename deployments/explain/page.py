@@ -15,7 +15,7 @@ from typing import Any
 from deployments.explain.capture import BINS, Request, Run, bin_ns
 from deployments.explain.otlp import Span
 from deployments.explain.parts import fit_runs, median
-from deployments.explain.report import headline, percentiles, stages
+from deployments.explain.report import headline, percentiles, share_of, stages
 from deployments.explain.survey import Key
 from deployments.explain.verdict import Finding, Judged, Verdict
 from deployments.explain.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
@@ -64,7 +64,7 @@ def _findings(verdict: Verdict) -> str:
 
 
 def _finding(finding: Finding) -> str:
-    share = f" {finding.share_of_excess:.0%} of the excess" if finding.share_of_excess else ""
+    share = f" {share_of(finding)} of the excess" if finding.share_of_excess else ""
     traces = "".join(
         f'<li><a class="trace-id" href="#{html.escape(trace_id)}">{html.escape(trace_id)}</a>'
         + (f" {ms:.0f} ms" if ms else "")

@@ -70,6 +70,8 @@ def _text(verdict: Verdict) -> Iterator[RenderableType]:
 
 def headline(verdict: Verdict) -> str:
     survey, incomplete = verdict.capture.survey, verdict.capture.incomplete
+    if not survey.requests:
+        return "no requests"
     begun, ended = survey.window_ns
     failed = sum(survey.errors.values())
     return (
@@ -80,13 +82,18 @@ def headline(verdict: Verdict) -> str:
 
 
 def _finding(number: int, finding: Finding) -> Iterator[RenderableType]:
-    share = f" ({finding.share_of_excess:.0%} of the excess)" if finding.share_of_excess else ""
+    share = f" ({share_of(finding)} of the excess)" if finding.share_of_excess else ""
     style = "bold red" if finding.share_of_excess else "bold yellow"
     yield Text.assemble((f"{number}. {finding.cause}", style), share)
     yield Padding(Text(finding.summary), (0, 0, 0, 3))
     yield Padding(Text.assemble(("fix: ", "green"), finding.fix), (0, 0, 0, 3))
     for trace_id, ms in finding.evidence:
         yield Padding(Text(f"slowlens trace {trace_id}" + (f"   {ms:.0f} ms" if ms else ""), "dim"), (0, 0, 0, 3))
+
+
+def share_of(finding: Finding) -> str:
+    """``12%``; ``under 1%`` of what rounds to nothing."""
+    return f"{finding.share_of_excess:.0%}" if finding.share_of_excess >= 0.005 else "under 1%"
 
 
 def _table(verdict: Verdict) -> Table:

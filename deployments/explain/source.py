@@ -18,6 +18,7 @@ from typing import BinaryIO, Protocol
 
 from zstandard import ZstdDecompressor, ZstdError
 
+from deployments.explain.losses import Losses
 from deployments.explain.otlp import Decoder, Span, Wish
 from deployments.explain.survey import Root, Survey
 from deployments.telemetry import names
@@ -35,9 +36,12 @@ class Source(Protocol):
 
     Attributes:
         broken: what the last question had to pass over, because it could not be read.
+        lost: spans and records that the processes say they lost, in the time of the last ``spans``; 0 where no metrics
+            are there.
     """
 
     broken: int
+    lost: int
 
     def newest(self) -> str:
         """The trace id of the request that ended last. Raises LookupError where there is none."""
@@ -78,7 +82,7 @@ class TraceFiles:
             raise FileNotFoundError(f"no traces at {path}")
         self._path = path
         self.on_progress: Callable[[int, int], None] = lambda *_: None
-        self.broken = 0
+        self.broken = self.lost = 0
 
     def newest(self) -> str:
         newest = max(self.roots(0), key=lambda root: root.ended_ns, default=None)
@@ -108,11 +112,16 @@ class TraceFiles:
         return map(Root.of, self.read(names.PREDICT, wish=_OnlyRoots(), since_ns=since_ns))
 
     def spans(self, survey: Survey) -> Iterator[Span]:
-        return self.read(wish=survey, since_ns=survey.since_ns)
+        losses = Losses(survey.since_ns)
+        yield from self.read(wish=survey, since_ns=survey.since_ns, losses=losses)
+        self.lost = losses.total()
 
-    def read(self, *containing: str, wish: Wish | None = None, since_ns: int = 0) -> Iterator[Span]:
+    def read(
+        self, *containing: str, wish: Wish | None = None, since_ns: int = 0, losses: Losses | None = None
+    ) -> Iterator[Span]:
         """All spans, or those that are wished for; with words only those of lines that contain one of them, and others
-        that stand beside them. Files of a folder that nobody wrote to since ``since_ns`` are passed over.
+        that stand beside them. Metrics go to ``losses``. Files of a folder that nobody wrote to since ``since_ns`` are
+        passed over.
 
         ``broken`` then counts, of the other lines, those that were cut short.
         """
@@ -122,7 +131,8 @@ class TraceFiles:
         total = sum(size for _, size in files)
         begun = 0
         for path, size in files:
-            yield from self._of_file(path, words, wish, begun, total)
+            decoder = Decoder(wish)
+            yield from self._of_file(path, words, decoder, losses, begun, total)
             begun += size
         self.on_progress(total, total)
 
@@ -138,8 +148,9 @@ class TraceFiles:
                     files.append((path, status.st_size))
         return files
 
-    def _of_file(self, path: Path, words: list[bytes], wish: Wish | None, begun: int, total: int) -> Iterator[Span]:
-        decoder = Decoder(wish)
+    def _of_file(
+        self, path: Path, words: list[bytes], decoder: Decoder, losses: Losses | None, begun: int, total: int
+    ) -> Iterator[Span]:
         try:
             with path.open("rb") as file:
                 for number, line in enumerate(_lines(file)):
@@ -147,7 +158,7 @@ class TraceFiles:
                         self.on_progress(begun + file.tell(), total)
                     lowered = line.lower() if words else b""
                     if not words or any(word in lowered for word in words):
-                        yield from self._of_line(line, decoder)
+                        yield from self._of_line(line, decoder, losses)
                     else:
                         self.broken += line.strip()[-1:] not in (b"}", b"")
         except FileNotFoundError:
@@ -158,10 +169,12 @@ class TraceFiles:
         finally:
             self.broken += decoder.broken
 
-    def _of_line(self, line: bytes, decoder: Decoder) -> Iterator[Span]:
+    def _of_line(self, line: bytes, decoder: Decoder, losses: Losses | None) -> Iterator[Span]:
         try:
             data = json.loads(line)
-        except ValueError:
+            if losses is not None and "resourceMetrics" in data:
+                losses.add(data)
+        except (ValueError, KeyError, TypeError, AttributeError):
             self.broken += bool(line.strip())
         else:
             yield from decoder.spans(data)

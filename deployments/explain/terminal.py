@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from deployments.explain.backends import SourceError, backend, without_password
+from deployments.explain.backends import SourceError, source_at, without_password
 from deployments.explain.breakdown import break_down
 from deployments.explain.capture import split
 from deployments.explain.page import as_html
@@ -95,7 +95,7 @@ def live(where: str, since_s: int, slowest: float, every_s: float) -> None:
 def _now(where: str, since_s: int, slowest: float) -> RenderableType:
     now_ns = time.time_ns()
     try:
-        source = _source(where)
+        source = source_at(where)
         verdict = examine(source, slowest, now_ns - since_s * 10**9)
     except FileNotFoundError:
         return Text(f"no traces at {where} yet")
@@ -109,17 +109,13 @@ def _now(where: str, since_s: int, slowest: float) -> RenderableType:
 # --- sources and consoles --------------------------------------------------------------------------------------------
 
 
-def _source(where: str) -> Source:
-    return backend(where) if "://" in where else TraceFiles(Path(where))
-
-
 @contextlib.contextmanager
 def _opened(where: str) -> Iterator[Source]:
     """The source, with a bar on a terminal while a long file is read. Raises NothingToShow."""
     console = Console(stderr=True)
     columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), DownloadColumn())
     try:
-        source = _source(where)
+        source = source_at(where)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             if isinstance(source, TraceFiles):
                 task = progress.add_task("", visible=False)

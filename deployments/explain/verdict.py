@@ -76,7 +76,9 @@ def percentile(ascending: Sequence[tuple[float, float]], share: float) -> float:
 def examine(source: Source, slowest: float, since_ns: int = 0) -> Verdict:
     """The verdict on the slowest part (0 to 1) of a source's requests that ended at ``since_ns`` or later."""
     chosen = survey(source.roots(since_ns), slowest, since_ns)
-    return judge(capture(source.spans(chosen), chosen))
+    found = capture(source.spans(chosen), chosen)
+    found.lost = source.lost
+    return judge(found)
 
 
 def judge(found: Capture) -> Verdict:
@@ -208,8 +210,14 @@ def _advisories(read: Capture) -> list[Finding]:
         fix = "send shorter inputs, or `truncate: false` to have them refused"
         evidence = tuple((request.trace_id, 0.0) for request in cut[:_EVIDENCE])
         found.append(Finding("truncation", 0.0, count, summary, fix, evidence))
-    if read.incomplete > (counted.requests + read.incomplete) / 100:
-        summary = f"spans are missing from {read.incomplete} requests; what they would have explained is unaccounted"
-        fix = "look at ai.telemetry.dropped_records and ai.telemetry.unwritten_spans, and at the collector's own losses"
+    if read.lost or read.incomplete > (counted.requests + read.incomplete) / 100:
+        said = [f"the processes lost {read.lost} spans by their own count"] if read.lost else []
+        if read.incomplete:
+            said.append(f"spans are missing from {read.incomplete} requests, and what they took is unaccounted")
+        summary = "; ".join(said)
+        fix = (
+            "was the collector away or slow? See otel.sdk.exporter.span.exported (error.type), "
+            "ai.telemetry.dropped_records and ai.telemetry.unwritten_spans, and the collector's own losses"
+        )
         found.append(Finding("telemetry_loss", 0.0, read.incomplete, summary, fix, ()))
     return found

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from deployments.config import AppConfig
 from deployments.errors import ApiError
+from deployments.explain.options import PageConfig
 from deployments.launch import FAST
 from deployments.telemetry.names import METRICS, SPANS
 
@@ -38,6 +39,7 @@ def tables() -> dict[str, str]:
     """Each table by the name in its markers."""
     return {
         "configuration": table(("key", "default", "what it does"), configuration(AppConfig, "")),
+        "page": table(("key", "default", "what it does"), configuration(PageConfig, "")),
         "environment": table(("variable", "value", "what it does"), environment()),
         "errors": table(("status", "code", "type"), errors()),
         "spans": table(("span", "kind", "emitted by", "parent", "attributes"), spans()),

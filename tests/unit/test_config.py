@@ -14,10 +14,11 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.app import build
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
+from deployments.explain.options import PageConfig
 
 CONFIG_PATH = Path(__file__).parents[2] / "serve_config.yaml"
 CONFIG = yaml.safe_load(CONFIG_PATH.read_text())
-(APPLICATION,) = CONFIG["applications"]
+APPLICATION, PAGE = CONFIG["applications"]
 
 
 @pytest.mark.parametrize(
@@ -63,8 +64,9 @@ def test_the_builder_validates_its_args() -> None:
 
 def test_serve_config_parses_and_builds() -> None:
     schema = ServeDeploySchema.model_validate(CONFIG)
-    (application,) = schema.applications
+    application, page = schema.applications
 
+    assert (page.name, page.route_prefix, page.import_path) == ("slowlens-page", "/slowlens", "deployments.lens:build")
     assert (application.name, application.route_prefix, application.import_path) == (
         "slowlens",
         "/",
@@ -79,6 +81,7 @@ def test_serve_config_holds_the_defaults() -> None:
 
     assert stated.model_copy(update={"model": defaults.model}) == defaults
     assert stated.model.model_copy(update={"name": None}) == defaults.model
+    assert PageConfig.parse(PAGE["args"]) == PageConfig()
 
 
 def test_every_key_outside_args_is_one_that_serve_knows() -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     {"replica", "readiness", "timing", "api", "front"},
     {"tokenizer", "model", "postprocessor", "hop"},
     {"ingress"},
-    {"app", "launch"},
+    {"app", "launch", "lens"},
     {"command"},
 ]
 ONLY_IN = {
@@ -28,9 +28,9 @@ ONLY_IN = {
     "transformers": {"engine"},
     "tokenizers": {"engine"},
     "huggingface_hub": {"engine"},
-    "fastapi": {"front", "ingress"},
+    "fastapi": {"front", "ingress", "lens"},
     "starlette": {"front"},
-    "ray": {"app", "hop", "ingress", "model", "readiness", "replica"},
+    "ray": {"app", "hop", "ingress", "lens", "model", "readiness", "replica"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,85 +19,7 @@ from deployments.explain.parts import PARTS, RunFit, fit_runs, parts_of
 from deployments.explain.survey import Root, survey
 from deployments.explain.verdict import Verdict, judge
 from deployments.telemetry import names
-
-SKEW = {"ingress": 0.0, "tokenizer": 7_000_000.0, "model": -3_000_000.0, "postprocessor": 12.5}
-"""Milliseconds that each host's clock is ahead."""
-RUN_MS, TOKEN_MS = 4.0, 0.5
-
-
-def span(
-    trace: str,
-    ident: str,
-    parent: str,
-    name: str,
-    where: str,
-    start: float,
-    took: float,
-    links: Sequence[tuple[str, str]] = (),
-    **attributes: Any,
-) -> Span:
-    start_ns = 10**18 + round((start + SKEW[where]) * 1e6)
-    named = {key.replace("__", "."): value for key, value in attributes.items()}
-    return Span(
-        trace, ident, parent, name, f"slowlens.{where}", where, start_ns, start_ns + round(took * 1e6), named,
-        tuple(links), "error.type" in named,
-    )  # fmt: skip
-
-
-def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
-    """One request of 10 tokens, alone in its run, that waits for nothing; ``slow`` says what is different about it."""
-    d = {"upload": 1.0, "tokenize": 0.5, "there": 1.0, "back": 1.0, "busy": 0.0, "fill": 0.0, "contention": 0.0}
-    d |= {"postprocess": 0.4, "tokens": 10, "company": 0, "padding": 0, "cold": 0.0, "lost": (), "error": ""} | slow
-    trace, run = f"{number:032x}", f"{number + 10**6:032x}"
-    forward = RUN_MS + TOKEN_MS * (d["tokens"] + d["company"] + d["padding"]) + d["contention"]
-    wait = d["busy"] + d["fill"]
-    clock = at_ms
-    made = []
-
-    def hop(ident: str, name: str, stage: str, held: float, there: float, **attributes: Any) -> float:
-        nonlocal clock
-        took = there + held + d["back"]
-        made.append(span(trace, ident, "root", name, "ingress", clock, took))
-        made.append(span(trace, ident + "s", ident, stage_names[stage], stage, clock + there, held, **attributes))
-        clock += took
-        return clock - d["back"] - held
-
-    stage_names = {"tokenizer": names.PREPROCESS, "model": names.BATCHED_PREDICT, "postprocessor": names.POSTPROCESS}
-    made.append(span(trace, "v", "root", names.VALIDATE, "ingress", clock, d["upload"]))
-    clock += d["upload"]
-    hop("ht", names.HOP_TOKENIZER, "tokenizer", d["tokenize"], d["there"])
-    began = hop(
-        "hm", names.HOP_MODEL, "model", wait + forward, d["there"] + d["cold"],
-        ai__model__load_type="cold" if d["cold"] else "warm", ai__batch__timeout_ms=200.0,
-    )  # fmt: skip
-    waits = {"ai__queue__device_busy_ms": d["busy"], "ai__queue__fill_wait_ms": d["fill"]}
-    made.append(span(trace, "q", "hms", names.QUEUE, "model", began, wait, **waits))
-    made.append(span(trace, "f", "hms", names.FORWARD_PASS, "model", began + wait, forward, [(run, "b")]))
-    hop("hp", names.HOP_POSTPROCESSOR, "postprocessor", d["postprocess"], d["there"])
-    made.append(span(trace, "r", "root", names.RESPOND, "ingress", clock, 0.1))
-    clock += 0.1
-    failed = {"error__type": d["error"]} if d["error"] else {}
-    root = {"http__route": "/v1/embeddings", "gen_ai__usage__input_tokens": d["tokens"], "ai__input_length": 40}
-    made.append(span(trace, "root", "", names.PREDICT, "ingress", at_ms, clock - at_ms, **root, **failed))
-    tokens = d["tokens"] + d["company"]
-    made.append(
-        span(
-            run, "b", "", names.BATCH_FORWARD, "model", began + wait, forward, [(trace, "f")], ai__batch__actual_size=1,
-            ai__batch__tokens=tokens, ai__batch__padded_tokens=tokens + d["padding"],
-        )
-    )  # fmt: skip
-    yield from (one for one in made if one.span_id not in d["lost"])
-
-
-def window(slow: dict[str, Any], every: int = 12, count: int = 240) -> list[Span]:
-    """A busy minute in which every so many-th request is slow in this way. Inputs are of 5 to 15 tokens."""
-    chance = random.Random(7)
-    spans: list[Span] = []
-    for number in range(count):
-        usual = {"tokens": chance.randint(5, 15), "busy": chance.random() * 2, "there": 1 + chance.random()}
-        spans += request(number, number * 250.0, **usual | (slow if number % every == 3 else {}))
-    chance.shuffle(spans)
-    return spans
+from tests.support.made import CASES, RUN_MS, TOKEN_MS, otlp, request, window
 
 
 def read(spans: Sequence[Span], since_ns: int = 0) -> Capture:
@@ -107,21 +30,6 @@ def read(spans: Sequence[Span], since_ns: int = 0) -> Capture:
 
 def verdict(spans: Sequence[Span]) -> Verdict:
     return judge(read(spans))
-
-
-CASES = {
-    "cold_start": {"cold": 900.0},
-    "replica_queue": {"there": 60.0},
-    "device_queue": {"busy": 80.0, "company": 40},
-    "batch_fill": {"fill": 200.0},
-    "tokenization": {"tokenize": 90.0},
-    "long_input": {"tokens": 250},
-    "padding": {"padding": 300},
-    "device_contention": {"contention": 70.0},
-    "postprocessing": {"postprocess": 60.0},
-    "transit": {"there": 30.0, "back": 30.0},
-    "slow_upload": {"upload": 500.0},
-}
 
 
 @pytest.mark.parametrize("cause", CASES)
@@ -180,6 +88,52 @@ def test_one_slow_request_is_chance_unless_its_trace_states_why(slow: dict[str, 
     assert [finding.cause for finding in verdict(window(slow, every=60, count=60)).findings] == named
 
 
+def test_a_trace_with_several_requests_is_so_many_requests() -> None:
+    spans = window(CASES["tokenization"])
+    together = [replace(one, trace_id="f" * 32) if int(one.trace_id, 16) < 10**6 else one for one in spans]
+    # Ids are unique within the one trace, and parents and links follow.
+    renamed = [
+        replace(
+            one,
+            span_id=f"{of.trace_id}-{one.span_id}",
+            parent_id=f"{of.trace_id}-{one.parent_id}" if one.parent_id else "caller",
+        )
+        if one.trace_id == "f" * 32
+        else one
+        for one, of in zip(together, spans, strict=True)
+    ]
+    found = verdict(renamed)
+    assert found.capture.survey.requests == 240
+    assert [finding.cause for finding in found.findings] == ["tokenization"]
+    assert {trace_id for trace_id, _ in found.findings[0].evidence} == {"f" * 32}
+    assert found.capture.incomplete == 0
+
+
+def test_a_stage_that_says_nothing_is_missed() -> None:
+    spans = [one for one in window({}) if one.name != names.PREPROCESS or int(one.trace_id, 16) % 10]
+    found = verdict(spans)
+    # The last ones may still be on their way.
+    assert 20 <= found.capture.incomplete <= 24
+    assert [finding.cause for finding in found.findings] == ["telemetry_loss"]
+
+
+def test_fixes_name_the_setting_its_value_and_another() -> None:
+    settings = {
+        "slowlens.deployments.Model.autoscaling_config.max_replicas": 2,
+        "slowlens.batching.grouping_window": 128,
+        "slowlens.limits.max_input_chars": 200_000,
+    }
+    fixes = {}
+    for cause in ("device_queue", "padding", "tokenization"):
+        slow = CASES[cause] | ({"chars": 90_000} if cause == "tokenization" else {})
+        spans = [replace(one, resource={**one.resource, **settings}) for one in window(slow)]
+        fixes[cause] = verdict(spans).findings[0].fix
+    assert "deployments.Model.autoscaling_config.max_replicas: 2 -> 3" in fixes["device_queue"]
+    assert "batching.max_batch_tokens: 8192 -> 4096" in fixes["padding"]
+    assert "limits.max_input_chars: 200000 -> 100" in fixes["tokenization"]
+    assert "at best p99 109 -> 19 ms" in fixes["tokenization"]
+
+
 def test_too_little_is_said_to_be_too_little() -> None:
     found = verdict(list(itertools.chain(*(request(number, number * 250.0, busy=900.0) for number in range(10)))))
     assert found.findings == []
@@ -212,38 +166,6 @@ def test_the_cost_of_a_run_is_found_beside_slow_ones() -> None:
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
-
-
-def otlp(spans: Sequence[Span]) -> str:
-    def value(content: Any) -> dict[str, Any]:
-        kinds: dict[type, Callable[[Any], dict[str, Any]]] = {
-            bool: lambda v: {"boolValue": v},
-            int: lambda v: {"intValue": str(v)},
-            float: lambda v: {"doubleValue": v},
-        }
-        return kinds.get(type(content), lambda v: {"stringValue": v})(content)
-
-    def ident(name: str) -> str:
-        return name.encode().hex().ljust(16, "0") if name else ""
-
-    def line(one: Span) -> str:
-        made = {
-            "traceId": one.trace_id,
-            "spanId": ident(one.span_id),
-            "parentSpanId": ident(one.parent_id),
-            "name": one.name,
-            "startTimeUnixNano": str(one.start_ns),
-            "endTimeUnixNano": str(one.end_ns),
-            "attributes": [{"key": key, "value": value(content)} for key, content in one.attributes.items()],
-            "links": [{"traceId": trace, "spanId": ident(name)} for trace, name in one.links],
-        }
-        resource = [{"key": "service.name", "value": value(one.service)}]
-        resource.append({"key": "service.instance.id", "value": value(one.instance)})
-        return json.dumps(
-            {"resourceSpans": [{"resource": {"attributes": resource}, "scopeSpans": [{"spans": [made]}]}]}
-        )
-
-    return "\n".join(map(line, spans))
 
 
 @pytest.fixture

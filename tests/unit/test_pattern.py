@@ -1,0 +1,68 @@
+"""What sets slow requests apart: where they ran, who sent them, what they were, when they came."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deployments.explain.pattern import apart
+from tests.support.made import request
+from tests.unit.test_why import read
+
+COUNT = 240
+
+
+def said(slow: Callable[[int], dict[str, Any] | None], usual: Callable[[int], dict[str, Any]]) -> str:
+    """A minute of requests, of which those are slow that ``slow`` changes."""
+    numbers = [number for number in range(COUNT) if slow(number) is not None]
+    spans = [one for n in range(COUNT) for one in request(n, n * 250.0, **usual(n) | (slow(n) or {}))]
+    found = read(spans)
+    concerned = [one for one in found.requests if int(one.trace_id, 16) in numbers]
+    return apart(concerned, found.requests, found.survey.window_ns, "model")
+
+
+def mixed(number: int) -> dict[str, Any]:
+    chance = random.Random(number)
+    replica = chance.choice("ab")
+    # Two replicas on the host one, one on the host two.
+    host = {"a": "one", "b": "two"}[replica]
+    return {"replica": replica, "host": host, "client": f"10.0.0.{chance.randint(1, 3)}"}
+
+
+CASES: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
+    "replica": (lambda _: {"replica": "b", "host": "two"}, "nearly all on the replica b"),
+    "host": (lambda n: {"replica": f"c{n}", "host": "three"}, "nearly all on the host three"),
+    "client": (lambda _: {"client": "10.0.0.9"}, "nearly all from the client 10.0.0.9"),
+    "route": (lambda _: {"route": "/predict"}, "nearly all to /predict"),
+    "characters": (
+        lambda _: {"chars": 5000},
+        "with 5000 characters or more, where nine of ten others have 40 at most",
+    ),
+    "tokens": (lambda _: {"tokens": 200}, "with 200 tokens or more, where nine of ten others have 10 at most"),
+    "nothing": (lambda _: {}, ""),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_they_have_in_common(case: str) -> None:
+    change, expected = CASES[case]
+    scattered = {random.Random(case).randrange(COUNT) for _ in range(12)} | {1, 80, 160, 238}
+    assert said(lambda n: change(n) if n in scattered else None, mixed).strip(", ") == expected
+
+
+@pytest.mark.parametrize(
+    ("slow", "expected"),
+    [
+        (lambda n: 100 <= n < 120, ", all within 4.8 of the 59.8 s seen, from 01:47:05Z"),
+        (lambda n: n >= 150, ", since 01:47:17Z"),
+        (lambda n: n % 30 < 3, ", every 7.5 s"),
+        (lambda n: random.Random(n).random() < 0.1, ""),
+        (lambda n: n == 7, ""),
+    ],
+    ids=["a burst", "since a moment", "periodic", "at any time", "one alone"],
+)
+def test_when_they_came(slow: Callable[[int], bool], expected: str) -> None:
+    assert said(lambda n: {} if slow(n) else None, lambda _: {}) == expected

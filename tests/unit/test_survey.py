@@ -1,0 +1,52 @@
+"""Which requests are read closely, and that nothing is lost by not reading the others."""
+
+from __future__ import annotations
+
+from deployments.explain.survey import FAILED, ORDINARY, Root, survey
+from deployments.telemetry import names
+
+
+def roots(count: int, error: str = "") -> list[Root]:
+    return [Root((f"{n:032x}", "r"), n * 10**6, (n * 7919 % count) * 1000, error) for n in range(count)]
+
+
+def test_all_are_counted_and_some_are_read() -> None:
+    found = survey([*roots(40_000), *roots(40_000)], 0.05)
+
+    assert found.requests == 40_000
+    assert len(found.latencies_ms) == 40_000
+    assert found.latencies_ms == sorted(found.latencies_ms)
+    assert (len(found.slow), len(found.ordinary), found.weight) == (2_000, ORDINARY, 38_000 / ORDINARY)
+    assert not found.slow & found.ordinary
+    assert {latency_ns(key) for key in found.slow} == {n * 1000 for n in range(38_000, 40_000)}
+    assert found.window_ns == (0, max(root.ended_ns for root in roots(40_000)))
+    assert survey(roots(40_000), 0.05).ordinary == found.ordinary
+
+
+def latency_ns(key: tuple[str, str]) -> int:
+    return int(key[0], 16) * 7919 % 40_000 * 1000
+
+
+def test_few_are_all_read() -> None:
+    found = survey(roots(30), 0.05)
+    assert (len(found.slow), len(found.ordinary), found.weight) == (5, 25, 1.0)
+    assert survey([], 0.05).window_ns == (0, 0)
+
+
+def test_of_the_failed_the_longest_are_read_and_bad_input_is_nobodys_fault() -> None:
+    found = survey([*roots(2_000, "replica_died")], 0.05)
+    assert found.errors == {"replica_died": 2_000}
+    assert len(found.failed) == FAILED
+    assert found.failed_ms == sum(n * 1000 for n in range(2_000)) / 1e6
+    assert survey(roots(50, "invalid_field"), 0.05).failed == set()
+
+
+def test_what_is_wanted() -> None:
+    found = survey(roots(30), 0.05, since_ns=20 * 10**6)
+    read, old = f"{25:032x}", f"{3:032x}"
+    assert found.requests == 10
+    assert found.wants(names.QUEUE, read)
+    assert found.wants(names.BATCH_FORWARD, "somewhere")
+    # Of a request without a root, so that it is missed; a span of somebody else's is not.
+    assert found.wants(names.QUEUE, old)
+    assert not found.wants("GET /", old)
