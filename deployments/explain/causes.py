@@ -81,15 +81,15 @@ def _tokenizer(capture: Capture, slow: Sequence[Request]) -> str:
 
 
 def _input_limit(capture: Capture, slow: Sequence[Request]) -> str:
-    """A limit that leaves room for twice what is usual and still refuses these, where there is one."""
+    """The round limit that just refuses these and leaves room for twice what is usual, where there is one."""
     keys = {request.key for request in slow}
     others = sorted(request.chars for request in capture.requests if request.key not in keys)
     usual = others[len(others) * 95 // 100] if others else 0
-    wanted = 10 ** math.ceil(math.log10(max(1, 2 * usual)))
+    least = min(request.chars for request in slow)
+    magnitude = 10 ** math.floor(math.log10(max(1, least - 1)))
+    wanted = max(step * magnitude for step in (1, 2, 5) if step * magnitude < max(2, least))
     key = "limits.max_input_chars"
-    if wanted >= min(request.chars for request in slow):
-        return f"{key} below that"
-    return _change(key, capture.settings.get(key), wanted)
+    return _change(key, capture.settings.get(key), wanted) if wanted >= 2 * usual else f"{key} below that"
 
 
 def _replica_that_waited(capture: Capture, slow: Sequence[Request]) -> str:

@@ -4,8 +4,9 @@
 2. The excess of a part is what it takes beyond its ordinary amount: the median of the ordinary requests of the same
    route, and nothing for waiting, padding and contention, which serve nobody. Work that is always long has no excess.
 3. A cause is named where at least a tenth of the slow requests, and more than one, lost to it one and a half times what
-   a request takes without any waiting, and where it makes a seventh of the whole excess. Of a cold start one is enough,
-   for the trace itself states it. Otherwise nothing is unusual.
+   a request takes without any waiting, and where it makes a seventh of the whole excess or most of the excess of a
+   quarter of the slow requests. Of a cold start one request is enough, for the trace itself states it. Otherwise
+   nothing is unusual.
 4. Requests that failed on our side are not among the slow ones; they are a cause of their own (``errors_retries``).
    Advisories have no share of the excess and come last.
 """
@@ -25,6 +26,8 @@ from deployments.explain.survey import NOT_OURS, survey
 MIN_REQUESTS = 20
 """Fewer are too few to tell the slow from the ordinary."""
 _MIN_OF_USEFUL, _MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 1.5, 0.1, 1 / 7, 5.0
+_MIN_RULED = 0.25
+"""Part of the slow requests of whose excess a cause makes most."""
 _EVIDENCE, _MIN_HIT = 3, 2
 _MIN_GAIN = 0.1
 
@@ -115,6 +118,7 @@ def _compare(verdict: Verdict) -> None:
         base = usual.get(one.request.route, of_all)
         excess.append({part: ms - base[part] for part, ms in one.parts.items()})
     slow = [(one, more) for one, more in zip(verdict.answered, excess, strict=True) if one.is_slow]
+    of_each = [sum(max(0.0, ms) for ms in more.values()) for _, more in slow]
     for _, more in slow:
         for part in PARTS:
             verdict.excess_ms[part] += more[part]
@@ -124,7 +128,9 @@ def _compare(verdict: Verdict) -> None:
         amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
         hit = sum(ms >= max(_MIN_MS, _MIN_OF_USEFUL * useful) for ms in amounts)
         needed = max(_MIN_REQUESTS * len(slow), 1 if cause.is_stated else _MIN_HIT)
-        if hit >= needed and sum(amounts) >= _MIN_SHARE * whole:
+        ruled = sum(ms > all_of_it / 2 for all_of_it, ms in zip(of_each, amounts, strict=True))
+        matters = sum(amounts) >= _MIN_SHARE * whole or ruled >= max(_MIN_HIT, _MIN_RULED * len(slow))
+        if hit >= needed and matters:
             of_everybody = [sum(more[part] for part in cause.parts) for more in excess]
             gain = _gain(verdict.answered, of_everybody)
             verdict.findings.append(_finding(cause, verdict, [one.request for one, _ in slow], amounts, whole, gain))

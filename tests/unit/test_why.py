@@ -22,9 +22,9 @@ from deployments.telemetry import names
 from tests.support.made import CASES, RUN_MS, TOKEN_MS, otlp, request, window
 
 
-def read(spans: Sequence[Span], since_ns: int = 0) -> Capture:
+def read(spans: Sequence[Span], since_ns: int = 0, slowest: float = 0.05) -> Capture:
     roots = (Root.of(one) for one in spans if one.name == names.PREDICT)
-    chosen = survey(roots, 0.05, since_ns)
+    chosen = survey(roots, slowest, since_ns)
     return capture([one for one in spans if chosen.wants(one.name, one.trace_id)], chosen)
 
 
@@ -83,6 +83,21 @@ def test_two_causes_at_once_are_both_named() -> None:
     assert [finding.cause for finding in found.findings] == ["device_queue", "slow_upload"]
 
 
+def test_a_small_cause_that_rules_some_requests_is_named_beside_a_large_one() -> None:
+    spans = [
+        one
+        for number in range(240)
+        for one in request(
+            number,
+            number * 250.0,
+            **({"upload": 1500.0} if number % 24 == 3 else {"busy": 80.0} if number % 24 == 15 else {}),
+        )
+    ]
+    found = judge(read(spans, slowest=0.08))
+    assert [finding.cause for finding in found.findings] == ["slow_upload", "device_queue"]
+    assert found.findings[1].share_of_excess < 0.07
+
+
 @pytest.mark.parametrize(("slow", "named"), [({"there": 300.0}, []), ({"cold": 900.0}, ["cold_start"])])
 def test_one_slow_request_is_chance_unless_its_trace_states_why(slow: dict[str, Any], named: list[str]) -> None:
     assert [finding.cause for finding in verdict(window(slow, every=60, count=60)).findings] == named
@@ -130,8 +145,8 @@ def test_fixes_name_the_setting_its_value_and_another() -> None:
         fixes[cause] = verdict(spans).findings[0].fix
     assert "deployments.Model.autoscaling_config.max_replicas: 2 -> 3" in fixes["device_queue"]
     assert "batching.max_batch_tokens: 8192 -> 4096" in fixes["padding"]
-    assert "limits.max_input_chars: 200000 -> 100" in fixes["tokenization"]
-    assert "at best p99 109 -> 19 ms" in fixes["tokenization"]
+    assert "limits.max_input_chars: 200000 -> 50000" in fixes["tokenization"]
+    assert "at best p99 111 -> 23 ms" in fixes["tokenization"]
 
 
 def test_too_little_is_said_to_be_too_little() -> None:
