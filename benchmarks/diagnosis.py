@@ -3,6 +3,7 @@
     python benchmarks/diagnosis.py                        # every case
     python benchmarks/diagnosis.py padding cpu_hog
     python benchmarks/diagnosis.py --rounds 3 -o FILE     # writes the table of truth and verdict
+    python benchmarks/diagnosis.py padding --keep FOLDER  # keeps the traces, to look at them afterwards
 
 Prints each verdict, and ends with status 1 where one was wrong: the right causes must come first, and a healthy run
 must name nothing. Needs Linux, ports 8000 and 14318, and a C compiler for one case. A case takes about a minute.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,8 +30,8 @@ from throughput import Server, running
 PROGRAMS = Path(sys.executable).parent
 
 
-def named_in(case: Slowdown) -> list[str]:
-    """The causes of the verdict, in their order."""
+def named_in(case: Slowdown, keep: Path | None) -> list[str]:
+    """The causes of the verdict, in their order. The traces are left in ``keep``."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         setup = case.setup(folder)
@@ -47,6 +49,8 @@ def named_in(case: Slowdown) -> list[str]:
             why = [str(PROGRAMS / "slowlens"), "why", "--source", str(folder / "slowlens"), "--since", since]
             print(subprocess.run(why, capture_output=True, text=True).stdout, file=sys.stderr, flush=True)
             verdict = subprocess.run([*why, "--format", "json"], capture_output=True, text=True, check=True).stdout
+        if keep is not None:
+            shutil.copytree(folder / "slowlens", keep)
         return [finding["cause"] for finding in json.loads(verdict)["findings"]]
 
 
@@ -112,13 +116,15 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(SLOWDOWNS)}; default: all")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where to leave the traces of each case")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(SLOWDOWNS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     results: dict[str, list[list[str]]] = {name: [] for name in options.cases or SLOWDOWNS}
     for number in range(1, options.rounds + 1):
         for name, rounds in results.items():
-            rounds.append(named_in(SLOWDOWNS[name]))
+            keep = options.keep / f"{name}-{number}" if options.keep is not None else None
+            rounds.append(named_in(SLOWDOWNS[name], keep))
             right = "right" if is_right(rounds[-1], SLOWDOWNS[name].truth) else "WRONG"
             print(f"round {number}: {name}: {', '.join(rounds[-1]) or 'nothing'}: {right}", flush=True)
     print(f"\n{table(results)}")

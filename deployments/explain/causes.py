@@ -80,6 +80,29 @@ def _tokenizer(capture: Capture, slow: Sequence[Request]) -> str:
     )
 
 
+def after_failures(capture: Capture, kind: str) -> str:
+    """What helps against the most frequent kind of failure (``error.type``)."""
+    if kind == "queue_full":
+        most = capture.settings.get("batching.max_queue")
+        queue = _change("batching.max_queue", most, 2 * (most or 1024))
+        return (
+            f"more came than the model could run: more model replicas ({_more(capture, 'Model')}), or a longer queue for "
+            f"bursts ({queue})"
+        )
+    if kind == "deadline_passed":
+        return (
+            f"deadlines passed before the answer: more model replicas ({_more(capture, 'Model')}), or longer deadlines"
+        )
+    if kind == "no_replica_ready":
+        return _warm(capture, ())
+    if kind == "replica_died":
+        return (
+            "a replica's process ended: see its log and the kernel's (out of memory?), and keep another beside it "
+            f"({_more(capture, 'Model')})"
+        )
+    return "read one of these traces, and the replica's log at its time"
+
+
 def _input_limit(capture: Capture, slow: Sequence[Request]) -> str:
     """The round limit that just refuses these and leaves room for twice what is usual, where there is one."""
     keys = {request.key for request in slow}

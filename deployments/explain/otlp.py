@@ -88,6 +88,9 @@ def _of_scopes(part: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
+    end_ns = int(span["endTimeUnixNano"])
+    if end_ns <= 0:
+        raise ValueError("the span has not ended")
     return Span(
         trace_id=_hex(span["traceId"]),
         span_id=_hex(span["spanId"]),
@@ -97,7 +100,7 @@ def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
         service=sys.intern(str(resource.get("service.name", ""))),
         instance=sys.intern(str(resource.get("service.instance.id", ""))),
         start_ns=int(span["startTimeUnixNano"]),
-        end_ns=int(span["endTimeUnixNano"]),
+        end_ns=end_ns,
         attributes=_attributes(span),
         links=tuple((_hex(link["traceId"]), _hex(link["spanId"])) for link in span.get("links", [])),
         failed=span.get("status", {}).get("code") in (2, "STATUS_CODE_ERROR"),

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from deployments.explain.capture import Capture, Request, capture
-from deployments.explain.causes import CAUSES, Cause
+from deployments.explain.causes import CAUSES, Cause, after_failures
 from deployments.explain.parts import PARTS, Parts, median, parts_of
 from deployments.explain.pattern import apart
 from deployments.explain.source import Source
@@ -191,7 +191,7 @@ def _failures(verdict: Verdict) -> Iterator[Finding]:
         counted.failed_ms / (counted.failed_ms + excess_ms) if counted.failed_ms + excess_ms else 0.0,
         count,
         f"{count} of {counted.requests} requests failed ({listed}){_apart(verdict.capture, read, 'model')}",
-        "callers that try again make more load: read one of these traces, and the replica's log at its time",
+        f"{after_failures(verdict.capture, max(kinds, key=kinds.__getitem__))}; callers that try again make more load",
         tuple((request.trace_id, request.latency_ns / 1e6) for request in worst),
     )
 

@@ -53,6 +53,7 @@ _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
         ("batching", "max_batch_tokens"),
         ("batching", "max_wait_ms"),
         ("batching", "grouping_window"),
+        ("batching", "max_queue"),
     ),
     "postprocessor": (),
 }

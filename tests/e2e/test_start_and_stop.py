@@ -18,6 +18,8 @@ PORT = 8000
 def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path: Path) -> None:
     with serve_run(ROOT / "serve_config.yaml", tmp_path / "serve.log", {"XDG_STATE_HOME": str(tmp_path)}):
         answers = [call(PORT, "POST", "/v1/embeddings", {"input": f"text {i}"}) for i in range(20)]
+        assert not processes(b"ServeReplica:slowlens-page")
+        page = call(PORT, "GET", "/slowlens", timeout_s=60)
     # Stopped by Ctrl-C right after the last answer: what was still in memory must be here as well.
     found = defaultdict(set)
     metrics = set()
@@ -30,21 +32,39 @@ def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path:
             for resource in content.get("resourceMetrics", []):
                 metrics |= {m["name"] for scope in resource["scopeMetrics"] for m in scope["metrics"]}
 
+    assert (page.status, page.error["code"]) == (404, "not_found")
+    assert "args.enabled of the application slowlens-page turns it on" in page.error["message"]
     assert [WHOLE_TRACE - found[answer.trace_id] for answer in answers] == [set()] * len(answers)
     assert {names.LATENCY.name, names.BATCH_SIZE.name, names.QUEUE_DEPTH.name} <= metrics
 
 
-def test_slowlens_serve_starts_the_same_with_the_fast_front(tmp_path: Path) -> None:
-    log = tmp_path / "serve.log"
-    env = {"XDG_STATE_HOME": str(tmp_path)}
-    with serve_run(ROOT / "serve_config.yaml", log, env, command=("slowlens", "serve")):
+def test_slowlens_serve_starts_the_same_with_the_fast_front_and_the_page(tmp_path: Path) -> None:
+    log, config = tmp_path / "serve.log", tmp_path / "config.yaml"
+    text = (ROOT / "serve_config.yaml").read_text()
+    config.write_text(text.replace("enabled: false", "enabled: true").replace("max_age_s: 5", "max_age_s: 0"))
+    with serve_run(config, log, {"XDG_STATE_HOME": str(tmp_path)}, command=("slowlens", "serve")):
         answers = [call(PORT, "POST", "/v1/embeddings", {"input": f"text {i}"}) for i in range(5)]
-        fronts = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"haproxy" in read(path)]
+        fronts = processes(b"haproxy")
+        # What was asked just now may not be written yet.
+        while (verdict := call(PORT, "GET", "/slowlens?format=json&since=1h").json())["requests"] < 5:
+            pass
+        page = call(PORT, "GET", "/slowlens")
+        wrong = call(PORT, "GET", "/slowlens?slowest=all")
     printed = log.read_text().splitlines()
 
     assert {answer.status for answer in answers} == {200}
     assert all(f"{name}={setting.value}" in printed for name, setting in FAST.items())
     assert fronts
+    assert (verdict["requests"], verdict["schema"], verdict["findings"]) == (5, 1, [])
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert b"5 answered requests are too few" in page.body
+    assert all(answer.trace_id.encode() in page.body for answer in answers)
+    assert (wrong.status, wrong.error["param"]) == (422, "slowest")
+
+
+def processes(name: bytes) -> list[Path]:
+    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if name in read(path)]
 
 
 def read(path: Path) -> bytes:

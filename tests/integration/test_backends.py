@@ -1,11 +1,13 @@
-"""``slowlens trace`` on the HTTP APIs of Jaeger and Tempo, from bodies as their documentation has them."""
+"""``slowlens trace`` and ``why`` on the HTTP APIs of Jaeger and Tempo, from bodies as their documentation has them."""
 
 from __future__ import annotations
 
 import base64
 import json
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,6 +16,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from deployments.command import main
+from deployments.explain import backends
+from deployments.explain.otlp import Span
+from deployments.telemetry import names
+from tests.support.made import moved, otlp_of, window
 
 TRACE, BATCH = "0" + "a" * 31, "b" * 32
 ROOT, HOP, STAGE, FORWARD, RUN = (digit * 16 for digit in "12345")
@@ -34,6 +40,8 @@ def serving(answers: Mapping[str, Any]) -> Iterator[Asked]:
             parts = urlsplit(self.path)
             asked.append((parts.path, parse_qs(parts.query), self.headers.get("Authorization", "")))
             answer = answers.get(parts.path)
+            if callable(answer):
+                answer = answer({key: value[0] for key, value in parse_qs(parts.query).items()})
             body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(404 if answer is None else 200)
             self.end_headers()
@@ -217,3 +225,113 @@ def test_passwords_are_sent_and_never_shown(
     assert {header for *_, header in asked} == {f"Basic {base64.b64encode(b'me:p@ss').decode()}", "Bearer t0ken"}
     assert "p%40ss" not in (shown := capsys.readouterr().err)
     assert "p@ss" not in shown
+
+
+# --- why, over a whole window ----------------------------------------------------------------------------------------
+
+Query = Mapping[str, str]
+FULL = 40
+
+
+def lately(count: int) -> list[Span]:
+    """Requests of the last minute, every twelfth of them slow in the tokenizer."""
+    spans = window({"tokenize": 90.0}, count=count)
+    last = max(one.end_ns for one in spans if one.service == "slowlens.ingress")
+    return moved(spans, time.time_ns() - last - 10**9)
+
+
+def tempo_of(spans: list[Span], is_old: bool) -> dict[str, Any]:
+    traces: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for one in spans:
+        traces[one.trace_id] += otlp_of(one)["resourceSpans"]
+    roots = [one for one in spans if one.name == names.PREDICT]
+
+    def search(query: Query) -> dict[str, Any]:
+        assert query["q"].startswith('{ name = "ai.inference.predict" }')
+        begin_ns, end_ns = int(query["start"]) * 10**9, int(query["end"]) * 10**9
+        found = [one for one in roots if begin_ns <= one.start_ns <= end_ns][: int(query["limit"])]
+        return {"traces": [summary(one) for one in found], "metrics": {}}
+
+    def summary(root: Span) -> dict[str, Any]:
+        made: dict[str, Any] = {"traceID": root.trace_id.lstrip("0"), "startTimeUnixNano": str(root.start_ns)}
+        span_id = otlp_of(root)["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["spanId"]
+        duration = {"startTimeUnixNano": str(root.start_ns), "durationNanos": str(root.end_ns - root.start_ns)}
+        if not is_old:
+            made["spanSets"] = [{"spans": [{"spanID": span_id, **duration, "attributes": []}], "matched": 1}]
+        return made
+
+    paths: dict[str, Any] = {f"/api/traces/{ident}": {"batches": parts} for ident, parts in traces.items()}
+    return {"/api/echo": b"echo", "/api/search": search, **paths}
+
+
+def jaeger_of(spans: list[Span]) -> dict[str, Any]:
+    traces: dict[str, list[Span]] = defaultdict(list)
+    for one in spans:
+        traces[one.trace_id].append(one)
+
+    def search(query: Query) -> dict[str, Any]:
+        begin_us, end_us, found = int(query["start"]), int(query["end"]), []
+        for trace in traces.values():
+            asked = (one for one in trace if (one.service, one.name) == (query["service"], query["operation"]))
+            if any(begin_us <= one.start_ns // 1000 <= end_us for one in asked):
+                found.append(as_jaeger(trace))
+        return {"data": found[: int(query["limit"])], "errors": None}
+
+    return {"/api/traces": search}
+
+
+def as_jaeger(trace: list[Span]) -> dict[str, Any]:
+    def known(one: Span) -> dict[str, Any]:
+        made = otlp_of(one)["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
+        tags = {key.replace(".", "__"): value for key, value in one.attributes.items()}
+        start, end = one.start_ns // 1000, one.end_ns // 1000
+        span = jaeger_span(one.trace_id, made["spanId"], made["parentSpanId"], one.name, 0, 0, one.instance, **tags)
+        span |= {"startTime": start, "duration": end - start}
+        refs = [
+            {"refType": "FOLLOWS_FROM", "traceID": link["traceId"], "spanID": link["spanId"]} for link in made["links"]
+        ]
+        span["references"] = [ref for ref in span["references"] if ref["refType"] == "CHILD_OF"] + refs
+        return span
+
+    processes = {
+        one.instance: {
+            "serviceName": one.service,
+            "tags": [{"key": "service.instance.id", "type": "string", "value": one.instance}],
+        }
+        for one in trace
+    }
+    return {"traceID": trace[0].trace_id, "spans": [known(one) for one in trace], "processes": processes}
+
+
+SERVERS: dict[str, Callable[[list[Span]], dict[str, Any]]] = {
+    "tempo": lambda spans: tempo_of(spans, is_old=False),
+    "tempo before TraceQL": lambda spans: tempo_of(spans, is_old=True),
+    "jaeger": jaeger_of,
+}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("since", [[], ["--since", "30s"]], ids=["the last hour", "since"])
+def test_why_over_more_requests_than_an_answer_holds(
+    server: str, since: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_AT_ONCE", FULL)
+    with serving(SERVERS[server](lately(240))) as asked:
+        assert main(["why", "--source", asked.url, "--format", "json", *since]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+
+    # A minute of them, four a second.
+    assert found["requests"] == 240 if not since else 100 < found["requests"] < 125
+    assert [finding["cause"] for finding in found["findings"]] == ["tokenization"]
+    assert found["incomplete"] == 0
+    assert found["unaccounted_share"] == 0
+    assert sum(stage["share_of_total"] for stage in found["stages"]) == pytest.approx(1, abs=1e-3)
+    assert {path for path, *_ in asked} >= {"/api/traces" if server == "jaeger" else "/api/search"}
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_why_where_nothing_was_asked_lately(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(SERVERS[server](moved(lately(30), -7200 * 10**9))) as asked:
+        assert main(["why", "--source", asked.url]) == 1
+    assert f"there is no request in these traces (looked in {asked.url})" in capsys.readouterr().err

@@ -85,6 +85,7 @@ def test_one_request_is_one_whole_trace(port: int, receiver: OtlpReceiver) -> No
         "http.response.status_code": 200,
         "url.path": "/v1/embeddings",
         "url.scheme": "http",
+        "client.address": "127.0.0.1",
         "gen_ai.operation.name": "embeddings",
         "gen_ai.request.model": "fake",
         "gen_ai.usage.input_tokens": 5,
@@ -131,6 +132,27 @@ def test_resources_name_the_actor_and_its_replica(port: int, receiver: OtlpRecei
         assert resource["deployment.environment.name"] == "development"
         assert len(resource["ray.node.id"]) == 56
         assert service.removeprefix("slowlens.") in resource["service.instance.id"].lower()
+
+
+def test_resources_state_the_settings_that_a_fix_may_name(port: int, receiver: OtlpReceiver) -> None:
+    spans = receiver.trace(embed(port, "how are you set up").trace_id, names=WHOLE_TRACE)
+    settings = {
+        key.removeprefix(names.SETTING): value
+        for span in spans
+        for key, value in span.resource.items()
+        if key.startswith(names.SETTING)
+    }
+    assert settings["batching.max_batch_size"] == 4
+    assert settings["batching.max_wait_ms"] == 0
+    assert settings["limits.max_input_chars"] == 200_000
+    assert settings["deployments.Model.num_replicas"] == 1
+    assert settings["deployments.Model.max_ongoing_requests"] == 4000
+
+
+def test_the_client_is_who_the_first_intermediary_says(port: int, receiver: OtlpReceiver) -> None:
+    answer = embed(port, "from afar", **{"X-Forwarded-For": "203.0.113.7, 10.0.0.1"})
+    root = one(receiver.trace(answer.trace_id, names=WHOLE_TRACE), names.PREDICT)
+    assert root.attributes["client.address"] == "203.0.113.7"
 
 
 def test_without_a_caller_a_trace_of_its_own_begins(port: int, receiver: OtlpReceiver) -> None:

@@ -118,33 +118,36 @@ def moved(spans: Iterable[Span], by_ns: int) -> list[Span]:
     return [replace(one, start_ns=one.start_ns + by_ns, end_ns=one.end_ns + by_ns) for one in spans]
 
 
-def otlp(spans: Sequence[Span]) -> str:
-    def value(content: Any) -> dict[str, Any]:
-        kinds: dict[type, Callable[[Any], dict[str, Any]]] = {
-            bool: lambda v: {"boolValue": v},
-            int: lambda v: {"intValue": str(v)},
-            float: lambda v: {"doubleValue": v},
-        }
-        return kinds.get(type(content), lambda v: {"stringValue": v})(content)
+def otlp(spans: Iterable[Span]) -> str:
+    """Lines of OTLP JSON, one for each span."""
+    return "\n".join(json.dumps(otlp_of(one)) for one in spans)
 
-    def ident(name: str) -> str:
-        return name.encode().hex().ljust(16, "0") if name else ""
 
-    def line(one: Span) -> str:
-        made = {
-            "traceId": one.trace_id,
-            "spanId": ident(one.span_id),
-            "parentSpanId": ident(one.parent_id),
-            "name": one.name,
-            "startTimeUnixNano": str(one.start_ns),
-            "endTimeUnixNano": str(one.end_ns),
-            "attributes": [{"key": key, "value": value(content)} for key, content in one.attributes.items()],
-            "links": [{"traceId": trace, "spanId": ident(name)} for trace, name in one.links],
-        }
-        own = {"service.name": one.service, "service.instance.id": one.instance, **one.resource}
-        resource = [{"key": key, "value": value(content)} for key, content in own.items()]
-        return json.dumps(
-            {"resourceSpans": [{"resource": {"attributes": resource}, "scopeSpans": [{"spans": [made]}]}]}
-        )
+def otlp_of(one: Span) -> dict[str, Any]:
+    """A ``TracesData`` object."""
+    made = {
+        "traceId": one.trace_id,
+        "spanId": _ident(one.span_id),
+        "parentSpanId": _ident(one.parent_id),
+        "name": one.name,
+        "startTimeUnixNano": str(one.start_ns),
+        "endTimeUnixNano": str(one.end_ns),
+        "attributes": [{"key": key, "value": _value(content)} for key, content in one.attributes.items()],
+        "links": [{"traceId": trace, "spanId": _ident(name)} for trace, name in one.links],
+    }
+    own = {"service.name": one.service, "service.instance.id": one.instance, **one.resource}
+    resource = [{"key": key, "value": _value(content)} for key, content in own.items()]
+    return {"resourceSpans": [{"resource": {"attributes": resource}, "scopeSpans": [{"spans": [made]}]}]}
 
-    return "\n".join(map(line, spans))
+
+def _value(content: Any) -> dict[str, Any]:
+    kinds: dict[type, Callable[[Any], dict[str, Any]]] = {
+        bool: lambda v: {"boolValue": v},
+        int: lambda v: {"intValue": str(v)},
+        float: lambda v: {"doubleValue": v},
+    }
+    return kinds.get(type(content), lambda v: {"stringValue": v})(content)
+
+
+def _ident(name: str) -> str:
+    return name.encode().hex().ljust(16, "0") if name else ""

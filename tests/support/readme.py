@@ -41,6 +41,8 @@ def tables() -> dict[str, str]:
         "configuration": table(("key", "default", "what it does"), configuration(AppConfig, "")),
         "page": table(("key", "default", "what it does"), configuration(PageConfig, "")),
         "environment": table(("variable", "value", "what it does"), environment()),
+        "diagnosis": (RESULTS.parent / "diagnosis.md").read_text().strip(),
+        "size": (RESULTS.parent / "explain_size.md").read_text().strip(),
         "errors": table(("status", "code", "type"), errors()),
         "spans": table(("span", "kind", "emitted by", "parent", "attributes"), spans()),
         "speed": table(("server", *SPEED), speed()),

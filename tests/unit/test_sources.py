@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,7 @@ def test_a_broken_span_costs_only_itself(tmp_path: Path) -> None:
         {"traceId": TRACE},
         span(TRACE, "5") | {"endTimeUnixNano": None},
         span(TRACE, "6") | {"traceId": "!" * 24},
+        span(TRACE, "7") | {"endTimeUnixNano": "0"},
         7,
     ]
     (tmp_path / "a.jsonl").write_bytes(line(*broken, span(TRACE, "1")) + b'\n[]\n{"resourceSpans": 5}\n\n{"resou')  # type: ignore[arg-type]
@@ -110,3 +113,21 @@ def test_kinds_of_values_and_ids_as_protobuf_writes_them() -> None:
     )
     assert found.key == (TRACE, "0000000000001234")
     assert found.attributes == {"int": 7, "double": float("inf"), "list": ["a", True], "none": None}
+
+
+def test_one_document_over_many_lines_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(json.loads(LINES[1]), indent=2))
+    assert [s.span_id[0] for s in TraceFiles(tmp_path / "a.json").read()] == ["2", "3"]
+
+
+def test_files_that_nobody_wrote_to_in_the_window_are_passed_over(tmp_path: Path) -> None:
+    now_ns = time.time_ns()
+    for name, written_ns in (("old.jsonl", now_ns - 7200 * 10**9), ("new.jsonl", now_ns)):
+        (tmp_path / name).write_bytes(LINES[0])
+        os.utime(tmp_path / name, ns=(written_ns, written_ns))
+    source = TraceFiles(tmp_path)
+    seen: list[tuple[int, int]] = []
+    source.on_progress = lambda done, total: seen.append((done, total))
+    assert len(list(source.read(since_ns=now_ns - 3600 * 10**9))) == 1
+    assert seen[-1] == (len(LINES[0]), len(LINES[0]))
+    assert len(list(source.read())) == 2
