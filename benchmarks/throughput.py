@@ -123,7 +123,14 @@ def running(server: Server, log: Path, wait: Wait | None = None) -> Iterator[str
     environ = {**os.environ, **server.env, MARK: mark, "XDG_STATE_HOME": str(log.parent), "PYTHONWARNINGS": "ignore"}
     with log.open("wb") as out:
         process = subprocess.Popen(
-            server.command, cwd=server.folder, env=environ, stdout=out, stderr=out, stdin=subprocess.DEVNULL
+            server.command,
+            cwd=server.folder,
+            env=environ,
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+            # A shell's background jobs ignore SIGINT, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         (wait or wait_until_it_answers)(server.port, process, log)

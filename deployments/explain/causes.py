@@ -86,8 +86,8 @@ def after_failures(capture: Capture, kind: str) -> str:
         most = capture.settings.get("batching.max_queue")
         queue = _change("batching.max_queue", most, 2 * (most or 1024))
         return (
-            f"more came than the model could run: more model replicas ({_more(capture, 'Model')}), or a longer queue for "
-            f"bursts ({queue})"
+            f"more came than the model could run: more model replicas ({_more(capture, 'Model')}), or, for bursts, a "
+            f"longer queue ({queue})"
         )
     if kind == "deadline_passed":
         return (

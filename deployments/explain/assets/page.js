@@ -106,9 +106,9 @@ function draw() {
         maintainAspectRatio: false,
         spanGaps: false,
         interaction: { mode: "nearest", intersect: true },
-        onClick: (_, hits) => hits.length && open(hits[0].element.$context.raw.trace),
-        onHover: (event, hits) => {
-          event.native.target.style.cursor = hits.some((hit) => hit.element.$context.raw.trace) ? "pointer" : "default";
+        onClick: (_, hits, chart) => hits.length && open(traceOf(chart, hits[0])),
+        onHover: (event, hits, chart) => {
+          event.native.target.style.cursor = hits.some((hit) => traceOf(chart, hit)) ? "pointer" : "default";
         },
         plugins: {
           legend: { labels: { color: color("--ink"), boxWidth: 9, boxHeight: 9, usePointStyle: type === "scatter" } },
@@ -124,6 +124,8 @@ function draw() {
     });
   });
 }
+
+const traceOf = (chart, { datasetIndex, index }) => chart.data.datasets[datasetIndex].data[index].trace;
 
 function open(trace) {
   if (!trace) return;
