@@ -15,11 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from deployments.explain.device import Interval
 from deployments.explain.otlp import Span
 from deployments.telemetry import names
-
-Interval = tuple[int, int]
-"""From and until, in nanoseconds of one clock."""
 
 
 @dataclass(slots=True)

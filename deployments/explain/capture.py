@@ -6,13 +6,13 @@ hangs below it. Requests of which only parts came are counted, and judged by wha
 
 from __future__ import annotations
 
-from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from deployments.explain.breakdown import Breakdown, break_down
+from deployments.explain.breakdown import Breakdown, break_down, union, without
+from deployments.explain.device import Device, Interval
 from deployments.explain.otlp import Span
 from deployments.explain.survey import Key, Root, Survey
 from deployments.telemetry import names
@@ -93,6 +93,8 @@ class Request:
     """Where its model replica ran."""
     runs: tuple[Key, ...]
     """Links of its forward passes; more than it has forward passes where a run was repeated."""
+    waits: tuple[Interval, ...]
+    """When it waited in the model replica, by that replica's clock."""
     calls: tuple[Call, ...]
     max_wait_ms: float
     """``batching.max_wait_ms`` as its spans state it."""
@@ -121,6 +123,8 @@ class Capture:
     """Those that they were in."""
     loads: list[Load] = field(default_factory=list)
     """Within the window, by their start."""
+    devices: dict[str, Device] = field(default_factory=dict)
+    """By model replica, with all runs of it."""
     busy_ns: dict[str, list[int]] = field(default_factory=dict)
     """By model replica: how long its device ran batches in each part of the window."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -139,7 +143,7 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
     """The requests that the survey chose, and the runs and loads of its window."""
     found = Capture(survey)
     runs: dict[Key, Run] = {}
-    busy: dict[str, array[int]] = defaultdict(lambda: array("q"))
+    devices: dict[str, Device] = defaultdict(Device)
     traces: dict[str, dict[str, Span]] = defaultdict(dict)
     loads: dict[Key, Load] = {}
     orphans: dict[str, int] = {}
@@ -149,7 +153,7 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
             if hash(span.key) not in seen:
                 seen.add(hash(span.key))
                 run = _run(span)
-                busy[run.replica].extend((run.started_ns, run.took_ns))
+                devices[run.replica].add(run.started_ns, run.took_ns, run.tokens, run.padded_tokens)
                 # Of a run whose links were lost nobody knows whose it was.
                 if not span.links or any(trace_id in survey.close for trace_id, _ in span.links):
                     runs[run.key] = run
@@ -174,7 +178,10 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
     found.loads = sorted((_set_back(load, ahead) for load in loads.values()), key=lambda load: load.started_ns)
     begin, end = survey.window_ns
     found.loads = [load for load in found.loads if load.started_ns <= end and load.started_ns + load.took_ns >= begin]
-    found.busy_ns = {replica: _busy(runs_, ahead.get(replica, 0), survey.window_ns) for replica, runs_ in busy.items()}
+    for replica, device in devices.items():
+        device.ahead_ns = ahead.get(replica, 0)
+        found.devices[replica] = device
+        found.busy_ns[replica] = device.busy_ns(survey.window_ns, BINS, bin_ns(survey.window_ns))
     return found
 
 
@@ -246,9 +253,14 @@ def _request(spans: Sequence[Span]) -> Request:
         },
         host=_host(predicted.resource) if predicted is not None else "",
         runs=tuple(link for span in by_name[names.FORWARD_PASS] for link in span.links),
+        waits=tuple(without(_intervals(by_name[names.QUEUE]), _intervals(by_name[names.FORWARD_PASS]))),
         calls=tuple(_calls(by_name)),
         max_wait_ms=_number(predicted, "ai.batch.timeout_ms") if predicted is not None else 0.0,
     )
+
+
+def _intervals(spans: Iterable[Span]) -> list[Interval]:
+    return union((span.start_ns, span.end_ns) for span in spans)
 
 
 def _calls(by_name: Mapping[str, Sequence[Span]]) -> Iterable[Call]:
@@ -307,20 +319,6 @@ def _clocks(requests: Iterable[Request]) -> dict[str, int]:
         there[callee] = min(call.there_ns, there.get(callee, call.there_ns))
         back[callee] = min(call.back_ns, back.get(callee, call.back_ns))
     return {callee: (there[callee] - back[callee]) // 2 for callee in there}
-
-
-def _busy(runs: Sequence[int], ahead_ns: int, window_ns: tuple[int, int]) -> list[int]:
-    """Of starts and durations in turn: nanoseconds in each part of the window."""
-    begin, end = window_ns
-    width = bin_ns(window_ns)
-    busy = [0] * BINS
-    for start, took in zip(runs[::2], runs[1::2], strict=True):
-        start -= ahead_ns
-        first, last = max(0, (start - begin) // width), min(BINS - 1, (start + took - begin) // width)
-        for number in range(first, last + 1):
-            lower = begin + number * width
-            busy[number] += min(start + took, lower + width, end) - max(start, lower)
-    return busy
 
 
 def bin_ns(window_ns: tuple[int, int]) -> int:

@@ -181,7 +181,13 @@ CAUSES = (
     Cause("batch_fill", ("batch_fill",), True, "waiting for a batch to fill while the device was idle", _less_filling),
     Cause("tokenization", ("tokenization",), False, "in the tokenizer", _tokenizer, "tokenizer"),
     Cause("long_input", ("own_work",), False, "running inputs longer than usual", _shorter_inputs),
-    Cause("padding", ("padding",), True, "computing the padding of longer neighbours", _less_padding),
+    Cause(
+        "padding",
+        ("padding",),
+        True,
+        "on the padding of longer neighbours, in their own runs or in those they waited for",
+        _less_padding,
+    ),
     Cause(
         "device_contention",
         ("contention",),

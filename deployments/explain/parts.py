@@ -2,7 +2,7 @@
 
 1. What a run of the model costs is fitted over all runs, ``a + b * padded tokens``. A request's own work is what a run
    of its tokens alone would cost; the other members' tokens and the padding of the batch cost ``b`` each; what the
-   runs took beyond all that is contention.
+   runs took beyond all that is contention. Who waited while others ran has waited for their padding too.
 2. The clocks of two processes differ by what nobody knows, but the quickest way there and the quickest way back between
    them bound it. A call that was longer under way to the stage than back waited there for a replica to take it; what
    was slow both ways was transit.
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.explain.capture import Call, Capture, Request, Run
+from deployments.explain.device import Device
 from deployments.explain.survey import Key
 
 Parts = dict[str, float]
@@ -54,7 +55,24 @@ def parts_of(capture: Capture) -> list[Parts]:
     """Of each request of the capture, in its order."""
     fit = fit_runs(capture.runs.values())
     quickest = _quickest(call for request in capture.requests for call in request.calls)
-    return [_parts(request, capture.runs, fit, quickest) for request in capture.requests]
+    found = []
+    for request in capture.requests:
+        found.append(parts := _parts(request, capture.runs, fit, quickest))
+        device = capture.devices.get(request.replicas.get("model", ""))
+        if fit is not None and device is not None:
+            waited = min(parts["device_busy"], _padding_ms(request, device, fit))
+            parts["device_busy"] -= waited
+            parts["padding"] += waited
+    return found
+
+
+def _padding_ms(request: Request, device: Device, fit: RunFit) -> float:
+    """Of the runs that it waited for: what they took for padding."""
+    return sum(
+        within / 1e6 * fit.token_ms * max(0, padded - tokens) / max(fit.ms(padded), 1e-9)
+        for wait in request.waits
+        for within, tokens, padded in device.during(wait)
+    )
 
 
 def _parts(

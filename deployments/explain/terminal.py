@@ -44,6 +44,8 @@ def why(where: str, since_ns: int, slowest: float, form: Format, output: Path | 
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(output.open("w", encoding="utf-8")) if output is not None else sys.stdout
             _write(verdict, form, file)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise NothingToShow(f"{output or 'standard output'} cannot be written: {error.strerror}") from None
     _say_what_is_broken(source)

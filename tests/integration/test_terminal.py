@@ -104,6 +104,14 @@ def test_a_server_that_does_not_answer_ends_live(tmp_path: Path) -> None:
     assert ended.stderr.startswith("slowlens: http://127.0.0.1:9 cannot be reached")
 
 
+def test_a_long_reading_shows_how_far_it_is(store: Path) -> None:
+    (store / "b.jsonl").write_text('{"resourceSpans": []}\n' * 1_500_000)
+    with terminal("why", "--source", str(store)) as shown:
+        shown.until(r"reading .*\d+%")
+        shown.until("tokenization")
+        shown.process.wait(30)
+
+
 @pytest.mark.parametrize(("env", "colored"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_colours_in_a_terminal_where_they_are_wanted(store: Path, env: dict[str, str], colored: bool) -> None:
     with terminal("why", "--source", str(store), env=env) as shown:

@@ -19,7 +19,7 @@ from deployments.explain.parts import PARTS, RunFit, fit_runs, parts_of
 from deployments.explain.survey import Root, survey
 from deployments.explain.verdict import Verdict, judge
 from deployments.telemetry import names
-from tests.support.made import CASES, RUN_MS, TOKEN_MS, otlp, request, window
+from tests.support.made import CASES, RUN_MS, TOKEN_MS, otlp, request, span, window
 
 
 def read(spans: Sequence[Span], since_ns: int = 0, slowest: float = 0.05) -> Capture:
@@ -81,6 +81,26 @@ def test_what_is_always_long_explains_nothing_but_waiting_is_never_usual() -> No
 def test_two_causes_at_once_are_both_named() -> None:
     found = verdict(window({"busy": 100.0, "upload": 60.0}))
     assert [finding.cause for finding in found.findings] == ["device_queue", "slow_upload"]
+
+
+def test_who_waited_while_padding_was_computed_waited_for_the_padding() -> None:
+    spans: list[Span] = []
+    for number in range(240):
+        at_ms = number * 1000.0
+        if number % 12 == 3:
+            # A run of 5 + 5 tokens and 390 of padding, 204 ms long, begins as this request comes to the model.
+            spans += request(number, at_ms, busy=204.0, tokens=10)
+            begun = next(one.start_ns for one in spans if one.key == (f"{number:032x}", "q"))
+            other = span(f"{number:x}".zfill(32).replace("0", "e", 8), "b", "", names.BATCH_FORWARD, "model", 0, 204.0)
+            numbers = {"ai.batch.actual_size": 2, "ai.batch.tokens": 10, "ai.batch.padded_tokens": 400}
+            spans.append(replace(other, start_ns=begun, end_ns=begun + 204_000_000, attributes=numbers))
+        else:
+            spans += request(number, at_ms, tokens=5 + number % 11)
+    found = verdict(spans)
+    assert [finding.cause for finding in found.findings] == ["padding"]
+    # All but the 4 ms of a run and the 5 ms of its ten tokens.
+    assert found.findings[0].evidence[0][1] == pytest.approx(204 - 9, abs=1)
+    assert sum(found.answered[-1].parts.values()) == pytest.approx(found.answered[-1].request.latency_ns / 1e6)
 
 
 def test_a_small_cause_that_rules_some_requests_is_named_beside_a_large_one() -> None:

@@ -1,0 +1,53 @@
+"""The runs of one model replica in time: how busy its device was, and with what, while somebody waited for it."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+
+Interval = tuple[int, int]
+"""From and until, in nanoseconds of one clock."""
+
+
+class Device:
+    """Runs follow each other on a device; times are by the replica's own clock.
+
+    Attributes:
+        ahead_ns: how far that clock is ahead of the ingress's, as far as it is known.
+    """
+
+    def __init__(self) -> None:
+        self.ahead_ns = 0
+        # A million runs are kept so: start, duration, tokens and padded tokens, in turn.
+        self._numbers = array("q")
+        self._starts: list[int] = []
+        self._order: list[int] = []
+
+    def add(self, started_ns: int, took_ns: int, tokens: int, padded_tokens: int) -> None:
+        self._numbers.extend((started_ns, took_ns, tokens, padded_tokens))
+
+    def during(self, interval: Interval) -> Iterator[tuple[int, int, int]]:
+        """Of each run in it: nanoseconds within the interval, tokens, padded tokens."""
+        begin, end = interval
+        if len(self._order) != len(self._numbers) // 4:
+            self._order = sorted(range(0, len(self._numbers), 4), key=self._numbers.__getitem__)
+            self._starts = [self._numbers[at] for at in self._order]
+        # The run that had begun before may still be under way.
+        for number in range(max(0, bisect_left(self._starts, begin) - 1), len(self._starts)):
+            start, took, tokens, padded = self._numbers[self._order[number] : self._order[number] + 4]
+            if start >= end:
+                return
+            if (within := min(start + took, end) - max(start, begin)) > 0:
+                yield within, tokens, padded
+
+    def busy_ns(self, window: Interval, bins: int, bin_ns: int) -> list[int]:
+        """How long it ran in each part of a window that is by the ingress's clock."""
+        begin, end = window[0] + self.ahead_ns, window[1] + self.ahead_ns
+        busy = [0] * bins
+        for start, took in zip(self._numbers[::4], self._numbers[1::4], strict=True):
+            first, last = max(0, (start - begin) // bin_ns), min(bins - 1, (start + took - begin) // bin_ns)
+            for number in range(first, last + 1):
+                lower = begin + number * bin_ns
+                busy[number] += max(0, min(start + took, lower + bin_ns, end) - max(start, lower))
+        return busy
