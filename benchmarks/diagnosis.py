@@ -4,6 +4,7 @@
     python benchmarks/diagnosis.py padding cpu_hog
     python benchmarks/diagnosis.py --rounds 3 -o FILE     # writes the table of truth and verdict
     python benchmarks/diagnosis.py padding --keep FOLDER  # keeps the traces, to look at them afterwards
+    python benchmarks/diagnosis.py --again FOLDER         # asks for the verdicts on kept traces again
 
 Prints each verdict, and ends with status 1 where one was wrong: the right causes must come first, and a healthy run
 must name nothing. Needs Linux, ports 8000 and 14318, and a C compiler for one case. A case takes about a minute.
@@ -28,6 +29,8 @@ from slowdowns import HERE, SLOWDOWNS, Setup, Slowdown, fills, short
 from throughput import Server, running
 
 PROGRAMS = Path(sys.executable).parent
+BEGUN = "begun"
+"""The file beside kept traces that says when the traffic began, in Unix seconds."""
 
 
 def named_in(case: Slowdown, keep: Path | None) -> list[str]:
@@ -45,13 +48,19 @@ def named_in(case: Slowdown, keep: Path | None) -> list[str]:
             begun = time.time()
             case.drive(folder)
             time.sleep(2)
-            since = f"{int(time.time() - begun) + 1}s"
-            why = [str(PROGRAMS / "slowlens"), "why", "--source", str(folder / "slowlens"), "--since", since]
-            print(subprocess.run(why, capture_output=True, text=True).stdout, file=sys.stderr, flush=True)
-            verdict = subprocess.run([*why, "--format", "json"], capture_output=True, text=True, check=True).stdout
+            named = verdict_on(folder / "slowlens", begun)
         if keep is not None:
             shutil.copytree(folder / "slowlens", keep)
-        return [finding["cause"] for finding in json.loads(verdict)["findings"]]
+            (keep / BEGUN).write_text(str(begun))
+        return named
+
+
+def verdict_on(store: Path, begun: float) -> list[str]:
+    since = f"{int(time.time() - begun) + 1}s"
+    why = [str(PROGRAMS / "slowlens"), "why", "--source", str(store), "--since", since]
+    print(subprocess.run(why, capture_output=True, text=True).stdout, file=sys.stderr, flush=True)
+    verdict = subprocess.run([*why, "--format", "json"], capture_output=True, text=True, check=True).stdout
+    return [finding["cause"] for finding in json.loads(verdict)["findings"]]
 
 
 def is_right(named: list[str], truth: tuple[str, ...]) -> bool:
@@ -117,14 +126,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where to leave the traces of each case")
+    parser.add_argument("--again", type=Path, metavar="FOLDER", help="judge the traces that were kept there")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(SLOWDOWNS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     results: dict[str, list[list[str]]] = {name: [] for name in options.cases or SLOWDOWNS}
     for number in range(1, options.rounds + 1):
         for name, rounds in results.items():
-            keep = options.keep / f"{name}-{number}" if options.keep is not None else None
-            rounds.append(named_in(SLOWDOWNS[name], keep))
+            kept = (options.again or options.keep or Path()) / f"{name}-{number}"
+            if options.again is not None:
+                rounds.append(verdict_on(kept, float((kept / BEGUN).read_text())))
+            else:
+                rounds.append(named_in(SLOWDOWNS[name], kept if options.keep is not None else None))
             right = "right" if is_right(rounds[-1], SLOWDOWNS[name].truth) else "WRONG"
             print(f"round {number}: {name}: {', '.join(rounds[-1]) or 'nothing'}: {right}", flush=True)
     print(f"\n{table(results)}")

@@ -18,7 +18,8 @@ from ray.serve import Application
 from deployments import __version__
 from deployments.config import TelemetryConfig
 from deployments.errors import ApiError, ConfigError, InvalidField, NotFound, SourceUnavailable
-from deployments.explain.backends import SourceError, source_at
+from deployments.explain.backends import source_at
+from deployments.explain.http_api import SourceError
 from deployments.explain.options import PageConfig, duration_s, share
 from deployments.explain.page import as_html
 from deployments.explain.report import as_json

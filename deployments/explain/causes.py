@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.explain.capture import BINS, Capture, Request, bin_ns
+from deployments.explain.capture import BINS, Capture, bin_ns
+from deployments.explain.request import Request
 
 _ALL_AT_ONCE = 4000
 """``max_ongoing_requests`` that leaves the waiting to the model's own queue."""

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-from deployments.explain.capture import BINS, Request, Run, bin_ns
+from deployments.explain.capture import BINS, Run, bin_ns
 from deployments.explain.otlp import Span
 from deployments.explain.parts import fit_runs, median
 from deployments.explain.report import headline, percentiles, share_of, stages
+from deployments.explain.request import Request
 from deployments.explain.survey import Key
 from deployments.explain.verdict import Finding, Judged, Verdict
 from deployments.explain.waterfall import MOST_MEMBERS, aligned, label, ordered, shown

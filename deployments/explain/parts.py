@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deployments.explain.capture import Call, Capture, Request, Run
+from deployments.explain.capture import Capture, Run
 from deployments.explain.device import Device
+from deployments.explain.request import Call, Request
 from deployments.explain.survey import Key
 
 Parts = dict[str, float]

@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from deployments.explain.capture import Capture, Request, capture
+from deployments.explain.capture import Capture, capture
 from deployments.explain.causes import CAUSES, Cause, after_failures
 from deployments.explain.parts import PARTS, Parts, median, parts_of
 from deployments.explain.pattern import apart
+from deployments.explain.request import Request
 from deployments.explain.source import Source
 from deployments.explain.survey import NOT_OURS, survey
 

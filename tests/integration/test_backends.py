@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from deployments.command import main
-from deployments.explain import backends
+from deployments.explain import http_api
 from deployments.explain.otlp import Span
 from deployments.telemetry import names
 from tests.support.made import moved, otlp_of, window
@@ -315,7 +315,7 @@ SERVERS: dict[str, Callable[[list[Span]], dict[str, Any]]] = {
 def test_why_over_more_requests_than_an_answer_holds(
     server: str, since: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "_AT_ONCE", FULL)
+    monkeypatch.setattr(http_api, "_AT_ONCE", FULL)
     with serving(SERVERS[server](lately(240))) as asked:
         assert main(["why", "--source", asked.url, "--format", "json", *since]) == 0
     printed = capsys.readouterr()

@@ -1,0 +1,104 @@
+"""Jaeger's query service, by its HTTP API: ``/api/traces``
+(https://www.jaegertracing.io/docs/latest/architecture/apis/, "HTTP JSON")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+from deployments.explain.http_api import LONGEST_REQUEST_NS, LOOKBACK, Api, Backend, in_windows, window
+from deployments.explain.otlp import Span
+from deployments.explain.survey import Root, Survey
+from deployments.telemetry import names
+
+_INGRESS, _MODEL = f"{names.NAMESPACE}.ingress", f"{names.NAMESPACE}.model"
+
+
+class Jaeger(Backend):
+    """A search answers with whole traces, so they are kept for when they are asked for."""
+
+    def __init__(self, api: Api) -> None:
+        super().__init__(api)
+        self._kept: dict[str, list[Span]] = {}
+
+    def newest(self) -> str:
+        found = self._search(_INGRESS, names.PREDICT, {"lookback": LOOKBACK, "limit": "20"})
+        roots = [span for trace in found for span in self._decoded(trace) if span.name == names.PREDICT]
+        if not roots:
+            raise LookupError(f"there is no request in these traces in the last {LOOKBACK}")
+        return max(roots, key=lambda span: span.end_ns).trace_id
+
+    def roots(self, since_ns: int) -> Iterator[Root]:
+        self.broken, self._kept = 0, {}
+        for trace in self._all(_INGRESS, names.PREDICT, *window(since_ns)):
+            spans = list(self._decoded(trace))
+            if spans:
+                self._kept[spans[0].trace_id] = spans
+            yield from (Root.of(span) for span in spans if span.name == names.PREDICT)
+
+    def spans(self, survey: Survey) -> Iterator[Span]:
+        begin_ns, end_ns = survey.window_ns
+        for spans in self._kept.values():
+            yield from spans
+        for name in (names.BATCH_FORWARD, names.MODEL_LOAD):
+            for trace in self._all(_MODEL, name, begin_ns - LONGEST_REQUEST_NS, end_ns):
+                yield from self._decoded(trace)
+
+    def _all(self, service: str, operation: str, begin_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
+        def between(begin_ns: int, end_ns: int, limit: int) -> list[dict[str, Any]]:
+            window = {"start": str(begin_ns // 1000), "end": str(end_ns // 1000)}
+            return self._search(service, operation, {**window, "limit": str(limit)})
+
+        return in_windows(between, begin_ns, end_ns)
+
+    def _search(self, service: str, operation: str, more: dict[str, str]) -> list[dict[str, Any]]:
+        query = {"service": service, "operation": operation, **more}
+        return (self._api.json("/api/traces", query) or {}).get("data") or []
+
+    def _spans(self, trace_id: str) -> list[Span]:
+        answer = self._api.json(f"/api/traces/{quote(trace_id)}", {}) or {}
+        spans = {span.key: span for trace in answer.get("data") or [] for span in self._decoded(trace)}
+        return list(spans.values())
+
+    def _decoded(self, trace: dict[str, Any]) -> Iterator[Span]:
+        resources = {key: _resource(process) for key, process in trace.get("processes", {}).items()}
+        for span in trace.get("spans", []):
+            try:
+                yield _from_jaeger(span, resources.get(span.get("processID", ""), {}))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self.broken += 1
+
+
+def _resource(process: dict[str, Any]) -> dict[str, Any]:
+    tags = {tag["key"]: tag["value"] for tag in process.get("tags", [])}
+    return {**tags, "service.name": process.get("serviceName", "")}
+
+
+def _from_jaeger(span: dict[str, Any], resource: dict[str, Any]) -> Span:
+    """Jaeger's times are microseconds; a link is a reference that is not the parent."""
+    trace_id = _padded(span["traceID"], 32)
+    references = [
+        (one["refType"], _padded(one["traceID"], 32), _padded(one["spanID"], 16)) for one in span.get("references", [])
+    ]
+    parent = next((ref for ref in references if ref[0] == "CHILD_OF" and ref[1] == trace_id), None)
+    attributes = {tag["key"]: tag["value"] for tag in span.get("tags", [])}
+    return Span(
+        trace_id=trace_id,
+        span_id=_padded(span["spanID"], 16),
+        parent_id=parent[2] if parent is not None else "",
+        name=str(span["operationName"]),
+        service=str(resource.get("service.name", "")),
+        instance=str(resource.get("service.instance.id", "")),
+        start_ns=int(span["startTime"]) * 1000,
+        end_ns=(int(span["startTime"]) + int(span["duration"])) * 1000,
+        attributes=attributes,
+        links=tuple(ref[1:] for ref in references if ref is not parent),
+        failed=attributes.get("error") is True or attributes.get("otel.status_code") == "ERROR",
+        resource=resource,
+    )
+
+
+def _padded(ident: str, length: int) -> str:
+    """Jaeger leaves leading zeros out."""
+    return ident.lower().zfill(length)

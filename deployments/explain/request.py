@@ -1,0 +1,164 @@
+"""One trace to its requests: what is known of each.
+
+A trace may have several requests (its caller called more than once): each is a span of the whole request with what
+hangs below it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.explain.breakdown import Breakdown, break_down, union, without
+from deployments.explain.device import Interval
+from deployments.explain.otlp import Span
+from deployments.explain.survey import Key, Root
+from deployments.telemetry import names
+
+_STAGES = (
+    ("tokenizer", names.HOP_TOKENIZER, names.PREPROCESS),
+    ("model", names.HOP_MODEL, names.BATCHED_PREDICT),
+    ("postprocessor", names.HOP_POSTPROCESSOR, names.POSTPROCESS),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The way to a stage and back, on two clocks whose difference is not known."""
+
+    stage: str
+    between: tuple[str, str]
+    """The instances of caller and stage."""
+    there_ns: int
+    """From the caller's start to the stage's, by their own clocks."""
+    back_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    key: Key
+    started_ns: int
+    breakdown: Breakdown
+    route: str
+    error: str
+    """``error.type``; empty where there was none."""
+    client: str
+    """``client.address``; empty where it is not known."""
+    inputs: int
+    tokens: int
+    chars: int
+    truncated: bool
+    replicas: Mapping[str, str]
+    """By stage, the replica that had it."""
+    host: str
+    """Where its model replica ran."""
+    runs: tuple[Key, ...]
+    """Links of its forward passes; more than it has forward passes where a run was repeated."""
+    waits: tuple[Interval, ...]
+    """When it waited in the model replica, by that replica's clock."""
+    calls: tuple[Call, ...]
+    max_wait_ms: float
+    """``batching.max_wait_ms`` as its spans state it."""
+
+    @property
+    def trace_id(self) -> str:
+        return self.key[0]
+
+    @property
+    def latency_ns(self) -> int:
+        return self.breakdown.latency_ns
+
+    @property
+    def is_cold(self) -> bool:
+        return self.breakdown.cold_start > 0
+
+
+def split(trace: Iterable[Span]) -> list[list[Span]]:
+    """The requests of a trace, by their start: each its root, and then what hangs below it."""
+    below: dict[str, list[Span]] = defaultdict(list)
+    spans = list({span.span_id: span for span in trace}.values())
+    for span in spans:
+        below[span.parent_id].append(span)
+    found = []
+    for root in sorted((s for s in spans if s.name == names.PREDICT), key=lambda s: s.start_ns):
+        request = [root]
+        for span in request:
+            request += (s for s in below[span.span_id] if s.name != names.PREDICT)
+        found.append(request)
+    return found
+
+
+def request_of(spans: Sequence[Span]) -> Request:
+    """Of a request's spans, its root first."""
+    root = spans[0]
+    by_name: dict[str, list[Span]] = defaultdict(list)
+    for span in spans:
+        by_name[span.name].append(span)
+    predicted = next(iter(by_name[names.BATCHED_PREDICT]), None)
+    return Request(
+        key=root.key,
+        started_ns=root.start_ns,
+        breakdown=break_down(spans),
+        route=str(root.attributes.get("http.route", "")),
+        error=Root.of(root).error,
+        client=str(root.attributes.get("client.address", "")),
+        inputs=whole(root, "ai.input_count"),
+        tokens=whole(root, "gen_ai.usage.input_tokens"),
+        chars=whole(root, "ai.input_length"),
+        truncated=any(span.attributes.get("ai.preprocess.was_truncated") is True for span in spans),
+        replicas={
+            "ingress": root.instance,
+            **{stage: span.instance for stage, _, name in _STAGES for span in by_name[name]},
+        },
+        host=_host(predicted.resource) if predicted is not None else "",
+        runs=tuple(link for span in by_name[names.FORWARD_PASS] for link in span.links),
+        waits=tuple(without(_intervals(by_name[names.QUEUE]), _intervals(by_name[names.FORWARD_PASS]))),
+        calls=tuple(_calls(by_name)),
+        max_wait_ms=number(predicted, "ai.batch.timeout_ms") if predicted is not None else 0.0,
+    )
+
+
+def lacks_a_stage(request: Request, spans: Sequence[Span]) -> bool:
+    """Whether a call was answered by a stage that says nothing of it."""
+    present = {(span.parent_id, span.name) for span in spans}
+    stage_of = {hop: stage for _, hop, stage in _STAGES}
+    return not request.error and any(
+        (span.span_id, stage_of[span.name]) not in present for span in spans if span.name in stage_of
+    )
+
+
+def _intervals(spans: Iterable[Span]) -> list[Interval]:
+    return union((span.start_ns, span.end_ns) for span in spans)
+
+
+def _calls(by_name: Mapping[str, Sequence[Span]]) -> Iterable[Call]:
+    for stage, hop_name, stage_name in _STAGES:
+        for hop in by_name.get(hop_name, ()):
+            for served in by_name.get(stage_name, ()):
+                if served.parent_id == hop.span_id:
+                    between = (hop.instance, served.instance)
+                    yield Call(stage, between, served.start_ns - hop.start_ns, hop.end_ns - served.end_ns)
+
+
+def _host(resource: Mapping[str, Any]) -> str:
+    keys = ("k8s.node.name", "host.name", "ray.node.id")
+    return next((str(resource[key]) for key in keys if resource.get(key)), "")
+
+
+def window_of(requests: Sequence[Request]) -> tuple[int, int]:
+    """From the first request's start to the last one's end, in Unix nanoseconds; zeros of none."""
+    if not requests:
+        return 0, 0
+    return min(r.started_ns for r in requests), max(r.started_ns + r.latency_ns for r in requests)
+
+
+def whole(span: Span, key: str) -> int:
+    return int(number(span, key))
+
+
+def number(span: Span, key: str) -> float:
+    """Of an attribute; 0 where it is missing or no number."""
+    value = span.attributes.get(key, 0)
+    return value if isinstance(value, int | float) and abs(value) < 2**62 else 0

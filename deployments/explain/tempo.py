@@ -1,0 +1,69 @@
+"""Grafana Tempo, by its HTTP API: ``/api/search`` and ``/api/traces`` (https://grafana.com/docs/tempo/latest/api_docs/)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+from deployments.explain.http_api import Backend, in_windows, window
+from deployments.explain.otlp import Decoder, Span
+from deployments.explain.survey import Root, Survey
+from deployments.telemetry import names
+
+
+class Tempo(Backend):
+    def newest(self) -> str:
+        found = self._search({"limit": "20"})
+        if not found:
+            raise LookupError("there is no request in these traces yet")
+        return _tempo_id(max(found, key=lambda one: int(one.get("startTimeUnixNano", 0))))
+
+    def roots(self, since_ns: int) -> Iterator[Root]:
+        self.broken = 0
+        for summary in in_windows(self._between, *window(since_ns)):
+            try:
+                trace_id = _tempo_id(summary)
+                sets = summary.get("spanSets") or [summary.get("spanSet") or {}]
+                matched = [_tempo_root(trace_id, span) for one in sets for span in one.get("spans") or []]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self.broken += 1
+                continue
+            # Versions before TraceQL name the trace only.
+            yield from matched or map(Root.of, (s for s in self._spans(trace_id) if s.name == names.PREDICT))
+
+    def spans(self, survey: Survey) -> Iterator[Span]:
+        linked: set[str] = set()
+        for span in self._fetched(sorted(survey.close)):
+            linked.update(trace_id for trace_id, _ in span.links)
+            yield span
+        yield from self._fetched(sorted(linked - survey.close))
+
+    def _between(self, begin_ns: int, end_ns: int, limit: int) -> list[dict[str, Any]]:
+        # Whole seconds; a trace that two windows share comes twice and counts once.
+        window = {"start": str(begin_ns // 10**9), "end": str(-(-end_ns // 10**9))}
+        return self._search({**window, "limit": str(limit), "spss": "100"})
+
+    def _search(self, more: dict[str, str]) -> list[dict[str, Any]]:
+        query = f'{{ name = "{names.PREDICT}" }} | select(span.error.type, status)'
+        answer = self._api.json("/api/search", {"q": query, **more}) or {}
+        return answer.get("traces") or []
+
+    def _spans(self, trace_id: str) -> list[Span]:
+        decoder = Decoder()
+        data = self._api.json(f"/api/traces/{quote(trace_id)}", {}) or {}
+        spans = {span.key: span for span in decoder.spans(data.get("trace", data))}
+        self.broken += decoder.broken
+        return list(spans.values())
+
+
+def _tempo_id(summary: dict[str, Any]) -> str:
+    """Tempo leaves leading zeros out."""
+    return str(summary["traceID"]).lower().zfill(32)
+
+
+def _tempo_root(trace_id: str, span: dict[str, Any]) -> Root:
+    attributes = {one["key"]: next(iter(one["value"].values()), "") for one in span.get("attributes", [])}
+    error = str(attributes.get("error.type") or ("error" if attributes.get("status") == "error" else ""))
+    key = (trace_id, str(span["spanID"]).lower().zfill(16))
+    return Root(key, int(span["startTimeUnixNano"]), int(span["durationNanos"]), error)
