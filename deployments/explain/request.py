@@ -44,6 +44,7 @@ class Request:
     route: str
     error: str
     """``error.type``; empty where there was none."""
+    request_id: str
     client: str
     """``client.address``; empty where it is not known."""
     inputs: int
@@ -103,6 +104,7 @@ def request_of(spans: Sequence[Span]) -> Request:
         breakdown=break_down(spans),
         route=str(root.attributes.get("http.route", "")),
         error=Root.of(root).error,
+        request_id=str(root.attributes.get("ai.request_id", "")),
         client=str(root.attributes.get("client.address", "")),
         inputs=whole(root, "ai.input_count"),
         tokens=whole(root, "gen_ai.usage.input_tokens"),

@@ -126,7 +126,7 @@ def _opened(where: str) -> Iterator[Source]:
                     task, completed=done, total=total, visible=total > _LONG_BYTES
                 )
             yield source
-    except (FileNotFoundError, SourceError) as error:
+    except (OSError, SourceError) as error:
         raise NothingToShow(f"{error} (looked in {without_password(where)})") from None
 
 

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -187,11 +188,14 @@ def _failures(verdict: Verdict) -> Iterator[Finding]:
     listed = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items(), key=lambda pair: -pair[1]))
     read = [request for request in verdict.capture.requests if request.key in counted.failed]
     worst = sorted(read, key=lambda request: -request.latency_ns)[:_EVIDENCE]
+    times = Counter(request.request_id for request in verdict.capture.requests if request.request_id)
+    again = sum(times[request.request_id] > 1 for request in read)
+    tried = f", {again} of them were sent more than once (same X-Request-ID)" if again else ""
     yield Finding(
         "errors_retries",
         counted.failed_ms / (counted.failed_ms + excess_ms) if counted.failed_ms + excess_ms else 0.0,
         count,
-        f"{count} of {counted.requests} requests failed ({listed}){_apart(verdict.capture, read, 'model')}",
+        f"{count} of {counted.requests} requests failed ({listed}){tried}{_apart(verdict.capture, read, 'model')}",
         f"{after_failures(verdict.capture, max(kinds, key=kinds.__getitem__))}; callers that try again make more load",
         tuple((request.trace_id, request.latency_ns / 1e6) for request in worst),
     )

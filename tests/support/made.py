@@ -39,7 +39,15 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
     """One request of 10 tokens, alone in its run, that waits for nothing; ``slow`` says what is different about it."""
     d = {"upload": 1.0, "tokenize": 0.5, "there": 1.0, "back": 1.0, "busy": 0.0, "fill": 0.0, "contention": 0.0}
     d |= {"postprocess": 0.4, "tokens": 10, "company": 0, "padding": 0, "cold": 0.0, "lost": (), "error": ""}
-    d |= {"chars": 40, "client": "10.0.0.1", "replica": "model", "host": "one", "route": "/v1/embeddings"} | slow
+    d |= {
+        "chars": 40,
+        "client": "10.0.0.1",
+        "replica": "model",
+        "host": "one",
+        "route": "/v1/embeddings",
+        "id": f"id-{number}",
+    }
+    d |= slow
     trace, run = f"{number:032x}", f"{number + 10**6:032x}"
     forward = RUN_MS + TOKEN_MS * (d["tokens"] + d["company"] + d["padding"]) + d["contention"]
     wait = d["busy"] + d["fill"]
@@ -70,7 +78,7 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
     clock += 0.1
     failed = {"error__type": d["error"]} if d["error"] else {}
     root = {"http__route": d["route"], "gen_ai__usage__input_tokens": d["tokens"], "ai__input_length": d["chars"]}
-    root |= {"client__address": d["client"]}
+    root |= {"client__address": d["client"], "ai__request_id": d["id"]}
     made.append(span(trace, "root", "", names.PREDICT, "ingress", at_ms, clock - at_ms, **root, **failed))
     tokens = d["tokens"] + d["company"]
     made.append(

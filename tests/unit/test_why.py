@@ -180,7 +180,19 @@ def test_failures_are_a_cause_and_bad_input_is_none() -> None:
     (finding,) = verdict(spans).findings
     assert (finding.cause, finding.requests) == ("errors_retries", 6)
     assert "6 of 240 requests failed (replica_died 6)" in finding.summary
+    assert "more than once" not in finding.summary
     assert verdict(window({"error": "invalid_field"})).findings == []
+
+
+def test_failures_that_callers_tried_again_are_told_by_their_request_id() -> None:
+    spans = window({})
+    for number in range(300, 304):
+        spans += request(number, number * 200.0, error="queue_full", id=f"again-{number}")
+        spans += request(number + 100, number * 200.0 + 50, id=f"again-{number}" if number < 303 else "once")
+    (finding,) = verdict(spans).findings
+    assert finding.cause == "errors_retries"
+    assert finding.summary.startswith("4 of 248 requests failed (queue_full 4), 3 of them were sent more than once")
+    assert "a longer queue (batching.max_queue: 2048)" in finding.fix
 
 
 def test_the_parts_are_the_latency_after_every_split() -> None:
