@@ -37,7 +37,7 @@ class Setup:
 @dataclass(frozen=True)
 class Slowdown:
     truth: tuple[str, ...]
-    """The causes that must come first, in any order; empty where none may be named."""
+    """The causes that must be named, one of them first; empty where none may be named."""
     what: str
     drive: Callable[[Path], None]
     """The traffic, and what slows it. Gets a folder of its own."""
