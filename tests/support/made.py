@@ -101,7 +101,7 @@ def window(slow: dict[str, Any], every: int = 12, count: int = 240) -> list[Span
     spans: list[Span] = []
     for number in range(count):
         usual = {"tokens": chance.randint(5, 15), "busy": chance.random() * 2, "there": 1 + chance.random()}
-        spans += request(number, number * 250.0, **usual | (slow if number % every == 3 else {}))
+        spans += request(number, number * 250.0, **usual | (slow if number % every == min(3, every - 1) else {}))
     chance.shuffle(spans)
     return spans
 
