@@ -6,14 +6,17 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from deployments import __version__
 from deployments.config import TelemetryConfig
 from deployments.errors import ConfigError
 from deployments.explain.options import duration_s, share
 from deployments.explain.terminal import NothingToShow, live, trace, why
+
+Value = TypeVar("Value")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,18 +63,16 @@ def _serve(config: Path, rest: Sequence[str]) -> int:
         return 2
 
 
-def _duration(text: str) -> int:
-    try:
-        return duration_s(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _argument(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """``parse`` with what it says of a wrong value, where argparse would only name the type."""
 
+    def told(text: str) -> Value:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-def _part(text: str) -> float:
-    try:
-        return share(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return told
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     again = commands.add_parser("live", help="why, again and again while the server runs")
     _add_source(again)
     _add_window(again, 300)
-    again.add_argument("--every", dest="every_s", type=_duration, default=5, metavar="5s", help="default: 5s")
+    again.add_argument(
+        "--every", dest="every_s", type=_argument(duration_s), default=5, metavar="5s", help="default: 5s"
+    )
     return parser
 
 
@@ -119,11 +122,11 @@ def _add_window(command: argparse.ArgumentParser, since_s: int | None) -> None:
     command.add_argument(
         "--since",
         dest="since_s",
-        type=_duration,
+        type=_argument(duration_s),
         default=since_s,
         metavar="15m",
         help=f"only requests that ended so long ago at most; default: {what}",
     )
     command.add_argument(
-        "--slowest", type=_part, default=0.05, metavar="5%", help="which requests are slow; default: 5%%"
+        "--slowest", type=_argument(share), default=0.05, metavar="5%", help="which requests are slow; default: 5%%"
     )

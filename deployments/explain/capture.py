@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from deployments.explain.device import Device
 from deployments.explain.otlp import Span
-from deployments.explain.request import Request, lacks_a_stage, request_of, split, whole
+from deployments.explain.request import Request, lacks_a_stage, quickest_of, request_of, split, whole
 from deployments.explain.survey import Key, Survey
 from deployments.telemetry import names
 
@@ -184,14 +184,9 @@ def _set_back(event: Event, ahead: Mapping[str, int]) -> Event:
 
 
 def _clocks(requests: Iterable[Request]) -> dict[str, int]:
-    """By instance, how far its clock is ahead of its callers', as the quickest ways there and back have it."""
-    there: dict[str, int] = {}
-    back: dict[str, int] = {}
-    for call in (call for request in requests for call in request.calls):
-        callee = call.between[1]
-        there[callee] = min(call.there_ns, there.get(callee, call.there_ns))
-        back[callee] = min(call.back_ns, back.get(callee, call.back_ns))
-    return {callee: (there[callee] - back[callee]) // 2 for callee in there}
+    """By instance, how far its clock is ahead of its caller's, as the quickest ways there and back have it."""
+    best = quickest_of(call for request in requests for call in request.calls)
+    return {call.between[1]: (call.there_ns - call.back_ns) // 2 for call in best.values()}
 
 
 def bin_ns(window_ns: tuple[int, int]) -> int:

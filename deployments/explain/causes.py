@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.explain.capture import BINS, Capture, bin_ns
+from deployments.explain.parts import median
 from deployments.explain.request import Request
 
 _ALL_AT_ONCE = 4000
@@ -66,9 +67,9 @@ def _less_filling(_: Capture, slow: Sequence[Request]) -> str:
 
 
 def _shorter_inputs(capture: Capture, slow: Sequence[Request]) -> str:
-    tokens = sorted(request.tokens for request in slow)
+    tokens = median([request.tokens for request in slow])
     return (
-        f"the slow requests had {tokens[len(tokens) // 2]} tokens (median): refuse longer ones "
+        f"the slow requests had {tokens:.0f} tokens (median): refuse longer ones "
         f"({_input_limit(capture, slow)}), cut them (model.max_length), or make runs cost less (a GPU, model.dtype)"
     )
 

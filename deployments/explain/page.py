@@ -15,7 +15,7 @@ from typing import Any
 from deployments.explain.capture import BINS, Run, bin_ns
 from deployments.explain.otlp import Span
 from deployments.explain.parts import fit_runs, median
-from deployments.explain.report import headline, percentiles, share_of, stages
+from deployments.explain.report import headline, percentiles, rows, share_of
 from deployments.explain.request import Request
 from deployments.explain.survey import Key
 from deployments.explain.verdict import Finding, Judged, Verdict
@@ -46,7 +46,7 @@ def as_html(verdict: Verdict) -> str:
             for name, ms in percentiles(verdict.capture.survey.latencies_ms).items()
         ),
         "findings": _findings(verdict),
-        "stages": "".join(_row(row) for row in stages(verdict) if row["p99_ms"] or row["share_of_total"]),
+        "stages": "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells, _ in rows(verdict)),
         # No "<" of a string may end the script.
         "data": json.dumps(_Data(verdict).document(), separators=(",", ":")).replace("<", "\\u003c"),
     }
@@ -75,13 +75,6 @@ def _finding(finding: Finding) -> str:
     return (
         f'<div class="finding{"" if share else " advice"}"><h2><b>{finding.cause}</b>{share}</h2>'
         f"<p>{html.escape(finding.summary)}</p><p><b>Fix:</b> {html.escape(finding.fix)}</p><ul>{traces}</ul></div>"
-    )
-
-
-def _row(row: dict[str, Any]) -> str:
-    return (
-        f"<tr><td>{row['stage'].replace('_', ' ')}</td><td>{row['p50_ms']:.2f}</td><td>{row['p99_ms']:.2f}</td>"
-        f"<td>{row['share_of_total']:.1%}</td><td>{row['share_of_excess']:.1%}</td></tr>"
     )
 
 
@@ -147,11 +140,11 @@ class _Data:
             weight = sum(one.weight for one in ones)
             return sum(one.weight * sum(one.parts[part] for part in parts) for one in ones) / weight if weight else 0.0
 
-        rows = [
+        groups = [
             {"part": group, "ms": [round(mean(ones, parts), 3) for ones in self._bins]}
             for group, parts in _GROUPS.items()
         ]
-        return [row for row in rows if any(row["ms"])]
+        return [group for group in groups if any(group["ms"])]
 
     def _cold(self) -> dict[str, Any]:
         cold = [[one.request for one in ones if one.request.is_cold] for ones in self._bins]
@@ -222,18 +215,15 @@ class _Data:
 
     def _trace(self, request: Request) -> dict[str, Any]:
         spans, _ = aligned(self._capture.spans[request.key], ())
-        root = spans[0]
+        root, known = spans[0], self._capture.runs
         parts = [(name.replace("_", " "), took / 1e6) for name, took in request.breakdown.parts() if took]
         return {
             "at": root.start_ns / 1e6,
             "ms": request.latency_ns / 1e6,
             "spent": ", ".join(f"{name} {ms:.1f}" for name, ms in parts),
             "spans": [_bar(depth, span, root.start_ns) for depth, span in ordered(spans)],
-            "runs": [self._run(key, spans, root.start_ns) for key in dict.fromkeys(request.runs) if self._known(key)],
+            "runs": [self._run(key, spans, root.start_ns) for key in dict.fromkeys(request.runs) if key in known],
         }
-
-    def _known(self, key: Key) -> bool:
-        return key in self._capture.runs
 
     def _run(self, key: Key, spans: Sequence[Span], start_ns: int) -> dict[str, Any]:
         """Drawn where the request's own part of it is: the two are of one clock, which may not be the page's."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from deployments.explain.capture import Capture, Run
 from deployments.explain.device import Device
-from deployments.explain.request import Call, Request
+from deployments.explain.request import Call, Request, quickest_of
 from deployments.explain.survey import Key
 
 Parts = dict[str, float]
@@ -55,7 +55,7 @@ class RunFit:
 def parts_of(capture: Capture) -> list[Parts]:
     """Of each request of the capture, in its order."""
     fit = fit_runs(capture.runs.values())
-    quickest = _quickest(call for request in capture.requests for call in request.calls)
+    quickest = quickest_of(call for request in capture.requests for call in request.calls)
     found = []
     for request in capture.requests:
         found.append(parts := _parts(request, capture.runs, fit, quickest))
@@ -134,18 +134,6 @@ def _least_squares(points: Sequence[tuple[int, float]], weights: Sequence[float]
     slope = (s0 * sxy - sx * sy) / determinant if determinant > 1e-9 * s0 * sxx else 0.0
     slope = max(0.0, slope)
     return RunFit(max(0.0, (sy - slope * sx) / s0), slope)
-
-
-def _quickest(calls: Iterable[Call]) -> dict[tuple[str, str, str], Call]:
-    """By stage and pair of instances: the quickest way there and the quickest way back, of different calls perhaps."""
-    quickest: dict[tuple[str, str, str], Call] = {}
-    for call in calls:
-        key = (call.stage, *call.between)
-        seen = quickest.get(key, call)
-        quickest[key] = Call(
-            call.stage, call.between, min(seen.there_ns, call.there_ns), min(seen.back_ns, call.back_ns)
-        )
-    return quickest
 
 
 def _one_sided_ms(call: Call, quickest: Mapping[tuple[str, str, str], Call]) -> float:

@@ -21,9 +21,9 @@ _WIDTH = 30
 
 def as_json(verdict: Verdict) -> str:
     survey = verdict.capture.survey
-    rows = stages(verdict)
+    parts = stages(verdict)
     begun, ended = survey.window_ns
-    unaccounted = next(row["share_of_total"] for row in rows if row["stage"] == "unaccounted")
+    unaccounted = next(row["share_of_total"] for row in parts if row["stage"] == "unaccounted")
     document = {
         "schema": 1,
         "window": {"from": _time(begun), "to": _time(ended)},
@@ -31,7 +31,7 @@ def as_json(verdict: Verdict) -> str:
         "incomplete": verdict.capture.incomplete,
         "errors": survey.errors,
         "latency_ms": percentiles(survey.latencies_ms),
-        "stages": rows,
+        "stages": parts,
         "findings": [
             {
                 "cause": finding.cause,
@@ -102,27 +102,28 @@ def _table(verdict: Verdict) -> Table:
     for heading in ("p50 ms", "p99 ms", "of total", "of excess"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
+    for cells, share in rows(verdict):
+        table.add_row(*cells, "#" * round(_WIDTH * share))
+    return table
+
+
+def rows(verdict: Verdict) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The parts that took any time, as they are shown, and their share of the total."""
     for row in stages(verdict):
         if row["p99_ms"] or row["share_of_total"]:
-            table.add_row(
-                row["stage"].replace("_", " "),
-                f"{row['p50_ms']:.2f}",
-                f"{row['p99_ms']:.2f}",
-                f"{row['share_of_total']:.1%}",
-                f"{row['share_of_excess']:.1%}",
-                "#" * round(_WIDTH * row["share_of_total"]),
-            )
-    return table
+            times = (f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}")
+            shares = (f"{row['share_of_total']:.1%}", f"{row['share_of_excess']:.1%}")
+            yield (row["stage"].replace("_", " "), *times, *shares), row["share_of_total"]
 
 
 def stages(verdict: Verdict) -> list[dict[str, Any]]:
     """One row for each part of the latency, in the order of the way of a request."""
-    excess = sum(max(0.0, ms) for ms in verdict.excess_ms.values())
+    excess = verdict.whole_excess_ms
     total = sum(one.weight * sum(one.parts.values()) for one in verdict.answered)
-    rows = []
+    made = []
     for part in PARTS:
         values = sorted((one.parts[part], one.weight) for one in verdict.answered)
-        rows.append(
+        made.append(
             {
                 "stage": part,
                 "p50_ms": round(percentile(values, 0.5), 3),
@@ -131,7 +132,7 @@ def stages(verdict: Verdict) -> list[dict[str, Any]]:
                 "share_of_excess": round(max(0.0, verdict.excess_ms[part]) / excess, 4) if excess else 0.0,
             }
         )
-    return rows
+    return made
 
 
 def percentiles(ascending: Sequence[float]) -> dict[str, float]:

@@ -22,6 +22,8 @@ _STAGES = (
     ("model", names.HOP_MODEL, names.BATCHED_PREDICT),
     ("postprocessor", names.HOP_POSTPROCESSOR, names.POSTPROCESS),
 )
+STAGE_OF = {hop: stage for _, hop, stage in _STAGES}
+"""By the name of a call's span, that of the stage which it calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +127,8 @@ def request_of(spans: Sequence[Span]) -> Request:
 def lacks_a_stage(request: Request, spans: Sequence[Span]) -> bool:
     """Whether a call was answered by a stage that says nothing of it."""
     present = {(span.parent_id, span.name) for span in spans}
-    stage_of = {hop: stage for _, hop, stage in _STAGES}
     return not request.error and any(
-        (span.span_id, stage_of[span.name]) not in present for span in spans if span.name in stage_of
+        (span.span_id, STAGE_OF[span.name]) not in present for span in spans if span.name in STAGE_OF
     )
 
 
@@ -142,6 +143,18 @@ def _calls(by_name: Mapping[str, Sequence[Span]]) -> Iterable[Call]:
                 if served.parent_id == hop.span_id:
                     between = (hop.instance, served.instance)
                     yield Call(stage, between, served.start_ns - hop.start_ns, hop.end_ns - served.end_ns)
+
+
+def quickest_of(calls: Iterable[Call]) -> dict[tuple[str, str, str], Call]:
+    """By stage and pair of instances: the quickest way there and the quickest way back, of different calls perhaps."""
+    quickest: dict[tuple[str, str, str], Call] = {}
+    for call in calls:
+        key = (call.stage, *call.between)
+        seen = quickest.get(key, call)
+        quickest[key] = Call(
+            call.stage, call.between, min(seen.there_ns, call.there_ns), min(seen.back_ns, call.back_ns)
+        )
+    return quickest
 
 
 def _host(resource: Mapping[str, Any]) -> str:

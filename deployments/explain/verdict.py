@@ -67,6 +67,11 @@ class Verdict:
     note: str = ""
     """Where nothing is named: why."""
 
+    @property
+    def whole_excess_ms(self) -> float:
+        """Of the slow requests together; parts in which they were quicker do not make up for others."""
+        return sum(max(0.0, ms) for ms in self.excess_ms.values())
+
 
 def percentile(ascending: Sequence[tuple[float, float]], share: float) -> float:
     """Of ``(value, weight)``: the least value that so much of the weight does not exceed; 0 of nothing."""
@@ -124,7 +129,7 @@ def _compare(verdict: Verdict) -> None:
     for _, more in slow:
         for part in PARTS:
             verdict.excess_ms[part] += more[part]
-    whole = sum(max(0.0, ms) for ms in verdict.excess_ms.values())
+    whole = verdict.whole_excess_ms
     useful = sum(of_all.values())
     for cause in CAUSES:
         amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
@@ -183,7 +188,7 @@ def _failures(verdict: Verdict) -> Iterator[Finding]:
     kinds = {kind: count for kind, count in counted.errors.items() if kind not in NOT_OURS}
     if not kinds:
         return
-    excess_ms = sum(max(0.0, ms) for ms in verdict.excess_ms.values())
+    excess_ms = verdict.whole_excess_ms
     count = sum(kinds.values())
     listed = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items(), key=lambda pair: -pair[1]))
     read = [request for request in verdict.capture.requests if request.key in counted.failed]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from deployments.explain.breakdown import Breakdown
 from deployments.explain.otlp import Span
+from deployments.explain.request import STAGE_OF
 from deployments.telemetry import names
 
 _WIDTH = 40
@@ -25,11 +26,6 @@ _SHOWN = (
     "http.response.status_code",
     "error.type",
 )
-_STAGE_OF = {
-    names.HOP_TOKENIZER: names.PREPROCESS,
-    names.HOP_MODEL: names.BATCHED_PREDICT,
-    names.HOP_POSTPROCESSOR: names.POSTPROCESS,
-}
 MOST_MEMBERS = 64
 """Of a batch that are shown."""
 
@@ -102,7 +98,7 @@ def aligned(trace: Sequence[Span], linked: Sequence[Span]) -> tuple[list[Span], 
     ahead: dict[str, int] = {}
     for stage in trace:
         hop = by_id.get(stage.parent_id)
-        if hop is None or _STAGE_OF.get(hop.name) != stage.name:
+        if hop is None or STAGE_OF.get(hop.name) != stage.name:
             continue
         if stage.start_ns < hop.start_ns or stage.end_ns > hop.end_ns:
             ahead[stage.instance] = (stage.start_ns + stage.end_ns - hop.start_ns - hop.end_ns) // 2
