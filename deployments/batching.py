@@ -77,6 +77,11 @@ class AdmissionGate(Generic[Payload]):
         return len(self._waiting) + sum(map(len, self._released[1:]))
 
     @property
+    def waiting_tokens(self) -> int:
+        """Padded tokens of the inputs that ``depth`` counts."""
+        return self._waiting_tokens + sum(item.padded for item in itertools.chain(*self._released[1:]))
+
+    @property
     def is_busy(self) -> bool:
         """Whether a batch runs now."""
         return self._running_batches > 0
@@ -122,7 +127,7 @@ class AdmissionGate(Generic[Payload]):
 
     def _admit(self, count: int, tokens: int) -> None:
         limits = self._limits
-        queued = self._waiting_tokens + sum(item.padded for item in itertools.chain(*self._released[1:]))
+        queued = self.waiting_tokens
         if self.depth + count > limits.max_queue:
             held = f"{self.depth} inputs of at most {limits.max_queue}, and this request adds {count}"
         elif self.depth and queued + tokens > limits.max_queue_tokens:

@@ -109,6 +109,12 @@ class BatchCutter:
         """What a run of these items is expected to take."""
         return self.cost.estimate(self.padded_tokens(items))
 
+    def tokens_per_second(self, padded: float) -> float:
+        """What the device runs, in full batches of inputs of so many padded tokens."""
+        size = max(1, min(self.limits.max_batch_size, int(self.max_batch_tokens // max(1.0, padded))))
+        tokens = size * padded
+        return tokens / (self.cost.run_ns + self.cost.token_ns * tokens) * 1e9
+
     def is_late(self, item: Item[Payload], now_ns: int) -> bool:
         """Whether it misses its deadline even in a run of its own that starts now."""
         return now_ns + self.cost.estimate(item.padded) > item.deadline_ns

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -31,6 +32,7 @@ from deployments.engine.card import ModelCard
 from deployments.errors import ApiError, InvalidField, ModelNotFound, NoReplicaReady
 from deployments.front import Front, error_response, json_response, read_body
 from deployments.hop import Hop
+from deployments.load import LoopLoad
 from deployments.messages import (
     Answer,
     Envelope,
@@ -78,6 +80,7 @@ class IngressStage:
         postprocessor: DeploymentHandle[Any],
         created_unix_s: int,
     ) -> None:
+        started_s = time.monotonic()
         place = placement()
         self._config, self._limits = config, config.limits
         self._card = ModelCard.load(config.model)
@@ -93,10 +96,10 @@ class IngressStage:
         )
         wait_ms = config.limits.no_replica_wait_ms
         way = (self._telemetry, self._readiness, wait_ms)
-        self._in_hand = 0
+        self._load = LoopLoad(started_s)
         # Requests that leave the first stage together go on together, so that it is enough for one stage to rest.
         self._tokenizer = Hop(
-            "tokenizer", tokenizer, "tokenize", *way, rest=_TOKENIZER_REST, is_busy=lambda: self._in_hand > 1
+            "tokenizer", tokenizer, "tokenize", *way, rest=_TOKENIZER_REST, is_busy=lambda: self._load.in_hand > 1
         )
         self._model = Hop("model", model, "predict", *way, replies_as_ready=True)
         self._postprocessor = Hop("postprocessor", postprocessor, "postprocess", *way)
@@ -114,7 +117,6 @@ class IngressStage:
             request_id=request_id,
             headers=http.headers,
         ) as record:
-            self._in_hand += 1
             try:
                 body = await self._infer(http, route, record)
                 record.status = 200
@@ -124,8 +126,6 @@ class IngressStage:
                 raise
             except Exception as error:
                 response = self._failed(record, error)
-            finally:
-                self._in_hand -= 1
             response.headers["traceresponse"] = traceparent(record.context)
             response.headers["Server-Timing"] = server_timing(record)
             return response
@@ -227,6 +227,10 @@ class IngressStage:
             return error_response(error, error.body())
         return json_response(self._models()[0])
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve, for the autoscaling policy. What the ingress has in hand waits for others, not for it."""
+        return replace(self._load.load(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0).stats()
+
     async def _healthz(self) -> Response:
         missing = await self._readiness.missing(_CONTROLLER_PATIENCE_S)
         if missing == []:
@@ -262,7 +266,8 @@ class IngressStage:
 
     def _endpoint(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            return await self._serve(request, route)
+            with self._load.requests(1):
+                return await self._serve(request, route)
 
         return endpoint
 

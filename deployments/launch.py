@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from deployments.autoscaling import POLICY, Settings
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ConfigError
@@ -76,9 +77,20 @@ def check(config: Path) -> None:
     for application in applications:
         path = application.get("import_path") if isinstance(application, dict) else None
         if path == IMPORT_PATH:
+            _check_policies(application.get("deployments") or [])
             ModelCard.load(AppConfig.parse(application.get("args") or {}).model)
         elif path == PAGE_IMPORT_PATH:
             PageConfig.parse(application.get("args") or {})
+
+
+def _check_policies(deployments: list[dict[str, Any]]) -> None:
+    for deployment in deployments:
+        policy = (deployment.get("autoscaling_config") or {}).get("policy") or {}
+        if policy.get("policy_function") == POLICY:
+            try:
+                Settings.parse(policy.get("policy_kwargs") or {})
+            except ValueError as error:
+                raise ConfigError(f"deployments.{deployment.get('name')}.{error}") from None
 
 
 def _serve() -> str:

@@ -25,6 +25,7 @@ from deployments.engine.base import Engine, OutOfMemory, Output, Run, WarmUp
 from deployments.engine.card import ModelCard
 from deployments.engine.load import load_engine
 from deployments.errors import ApiError, DeadlinePassed, InternalError, ModelFailed
+from deployments.load import GateLoad
 from deployments.messages import Ids, Predicted, PredictRequest, Reply
 from deployments.replica import placement
 from deployments.telemetry import names
@@ -78,6 +79,7 @@ class _DeviceRun:
 
 class ModelStage:
     def __init__(self, config: AppConfig) -> None:
+        started_s = time.monotonic()
         place = placement()
         self._card = ModelCard.load(config.model)
         self._telemetry = Telemetry("model", config, self._card.name, place.identity, place.gpus)
@@ -114,6 +116,7 @@ class ModelStage:
         if warm_up.too_large is not None:
             self._note_out_of_memory(warm_up.too_large)
         self._show_gauges()
+        self._load_meter = GateLoad(self._gate, started_s)
 
     def _load(self) -> WarmUp:
         """Load and warm up, in the thread that will run the model. Only then does the replica count as ready."""
@@ -161,6 +164,7 @@ class ModelStage:
         with self._telemetry.stage(PredictRecord(request.envelope)) as record:
             self._note_cold_start(record)
             items = [Item(RunInput(record, ids), len(ids), record.deadline_ns) for ids in request.ids]
+            self._load_meter.arrive(request.ids.lengths)
             try:
                 async with asyncio.timeout(request.envelope.remaining_ms / 1000):
                     outcomes = await self._gate.submit(items)
@@ -263,6 +267,10 @@ class ModelStage:
         """Asked by Serve: a replica whose device is beyond use is replaced."""
         if self._engine.broken is not None:
             raise RuntimeError(f"the device can be used no more: {self._engine.broken}")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve, for the autoscaling policy."""
+        return self._load_meter.load().stats()
 
     async def queue_state(self) -> dict[str, float]:
         """The queue as it is now: inputs ``waiting`` and ``running``, and ``oldest_age_ms``."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.tasks import AnswerBuilder
 from deployments.engine.tokenizers import load_pretrained_tokenizer
+from deployments.load import LoopLoad
 from deployments.messages import Answer, PostprocessRequest, Reply
 from deployments.replica import placement
 from deployments.telemetry.recorder import Telemetry
@@ -16,6 +18,7 @@ from deployments.telemetry.records import PostprocessRecord
 
 class PostprocessorStage:
     def __init__(self, config: AppConfig) -> None:
+        started_s = time.monotonic()
         card = ModelCard.load(config.model)
         answers_in_words = card.task in ("token-classification", "fill-mask")
         pretrained = load_pretrained_tokenizer(config.model, card) if answers_in_words else None
@@ -23,11 +26,14 @@ class PostprocessorStage:
         self._takes_long = card.task == "fill-mask"
         self._answers = AnswerBuilder(card, pretrained)
         self._telemetry = Telemetry("postprocessor", config, card.name, placement().identity)
+        self._load = LoopLoad(started_s)
 
     async def postprocess(self, requests: tuple[PostprocessRequest, ...]) -> tuple[Reply[Answer], ...]:
-        if self._takes_long:
-            return await asyncio.to_thread(self._postprocess, requests)
-        return self._postprocess(requests)
+        with self._load.requests(len(requests)):
+            if not self._takes_long:
+                return self._postprocess(requests)
+            with self._load.in_thread():
+                return await asyncio.to_thread(self._postprocess, requests)
 
     def _postprocess(self, requests: tuple[PostprocessRequest, ...]) -> tuple[Reply[Answer], ...]:
         records = [PostprocessRecord(request.envelope) for request in requests]
@@ -41,6 +47,10 @@ class PostprocessorStage:
                     record.output_length = sum(map(len, fragments))
                     answers[i] = Answer(fragments)
         return tuple(record.reply(answer) for record, answer in zip(records, answers, strict=True))
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve, for the autoscaling policy."""
+        return self._load.load().stats()
 
     def __del__(self) -> None:
         if hasattr(self, "_telemetry"):

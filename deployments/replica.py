@@ -11,6 +11,8 @@ import ray
 from ray import serve
 from ray.serve.context import ReplicaContext
 
+from deployments.autoscaling import POLICY, Settings
+from deployments.errors import ConfigError
 from deployments.telemetry.provider import ReplicaIdentity
 
 _GC_THRESHOLD = 20_000
@@ -28,10 +30,14 @@ class Placement:
 
 
 def placement() -> Placement:
-    """Ask Ray, and set up garbage collection for serving. Only inside a replica."""
+    """Ask Ray, and set up garbage collection for serving. Only inside a replica.
+
+    Raises ConfigError where the deployment is scaled by our policy and its settings are wrong.
+    """
     # A request allocates some hundred objects and leaves no cycles: looking for them every 700 costs 5 % of a replica.
     gc.set_threshold(_GC_THRESHOLD)
     serve_context = serve.get_replica_context()
+    _check_policy(serve_context)
     ray_context = ray.get_runtime_context()
     return Placement(
         identity=ReplicaIdentity(
@@ -41,6 +47,16 @@ def placement() -> Placement:
         cpus=float(ray_context.get_assigned_resources().get("CPU", 1.0)),  # type: ignore[no-untyped-call]
         gpus=tuple(str(device) for device in ray_context.get_accelerator_ids().get("GPU", ())),
     )
+
+
+def _check_policy(context: ReplicaContext) -> None:
+    config: Any = getattr(context, "_deployment_config", None)
+    policy = getattr(getattr(config, "autoscaling_config", None), "policy", None)
+    if policy is not None and policy.policy_function == POLICY:
+        try:
+            Settings.parse(policy.policy_kwargs)
+        except ValueError as error:
+            raise ConfigError(f"deployments.{context.deployment}.{error}") from None
 
 
 def _scheduling(context: ReplicaContext) -> Iterator[tuple[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,7 @@ from deployments.engine.base import MAX_MASKS, Encoded
 from deployments.engine.card import ModelCard
 from deployments.engine.tokenizers import load_tokenizer
 from deployments.errors import InvalidField
+from deployments.load import LoopLoad
 from deployments.messages import Ragged, Reply, Tokenized, TokenizeRequest
 from deployments.replica import placement
 from deployments.telemetry.recorder import Telemetry
@@ -24,18 +26,20 @@ _INLINE_CHARS = 4_000
 
 class TokenizerStage:
     def __init__(self, config: AppConfig) -> None:
+        started_s = time.monotonic()
         self._config = config
         self._card = ModelCard.load(config.model)
         self._tokenizer = load_tokenizer(config.model, self._card)
         self._with_offsets = self._card.task == "token-classification"
         self._cache = _Cache(config.tokenizer.cache_entries, config.tokenizer.cache_max_chars)
         self._telemetry = Telemetry("tokenizer", config, self._card.name, placement().identity)
+        self._load = LoopLoad(started_s)
 
     async def tokenize(self, requests: tuple[TokenizeRequest, ...]) -> tuple[Reply[Tokenized], ...]:
         slow_ms = self._config.tokenizer.slow_ms
         records = [TokenizeRecord(request.envelope, slow_ms=slow_ms) for request in requests]
         results: list[Tokenized | None] = [None] * len(requests)
-        with self._telemetry.stages(records):
+        with self._load.requests(len(requests)), self._telemetry.stages(records):
             texts = [text for request in requests for text in _texts(request)]
             cached = {text: encoded for text in texts if (encoded := self._cache.get(text)) is not None}
             made = await self._encode_together([text for text in texts if text not in cached])
@@ -52,7 +56,8 @@ class TokenizerStage:
             if sum(map(len, texts)) <= _INLINE_CHARS:
                 made = self._tokenizer.encode(texts, with_offsets=self._with_offsets)
             else:
-                made = await asyncio.to_thread(self._tokenizer.encode, texts, with_offsets=self._with_offsets)
+                with self._load.in_thread():
+                    made = await asyncio.to_thread(self._tokenizer.encode, texts, with_offsets=self._with_offsets)
         except Exception:
             return {}
         for text, encoded in zip(texts, made, strict=True):
@@ -125,6 +130,10 @@ class TokenizerStage:
                 f"within its first {self._card.max_length} tokens; got {masks}",
                 param=param,
             )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve, for the autoscaling policy."""
+        return self._load.load().stats()
 
     def __del__(self) -> None:
         if hasattr(self, "_telemetry"):

@@ -76,6 +76,10 @@ class Measures:
             attributes = {"model": self.model, attribute: value} if attribute else {"model": self.model}
             self._instruments[name].add(amount, attributes)
 
+    def raw_count(self, spec: MetricSpec, attributes: dict[str, Any]) -> None:
+        """For what happens seldom."""
+        self._instruments[spec.name].add(1, attributes)
+
     def count_lost(self, spec: MetricSpec, amount: int) -> None:
         """Telemetry that this process lost, of whatever model."""
         self._instruments[spec.name].add(amount, {})

@@ -28,12 +28,13 @@ MODEL_LOAD = "ai.inference.model_load"
 LOAD_WEIGHTS = "ai.inference.model_load.weights"
 LOAD_DEVICE_MOVE = "ai.inference.model_load.device_move"
 LOAD_WARM_UP = "ai.inference.model_load.warm_up"
+SCALING_DECISION = "ai.autoscaling.decision"
 
 EVENT_SLOW_TOKENIZATION = "slow_tokenization"
 EVENT_MODEL_LOADED = "model_loaded"
 
 SpanKindName = Literal["SERVER", "CLIENT", "INTERNAL"]
-Service = Literal["ingress", "tokenizer", "model", "postprocessor"]
+Service = Literal["ingress", "tokenizer", "model", "postprocessor", "autoscaler"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,30 @@ SPANS: tuple[SpanSpec, ...] = (
     SpanSpec(LOAD_WEIGHTS, "INTERNAL", "model", MODEL_LOAD, ()),
     SpanSpec(LOAD_DEVICE_MOVE, "INTERNAL", "model", MODEL_LOAD, ()),
     SpanSpec(LOAD_WARM_UP, "INTERNAL", "model", MODEL_LOAD, ()),
+    SpanSpec(
+        SCALING_DECISION,
+        "INTERNAL",
+        "autoscaler",
+        "none",
+        (
+            "ai.autoscaling.application",
+            "ai.autoscaling.deployment",
+            "ai.autoscaling.reason",
+            "ai.autoscaling.from_replicas",
+            "ai.autoscaling.to_replicas",
+            "ai.autoscaling.needed_replicas",
+            "ai.autoscaling.max_replicas",
+            "ai.autoscaling.running_replicas",
+            "ai.autoscaling.reports",
+            "ai.autoscaling.demand",
+            "ai.autoscaling.queue_depth",
+            "ai.autoscaling.queue_wait_ms",
+            "ai.autoscaling.target_queue_wait_ms",
+            "ai.autoscaling.oldest_age_ms",
+            "ai.autoscaling.throughput",
+            "ai.autoscaling.start_ms",
+        ),
+    ),
 )
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -284,6 +309,43 @@ REPLICAS_WARM = MetricSpec(
     "model",
     "1 per loaded and warm replica; sum them",
     ("model",),
+)
+_BY_DEPLOYMENT = ("ai.autoscaling.deployment",)
+SCALING_TARGET = MetricSpec(
+    "ai.autoscaling.target_replicas", "gauge", "{replica}", "autoscaler", "Replicas that are ordered", _BY_DEPLOYMENT
+)
+SCALING_RUNNING = MetricSpec(
+    "ai.autoscaling.running_replicas", "gauge", "{replica}", "autoscaler", "Replicas that run", _BY_DEPLOYMENT
+)
+SCALING_MAX = MetricSpec(
+    "ai.autoscaling.max_replicas", "gauge", "{replica}", "autoscaler", "Replicas that there may be", _BY_DEPLOYMENT
+)
+SCALING_DEMAND = MetricSpec(
+    "ai.autoscaling.demand", "gauge", "{replica}", "autoscaler", "Replicas' worth of work that arrives", _BY_DEPLOYMENT
+)
+SCALING_QUEUE_WAIT = MetricSpec(
+    "ai.autoscaling.queue_wait_ms",
+    "gauge",
+    "ms",
+    "autoscaler",
+    "How long the running replicas need for all that waits",
+    _BY_DEPLOYMENT,
+)
+SCALING_TARGET_WAIT = MetricSpec(
+    "ai.autoscaling.target_queue_wait_ms",
+    "gauge",
+    "ms",
+    "autoscaler",
+    "The wait that the operator accepts",
+    _BY_DEPLOYMENT,
+)
+SCALING_DECISIONS = MetricSpec(
+    "ai.autoscaling.decisions",
+    "counter",
+    "{decision}",
+    "autoscaler",
+    "Changes of the number of replicas",
+    (*_BY_DEPLOYMENT, "ai.autoscaling.reason"),
 )
 GPU_UTILIZATION = MetricSpec(
     "ai.gpu.utilization_percent", "gauge", "%", "model", "Of one device of the replica", ("gpu.index",)

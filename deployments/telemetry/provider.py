@@ -56,6 +56,7 @@ _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
         ("batching", "max_queue"),
     ),
     "postprocessor": (),
+    "autoscaler": (),
 }
 
 

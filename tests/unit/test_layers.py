@@ -14,8 +14,8 @@ LAYERS = [
     {"telemetry", "cost"},
     {"grouping"},
     {"cutting"},
-    {"engine", "batching", "explain", "sharing"},
-    {"replica", "readiness", "timing", "api", "front"},
+    {"engine", "batching", "explain", "sharing", "autoscaling"},
+    {"replica", "readiness", "timing", "api", "front", "load"},
     {"tokenizer", "model", "postprocessor", "hop"},
     {"ingress"},
     {"app", "launch", "lens"},
@@ -30,7 +30,7 @@ ONLY_IN = {
     "huggingface_hub": {"engine"},
     "fastapi": {"front", "ingress", "lens"},
     "starlette": {"front"},
-    "ray": {"app", "hop", "ingress", "lens", "model", "readiness", "replica"},
+    "ray": {"app", "autoscaling", "hop", "ingress", "lens", "model", "readiness", "replica"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -48,6 +48,7 @@ def test_span_attributes_in_the_table_are_all_that_the_code_emits() -> None:
     """Every attribute name that spans are made with stands in the table, and the other way round."""
     telemetry = Path(deployments.__file__).with_name("telemetry")
     source = (telemetry / "spans.py").read_text() + (telemetry / "wire.py").read_text()
+    source += (telemetry / "decisions.py").read_text()
     emitted = set(re.findall(r'"((?:ai|http|url|client|gen_ai|error)\.[a-z_.]+)"', source))
     listed = {attribute for spec in SPANS for attribute in spec.attributes}
 

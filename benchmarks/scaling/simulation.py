@@ -1,0 +1,153 @@
+"""A deployment under a policy, in steps of a tenth of a second: what waits, and what it costs.
+
+1. Each replica has a queue of its own, and what waits in it stays there. A run takes ``run_ns + token_ns * tokens``, so
+   a replica has its full rate with full batches; here it always has it.
+2. What arrives in a step goes where the queues are shortest. What a request waits is what its replica had queued when
+   it came, at the replica's rate.
+3. A replica that is ordered runs ``start_s`` later. One that is given up takes no more and finishes what it has.
+4. Policies see what replicas report twice a second, as Serve would show it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+STEP_S = 0.1
+REPORT_S = 0.5
+MEMORY_S = 5.0
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is simulated."""
+
+    rate: float
+    """Requests a second that one replica runs."""
+    peak: float
+    """Requests a second where the pattern says 1."""
+    start_s: float
+    target_wait_s: float
+    min_replicas: int
+    max_replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a policy sees of the replicas."""
+
+    at_s: float
+    running: int
+    target: int
+    queued: Floats
+    """Requests that wait, by replica."""
+    arriving: Floats
+    """Requests a second, by replica, as each measured them over the last seconds."""
+    arriving_now: Floats
+    """The same over the last second."""
+    last_start_s: float
+
+
+class Policy(Protocol):
+    name: str
+
+    def replicas(self, seen: Seen, setup: Setup) -> int: ...
+
+
+@dataclass(slots=True)
+class Result:
+    requests: int = 0
+    late: int = 0
+    """Requests that waited longer than the target."""
+    late_s: float = 0.0
+    """Time in which what came waited longer than the target."""
+    waits_s: list[float] = field(default_factory=list)
+    """Mean wait of what came, step by step."""
+    replica_s: float = 0.0
+    """Replicas that were ordered, running or not, times seconds."""
+    changes: int = 0
+    replicas: list[int] = field(default_factory=list)
+    """Running, second by second."""
+
+    @property
+    def late_share(self) -> float:
+        return self.late / max(1, self.requests)
+
+
+def simulate(pattern: Sequence[float], policy: Policy, setup: Setup, seed: int = 0) -> Result:
+    draw = np.random.default_rng(seed)
+    result = Result()
+    first = min(setup.max_replicas, max(setup.min_replicas, math.ceil(pattern[0] * setup.peak / setup.rate / 0.8)))
+    queued: Floats = np.zeros(first)
+    arriving: Floats = np.full(first, pattern[0] * setup.peak / first if first else 0.0)
+    starting: list[float] = []
+    now_: Floats = arriving.copy()
+    target = first
+    ready_after_s = setup.start_s
+    for step in range(int(len(pattern) / STEP_S)):
+        now = step * STEP_S
+        came = sum(at <= now for at in starting)
+        if came:
+            starting = starting[came:]
+            queued, arriving, now_ = (np.append(one, np.zeros(came)) for one in (queued, arriving, now_))
+        count = int(draw.poisson(pattern[int(now)] * setup.peak * STEP_S))
+        if len(queued):
+            taken = _share_out(queued, count)
+            waits = (queued + taken / 2) / setup.rate
+            late = float(taken[waits > setup.target_wait_s].sum())
+            mean = float((waits * taken).sum()) / count if count else 0.0
+            queued = np.maximum(0.0, queued + taken - setup.rate * STEP_S)
+            arriving = _follow(arriving, taken, MEMORY_S)
+            now_ = _follow(now_, taken, 1.0)
+        else:
+            late, mean = float(count), setup.target_wait_s * 2 if count else 0.0
+        result.requests += count
+        result.late += round(late)
+        result.late_s += STEP_S * (mean > setup.target_wait_s)
+        result.waits_s.append(mean)
+        result.replica_s += STEP_S * (len(queued) + len(starting))
+        if step % round(1 / STEP_S) == 0:
+            result.replicas.append(len(queued))
+        if step % round(REPORT_S / STEP_S) == 0:
+            seen = Seen(now, len(queued), target, queued, arriving, now_, ready_after_s)
+            wanted = max(setup.min_replicas, min(setup.max_replicas, policy.replicas(seen, setup)))
+            result.changes += wanted != target
+            if wanted > target:
+                starting += [now + setup.start_s] * (wanted - target)
+            elif wanted < target:
+                # Those that do not run yet go first, then those with the least to finish.
+                keep = max(0, len(starting) - (target - wanted))
+                gone = target - wanted - (len(starting) - keep)
+                starting = starting[:keep]
+                order = np.argsort(queued)[gone:]
+                queued, arriving, now_ = queued[order], arriving[order], now_[order]
+            target = wanted
+    return result
+
+
+def _follow(rate: Floats, taken: Floats, memory_s: float) -> Floats:
+    forget = math.exp(-STEP_S / memory_s)
+    return rate * forget + taken / STEP_S * (1 - forget)
+
+
+def _share_out(queued: Floats, count: int) -> Floats:
+    """How much each replica gets, so that the shortest queues are filled up to one level."""
+    if not count:
+        return np.zeros(len(queued))
+    order = np.sort(queued)
+    filled = np.cumsum(order)
+    # With the k shortest at one level, that level is this.
+    levels = (count + filled) / np.arange(1, len(order) + 1)
+    fits = np.append(levels[:-1] <= order[1:], True)
+    return np.maximum(0.0, levels[int(np.argmax(fits))] - queued)
+
+
+def seeded(name: str) -> int:
+    return random.Random(name).randrange(2**31)

@@ -1,0 +1,143 @@
+"""What a replica reports of its load, for the autoscaling policy: measured where the work is, read twice a second."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deployments.autoscaling import Load
+from deployments.batching import AdmissionGate
+
+_MEMORY_S, _NOW_S = 5.0, 1.0
+
+
+class Forgetting:
+    """An amount per second; what came ``memory_s`` ago counts 1/e of what comes now."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, memory_s: float = _MEMORY_S) -> None:
+        self._clock, self._memory_s = clock, memory_s
+        self._since_s = self._at_s = clock()
+        self._sum = 0.0
+
+    def add(self, amount: float) -> None:
+        self._forget()
+        self._sum += amount
+
+    def per_second(self) -> float:
+        """Of as much time as there has been: right from the start, though of little."""
+        self._forget()
+        weight = 1 - math.exp(-max(self._at_s - self._since_s, self._memory_s / 10) / self._memory_s)
+        return self._sum / (self._memory_s * weight)
+
+    def _forget(self) -> None:
+        now_s = self._clock()
+        self._sum *= math.exp((self._at_s - now_s) / self._memory_s)
+        self._at_s = now_s
+
+
+class LoopLoad:
+    """Of a stage whose work is done in its event loop, or in threads beside it.
+
+    The loop's thread is one processor at most: its share is how much of that it used. ``load`` must be called in it.
+
+    Args:
+        started_s: when the constructor of the stage began, by ``time.monotonic``.
+    """
+
+    def __init__(self, started_s: float) -> None:
+        self._start_ms = (time.monotonic() - started_s) * 1e3
+        self._requests = Forgetting()
+        self._work_s, self._work_now_s = Forgetting(), Forgetting(memory_s=_NOW_S)
+        self._calls: dict[int, tuple[float, int]] = {}
+        self.in_hand = 0
+        self._next = 0
+        self._loop_s: float | None = None
+
+    @contextmanager
+    def requests(self, count: int) -> Iterator[None]:
+        """Around the handling of so many requests."""
+        self._requests.add(count)
+        self._next += 1
+        key = self._next
+        self._calls[key] = time.monotonic(), count
+        self.in_hand += count
+        try:
+            yield
+        finally:
+            self.in_hand -= count
+            del self._calls[key]
+
+    @contextmanager
+    def in_thread(self) -> Iterator[None]:
+        """Around awaiting work that a thread does."""
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._worked(time.monotonic() - began_s)
+
+    def share(self) -> float:
+        """Seconds of work per second: of the loop's thread, and of the threads beside it."""
+        loop_s = time.thread_time()
+        if self._loop_s is not None:
+            self._worked(loop_s - self._loop_s)
+        self._loop_s = loop_s
+        return self._work_s.per_second()
+
+    def _worked(self, seconds: float) -> None:
+        self._work_s.add(seconds)
+        self._work_now_s.add(seconds)
+
+    def load(self) -> Load:
+        share, arriving = self.share(), self._requests.per_second()
+        each_s = share / arriving if arriving > 0 else 0.0
+        oldest_s = min((since_s for since_s, _ in self._calls.values()), default=math.inf)
+        return Load(
+            queue_depth=self.in_hand,
+            oldest_age_ms=max(0.0, time.monotonic() - oldest_s) * 1e3,
+            queue_wait_ms=self.in_hand * each_s * 1e3,
+            demand=share,
+            demand_now=self._work_now_s.per_second(),
+            throughput=1 / each_s if each_s > 0 else 0.0,
+            start_ms=self._start_ms,
+        )
+
+
+class GateLoad:
+    """Of the model: what waits in its gate and what arrives there, at the rate of full batches.
+
+    ``a + b * padded tokens`` is what a run costs (see ``cost``), so a device that is always busy with small batches can
+    take more: how busy it is says little. What arrives is therefore put against the rate that it has with full batches.
+    """
+
+    def __init__(self, gate: AdmissionGate[Any], started_s: float) -> None:
+        self._gate, self._loop = gate, LoopLoad(started_s)
+        self._inputs, self._tokens = Forgetting(), Forgetting()
+        self._tokens_now = Forgetting(memory_s=_NOW_S)
+
+    def arrive(self, lengths: tuple[int, ...]) -> None:
+        """Inputs of so many tokens arrive, whether they are admitted or not."""
+        tokens = sum(map(self._gate.cutter.rounded, lengths))
+        self._inputs.add(len(lengths))
+        self._tokens.add(tokens)
+        self._tokens_now.add(tokens)
+
+    def load(self) -> Load:
+        gate = self._gate
+        inputs, tokens = self._inputs.per_second(), self._tokens.per_second()
+        mean = tokens / inputs if inputs > 0 and tokens > 0 else 1.0
+        rate = gate.cutter.tokens_per_second(mean)
+        of_loop = self._loop.load()
+        return Load(
+            queue_depth=gate.depth,
+            oldest_age_ms=gate.oldest_age_ms,
+            queue_wait_ms=gate.waiting_tokens / rate * 1e3,
+            # Whichever of the two it has less of: the device, or its own processor.
+            demand=max(tokens / rate, of_loop.demand),
+            demand_now=max(self._tokens_now.per_second() / rate, of_loop.demand_now),
+            throughput=rate / mean,
+            start_ms=of_loop.start_ms,
+        )

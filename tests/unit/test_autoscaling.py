@@ -1,0 +1,376 @@
+"""The policy: what it orders, when it gives up, and what it does with what it does not know."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.serve.config import AutoscalingPolicy
+
+from deployments import autoscaling
+from deployments.autoscaling import (
+    POLICY,
+    Announcement,
+    Decision,
+    Goal,
+    Load,
+    Memory,
+    QueueWaitPolicy,
+    Settings,
+    Sight,
+    decide,
+)
+
+GOAL = Goal(queue_wait_s=0.5, max_replicas=100)
+
+
+def waiting(seconds: float, **more: float) -> Load:
+    """A replica in which so many seconds of its work wait."""
+    return Load(queue_depth=seconds * 10, queue_wait_ms=seconds * 1e3, throughput=10, **more)
+
+
+class Deployment:
+    """Follows the policy: what is ordered runs ``start_s`` later."""
+
+    def __init__(self, replicas: int = 1, start_s: float = 0.0, goal: Goal = GOAL) -> None:
+        self.now, self.goal, self.start_s = 0.0, goal, start_s
+        self.running = self.target = replicas
+        self.memory = Memory()
+        self._coming: list[float] = []
+
+    def look(self, load: Load | None, seconds: float = 0.5) -> Decision:
+        """Every running replica reports this load, for so long."""
+        for _ in range(round(seconds / 0.5)):
+            while self._coming and self._coming[0] <= self.now:
+                self._coming.pop(0)
+                self.running += 1
+            loads = (load,) * self.running if load is not None else ()
+            made = decide(Sight(self.now, self.running, self.target, loads), self.memory, self.goal)
+            if made.replicas > self.target:
+                self._coming += [self.now + self.start_s] * (made.replicas - self.target)
+            elif made.replicas < self.target:
+                self.running = made.replicas
+                self._coming = []
+            self.target, self.memory = made.replicas, made.memory
+            self.now += 0.5
+        return made
+
+
+def test_what_waits_is_run_within_the_target() -> None:
+    made = Deployment().look(waiting(3.0, demand=0.9))
+
+    assert (made.replicas, made.reason) == (6, "queue")
+
+
+@given(st.integers(1, 50), st.floats(0.51, 60))
+def test_the_replicas_are_the_fewest_that_run_what_waits_within_the_target(running: int, seconds: float) -> None:
+    made = decide(Sight(0, running, running, (waiting(seconds),) * running), Memory(), Goal(0.5, max_replicas=10**6))
+
+    assert running * seconds / made.replicas <= 0.5 * (1 + 1e-6)
+    assert running * seconds / (made.replicas - 1) > 0.5 * (1 - 1e-6)
+
+
+def test_a_wait_within_the_target_orders_nobody() -> None:
+    assert Deployment().look(waiting(0.5, demand=0.7)).replicas == 1
+
+
+def test_what_arrives_is_at_most_its_part_of_what_can_be_run() -> None:
+    made = Deployment(4).look(Load(demand=1.0))
+
+    assert (made.replicas, made.reason) == (5, "demand")
+
+
+def test_a_sudden_second_counts_only_with_a_queue() -> None:
+    assert Deployment().look(Load(demand=0.5, demand_now=5.0)).replicas == 1
+    assert Deployment(start_s=5).look(waiting(0.6, demand=0.5, demand_now=5.0, start_ms=5000)).replicas >= 7
+
+
+def test_a_queue_that_is_gone_before_a_replica_has_started_orders_none() -> None:
+    assert Deployment(2).look(waiting(4.0, demand=0.1, start_ms=10_000)).replicas == 2
+
+
+def test_a_queue_that_grows_until_replicas_start_orders_for_what_waits_then() -> None:
+    # Five replicas' work arrives at one; in 10 s 41 s of it wait. To run that in 10 s more asks for four more.
+    made = Deployment().look(waiting(1.0, demand=5.0, start_ms=10_000))
+
+    assert made.replicas == 10
+    assert made.reason == "queue"
+
+
+def test_replicas_that_are_starting_are_not_ordered_again() -> None:
+    deployment = Deployment(start_s=10)
+    first = deployment.look(waiting(1.0, demand=5.0, start_ms=10_000))
+    # 4 s of work more wait every second.
+    later = [deployment.look(waiting(1.0 + 2 * i, demand=5.0, start_ms=10_000)) for i in range(1, 20)]
+
+    assert {made.replicas for made in later} == {first.replicas}
+
+
+def test_how_long_replicas_take_is_learned_from_those_that_came() -> None:
+    deployment = Deployment(start_s=8)
+    deployment.look(waiting(3.0, demand=1.0))
+    made = deployment.look(Load(demand=0.1), 10)
+
+    assert deployment.running > 1
+    assert made.start_s == pytest.approx(8, abs=0.5)
+
+
+def test_the_rise_of_the_arrivals_is_followed_ahead() -> None:
+    deployment = Deployment(10, start_s=30)
+    for second in range(120):
+        made = deployment.look(Load(demand=(5 + second * 0.1) / deployment.running, start_ms=30_000), 1)
+
+    # 17 replicas' work arrives, 3 more in 30 s.
+    assert made.demand == pytest.approx(17, abs=0.2)
+    assert made.needed == pytest.approx(20 / 0.8, abs=1)
+
+
+def test_replicas_are_kept_through_a_pause_and_given_up_after_it() -> None:
+    deployment = Deployment(goal=Goal(0.5, quiet_s=60, max_replicas=100))
+    deployment.look(waiting(2.0))
+    for _ in range(5):
+        assert deployment.look(Load(demand=0.01), 50).replicas == 4
+        deployment.look(Load(demand=0.75))
+    assert deployment.look(Load(demand=0.01), 59).replicas == 4
+    made = deployment.look(Load(demand=0.01), 3)
+
+    assert made.replicas == 1
+
+
+def test_the_need_that_is_kept_is_the_largest_of_the_quiet_time() -> None:
+    deployment = Deployment(10)
+    deployment.look(Load(demand=0.1 / 10), 30)
+    deployment.look(Load(demand=4.0 / 10), 1)
+    made = deployment.look(Load(demand=0.1 / 10), 40)
+
+    assert made.replicas == 5
+
+
+def test_what_is_dear_to_start_stays_longer() -> None:
+    deployment = Deployment(4)
+
+    assert deployment.look(Load(demand=0.01, start_ms=60_000), 299).replicas == 4
+    assert deployment.look(Load(demand=0.01, start_ms=60_000), 3).replicas == 1
+
+
+def test_a_replica_that_finds_no_room_does_not_keep_the_order_for_ever() -> None:
+    deployment = Deployment(start_s=1e9)
+    deployment.look(waiting(0.9), 600)
+    assert deployment.target > 1
+
+    assert deployment.look(Load(), 62).replicas == 1
+
+
+def test_noise_does_not_flap() -> None:
+    deployment = Deployment(10, start_s=2)
+    targets = []
+    for demand in itertools.islice(itertools.cycle([0.70, 0.79, 0.74, 0.81, 0.72]), 400):
+        deployment.look(Load(demand=demand * 10 / deployment.running, start_ms=2000))
+        targets.append(deployment.target)
+
+    assert sum(a != b for a, b in itertools.pairwise(targets)) <= 1
+
+
+def test_without_reports_nothing_changes() -> None:
+    deployment = Deployment(3)
+
+    assert deployment.look(None, 600).replicas == 3
+
+
+def test_replicas_that_do_not_report_are_like_the_others() -> None:
+    made = decide(Sight(0, 4, 4, (waiting(1.0, demand=0.5),)), Memory(), GOAL)
+
+    assert made.demand == pytest.approx(2.0)
+    assert made.replicas == 8
+    assert made.reports == 1
+
+
+def test_nothing_is_needed_where_nothing_comes() -> None:
+    deployment = Deployment(1, goal=Goal(0.5, min_replicas=0, quiet_s=60))
+
+    assert deployment.look(Load(demand=1e-5), 59).replicas == 1
+    assert deployment.look(Load(demand=1e-5), 3).replicas == 0
+
+
+def test_a_single_request_keeps_one() -> None:
+    deployment = Deployment(1, goal=Goal(0.5, min_replicas=0))
+
+    assert deployment.look(Load(demand=0.01), 600).replicas == 1
+
+
+def test_from_zero_serve_starts_the_first_and_the_policy_the_rest() -> None:
+    deployment = Deployment(0, goal=Goal(0.5, min_replicas=0))
+
+    assert deployment.look(None).replicas == 0
+    deployment.running = deployment.target = 1
+    assert deployment.look(waiting(2.0)).replicas == 4
+
+
+def test_the_bounds_hold_and_say_so() -> None:
+    made = Deployment(goal=Goal(0.5, max_replicas=3)).look(waiting(10.0))
+
+    assert (made.replicas, made.needed, made.reason) == (3, 20, "at_max")
+    assert decide(Sight(0, 1, 1, (Load(),)), Memory(), Goal(0.5, min_replicas=2)).replicas == 2
+
+
+# --- the adapter -----------------------------------------------------------------------------------------------------
+
+
+def context(replicas: dict[str, tuple[float, Load]], *, target: int = 1, most: int = 10, **config: float) -> Any:
+    """What Serve hands over: each replica's report, taken at a time of its own clock."""
+    raw: dict[str, dict[str, list[Any]]] = {}
+    for replica, (taken_s, load) in replicas.items():
+        for name, value in load.stats().items():
+            raw.setdefault(name, {})[replica] = [SimpleNamespace(timestamp=taken_s, value=value)]
+    return SimpleNamespace(
+        app_name="slowlens",
+        deployment_name="Model",
+        current_num_replicas=max(1, len(replicas)),
+        target_num_replicas=target,
+        raw_metrics=raw,
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=most,
+        config=SimpleNamespace(**config),
+    )
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.s = 1000.0
+        monkeypatch.setattr(autoscaling, "time", SimpleNamespace(monotonic=lambda: self.s, time_ns=lambda: self.ns))
+
+    @property
+    def ns(self) -> int:
+        return int((self.s + 1e9) * 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Announcement]:
+    found: list[Announcement] = []
+
+    def take(announcement: Announcement, is_news: bool) -> None:
+        if is_news:
+            found.append(announcement)
+
+    monkeypatch.setattr(autoscaling, "_start_telling", lambda *_: take)
+    return found
+
+
+def test_a_decision_is_told_once_with_what_it_was_made_on(clock: Clock, told: list[Announcement]) -> None:
+    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+    burst = {"a": (5.0, waiting(3.0, oldest_age_ms=700, demand=0.9))}
+    for target in (1, 1, 6, 6):
+        clock.s += 0.5
+        assert policy(context(burst, target=target)) == (6, {})
+
+    (announcement,) = told
+    assert announcement.seen_unix_ns == 5 * 10**9
+    assert announcement.flat() == {
+        "application": "slowlens",
+        "deployment": "Model",
+        "seen_unix_ns": 5 * 10**9,
+        "decided_unix_ns": int((1000.5 + 1e9) * 1e9),
+        "reason": "queue",
+        "from_replicas": 1,
+        "to_replicas": 6,
+        "needed_replicas": 6,
+        "max_replicas": 10,
+        "running_replicas": 1,
+        "reports": 1,
+        "demand": 0.9,
+        "queue_depth": 30.0,
+        "queue_wait_ms": 3000.0,
+        "target_queue_wait_ms": 500.0,
+        "oldest_age_ms": 700,
+        "throughput": 10.0,
+        "start_ms": 0.0,
+    }
+    assert str(announcement) == (
+        "Model: 1 -> 6 (queue, 6 needed), 1 run, 1 of them reported; 30 inputs wait, which takes them 3000 ms of 500 "
+        "ms; the oldest has waited 700 ms; what arrives is the work of 0.90 replicas, each of which runs 10.0 inputs a "
+        "second; a replica starts in 0.0 s"
+    )
+
+
+def test_too_low_a_limit_is_told_once_a_minute(clock: Clock, told: list[Announcement]) -> None:
+    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+    for number in range(150):
+        clock.s += 1
+        policy(context({name: (float(number), waiting(3.0)) for name in "ab"}, target=2, most=2))
+
+    assert [one.decision.reason for one in told] == ["at_max"] * 3
+    assert "max_replicas is 2" in str(told[0])
+
+
+def test_old_reports_count_as_none_whatever_their_clocks_say(clock: Clock, told: list[Announcement]) -> None:
+    policy = QueueWaitPolicy(target_queue_wait_ms=500, stale_s=10)
+    # Two replicas whose clocks are a day apart; one of them is heard no more.
+    for number in range(60):
+        clock.s += 0.5
+        loads = {"a": (float(number), Load()), "b": (86_400.0, waiting(9.0))}
+        policy(context(loads, target=10, most=20))
+
+    assert (told[0].decision.reports, told[0].decision.replicas) == (2, 18)
+    assert policy._memory.needs[-1][1] == 0
+
+
+def test_between_two_reports_the_answer_is_the_same(clock: Clock, told: list[Announcement]) -> None:
+    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+    assert policy(context({"a": (1.0, waiting(3.0))}))[0] == 6
+    clock.s += 0.1
+    assert policy(context({}, target=6))[0] == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "policy_kwargs.target_queue_wait_ms: must be given"),
+        ({"target_queue_wait_ms": 0}, "policy_kwargs.target_queue_wait_ms: must be a number above 0; got 0"),
+        ({"target_queue_wait_ms": "1s"}, "policy_kwargs.target_queue_wait_ms: must be a number above 0; got '1s'"),
+        ({"target_queue_wait_ms": True}, "must be a number above 0; got True"),
+        ({"target_queue_wait_ms": float("nan")}, "must be a number above 0; got nan"),
+        ({"target_queue_wait_ms": 1, "target_utilization": 1.5}, "above 0 and at most 1; got 1.5"),
+        ({"target_queue_wait_ms": 1, "quiet_s": -1}, "policy_kwargs.quiet_s: must be a number 0 or more; got -1"),
+        ({"target_queue_wait_ms": 1, "telemetry_directory": 3}, "telemetry_directory: must be a path; got 3"),
+        ({"target_queue_wait_ms": 1, "quiet": 3}, "policy_kwargs.quiet: unknown key; known here: target_queue_wait_ms"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="policy_kwargs") as refused:
+        Settings.parse(settings)
+
+    assert message in str(refused.value)
+
+
+def test_with_wrong_settings_nothing_changes_and_the_controller_lives(caplog: pytest.LogCaptureFixture) -> None:
+    """Serve's control loop would stop at an exception, for all applications."""
+    policy = QueueWaitPolicy(target_queue_wait_ms=-1)
+
+    assert policy(context({"a": (1.0, waiting(9.0))}, target=3)) == (3, {})
+    assert "not scaled: autoscaling_config.policy.policy_kwargs.target_queue_wait_ms" in caplog.text
+
+
+def test_serve_takes_it_by_value() -> None:
+    """Serve's controller may have nothing of ours but what is sent to it."""
+    policy = AutoscalingPolicy(policy_function=POLICY, policy_kwargs={"target_queue_wait_ms": 500})
+    script = (
+        "import sys, cloudpickle; sys.modules['deployments'] = None; "
+        "policy = cloudpickle.loads(sys.stdin.buffer.read())(target_queue_wait_ms=500); "
+        "print(policy._settings.target_queue_wait_ms)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], input=policy.get_serialized_policy_def(), capture_output=True, check=False
+    )
+
+    assert (ran.stdout, ran.stderr) == (b"500\n", b"")
