@@ -98,6 +98,8 @@ class Sight:
     """Replicas that are ordered, running ones included."""
     loads: tuple[Load, ...]
     """Of the running replicas that reported lately."""
+    calls: float = 0.0
+    """That wait in the callers, because every replica has as many as it may (``max_ongoing_requests``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ def decide(sight: Sight, memory: Memory, goal: Goal) -> Decision:
         queue_depth=sum(load.queue_depth for load in sight.loads),
         queue_wait_ms=backlog_s / max(1, sight.running) * 1e3,
         oldest_age_ms=max((load.oldest_age_ms for load in sight.loads), default=0.0),
-        throughput=sum(load.throughput for load in sight.loads) / max(1, len(sight.loads)),
+        throughput=_throughput(sight),
         start_s=start_s,
         memory=Memory(needs, orders, seen_start_s, sight.running, past),
     )
@@ -194,7 +196,15 @@ def _sums(sight: Sight) -> tuple[float, float, float]:
     missing = max(1.0, sight.running / max(1, len(sight.loads)))
     demand = sum(load.demand for load in sight.loads) * missing
     demand_now = sum(load.demand_now for load in sight.loads) * missing
-    return demand, demand_now, sum(load.queue_wait_ms for load in sight.loads) / 1e3 * missing
+    backlog_s = sum(load.queue_wait_ms for load in sight.loads) / 1e3 * missing
+    # An input or more in each of the calls.
+    throughput = _throughput(sight)
+    return demand, demand_now, backlog_s + (sight.calls / throughput if throughput > 0 else 0.0)
+
+
+def _throughput(sight: Sight) -> float:
+    """Inputs a second, of one replica."""
+    return sum(load.throughput for load in sight.loads) / max(1, len(sight.loads))
 
 
 def _for_queue(
@@ -372,7 +382,8 @@ class QueueWaitPolicy:
             ctx.capacity_adjusted_min_replicas,
             ctx.capacity_adjusted_max_replicas,
         )
-        sight = Sight(now_s, ctx.current_num_replicas, ctx.target_num_replicas, loads)
+        calls = float(ctx.total_queued_requests or 0.0)
+        sight = Sight(now_s, ctx.current_num_replicas, ctx.target_num_replicas, loads, calls)
         made = decide(sight, self._memory, goal)
         self._memory = made.memory
         self._announce(ctx, made, goal, newest_s)

@@ -191,6 +191,13 @@ def test_replicas_that_do_not_report_are_like_the_others() -> None:
     assert made.reports == 1
 
 
+def test_calls_that_wait_in_the_callers_count() -> None:
+    """Replicas with ``max_ongoing_requests`` in hand hear of no more."""
+    made = decide(Sight(0, 1, 1, (Load(throughput=10.0, demand=0.5),), calls=20), Memory(), GOAL)
+
+    assert made.replicas == 4
+
+
 def test_nothing_is_needed_where_nothing_comes() -> None:
     deployment = Deployment(1, goal=Goal(0.5, min_replicas=0, quiet_s=60))
 
@@ -234,6 +241,7 @@ def context(replicas: dict[str, tuple[float, Load]], *, target: int = 1, most: i
         current_num_replicas=max(1, len(replicas)),
         target_num_replicas=target,
         raw_metrics=raw,
+        total_queued_requests=0.0,
         capacity_adjusted_min_replicas=1,
         capacity_adjusted_max_replicas=most,
         config=SimpleNamespace(**config),

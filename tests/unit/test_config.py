@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build
+from deployments.autoscaling import POLICY, Settings
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
 from deployments.explain.options import PageConfig
@@ -101,9 +103,15 @@ def test_the_configs_of_the_benchmarks_are_whole_too() -> None:
 
 
 def test_the_check_finds_a_typo() -> None:
-    typo = {"applications": [{"deployments": [{"name": "Model", "num_replica": 2}]}], "http_option": {}}
+    deployment = {"name": "Model", "num_replica": 2, "autoscaling_config": {"min_replica": 1, "policy": {"kwargs": {}}}}
+    typo = {"applications": [{"deployments": [deployment]}], "http_option": {}}
 
-    assert list(unknown_keys(typo, ServeDeploySchema, "")) == ["applications.deployments.num_replica", "http_option"]
+    assert list(unknown_keys(typo, ServeDeploySchema, "")) == [
+        "applications.deployments.num_replica",
+        "applications.deployments.autoscaling_config.min_replica",
+        "applications.deployments.autoscaling_config.policy.kwargs",
+        "http_option",
+    ]
 
 
 def unknown_keys(values: dict[str, Any], schema: type[BaseModel], where: str) -> list[str]:
@@ -113,8 +121,8 @@ def unknown_keys(values: dict[str, Any], schema: type[BaseModel], where: str) ->
         if field is None:
             found.append(where + key)
             continue
-        inner = nested_model(field.annotation)
-        if inner is None or key == "args":
+        inner = AutoscalingConfig if key == "autoscaling_config" else nested_model(field.annotation)
+        if inner is None or key in ("args", "policy_kwargs"):
             continue
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, dict):
@@ -133,7 +141,18 @@ def test_the_names_of_the_deployments_are_those_that_the_builder_makes() -> None
 
 
 def test_all_stages_together_fit_two_cores() -> None:
-    assert sum(d["num_replicas"] * d["ray_actor_options"]["num_cpus"] for d in APPLICATION["deployments"]) <= 2
+    least = {d["name"]: d["autoscaling_config"]["min_replicas"] for d in APPLICATION["deployments"]}
+
+    assert sum(least[d["name"]] * d["ray_actor_options"]["num_cpus"] for d in APPLICATION["deployments"]) <= 2
+
+
+def test_every_stage_is_scaled_by_the_policy_and_by_it_alone() -> None:
+    for deployment in APPLICATION["deployments"]:
+        scaling = AutoscalingConfig(**deployment["autoscaling_config"])
+        assert scaling.policy.policy_function == POLICY
+        assert Settings.parse(scaling.policy.policy_kwargs)
+        assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (0, 0)
+        assert "num_replicas" not in deployment
 
 
 def test_every_stage_takes_more_requests_than_the_queue_holds() -> None:

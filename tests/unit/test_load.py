@@ -67,14 +67,14 @@ def test_the_queue_is_measured_at_the_rate_of_full_batches() -> None:
     async def run() -> None:
         gate, meter, release = await _hold_gate()
         meter.arrive((10,))
-        running = asyncio.create_task(gate.submit([Item(None, 10, 2**62)]))
+        submitted = [asyncio.create_task(gate.submit([Item(None, 10, 2**62)]))]
         await asyncio.sleep(0)
         meter.arrive((10,) * 8)
-        waiting = asyncio.create_task(gate.submit([Item(None, 10, 2**62) for _ in range(8)]))
+        submitted.append(asyncio.create_task(gate.submit([Item(None, 10, 2**62) for _ in range(8)])))
         await asyncio.sleep(0)
         load = meter.load()
         release.set()
-        await asyncio.gather(running, waiting)
+        await asyncio.gather(*submitted)
 
         assert load.queue_depth == 8
         assert load.queue_wait_ms == pytest.approx(100)
