@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from deployments.explain.device import Device
 from deployments.explain.otlp import Span
 from deployments.explain.request import Request, lacks_a_stage, quickest_of, request_of, split, whole
+from deployments.explain.scaling import Scaling
 from deployments.explain.survey import Key, Survey
 from deployments.telemetry import names
 
@@ -67,6 +68,8 @@ class Capture:
     """Those that they were in."""
     loads: list[Load] = field(default_factory=list)
     """Within the window, by their start."""
+    scalings: list[Scaling] = field(default_factory=list)
+    """What the autoscaling policy decided, by its own clock."""
     devices: dict[str, Device] = field(default_factory=dict)
     """By model replica, with all runs of it."""
     busy_ns: dict[str, list[int]] = field(default_factory=dict)
@@ -103,6 +106,8 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
                     runs[run.key] = run
         elif span.name == names.MODEL_LOAD:
             loads[span.key] = Load(span.key, span.instance, span.start_ns, max(0, span.end_ns - span.start_ns))
+        elif span.name == names.SCALING_DECISION:
+            found.scalings.append(Scaling.of(span))
         elif span.trace_id in survey.close:
             traces[span.trace_id][span.span_id] = span
         elif span.trace_id not in survey.known:

@@ -14,6 +14,7 @@ from typing import Any
 from deployments.explain.capture import BINS, Capture, bin_ns
 from deployments.explain.parts import median
 from deployments.explain.request import Request
+from deployments.explain.scaling import orders_during
 
 _ALL_AT_ONCE = 4000
 """``max_ongoing_requests`` that leaves the waiting to the model's own queue."""
@@ -37,6 +38,8 @@ class Cause:
     """Whose replica matters."""
     is_stated: bool = False
     """Whether the trace itself states it, so that one request is enough to say so."""
+    is_for_want_of_replicas: bool = False
+    """Whether more replicas of ``stage``, sooner, would have helped: then it is said what the autoscaling did."""
 
 
 def _warm(capture: Capture, _: Sequence[Request]) -> str:
@@ -54,7 +57,7 @@ def _more_model_replicas(capture: Capture, slow: Sequence[Request]) -> str:
     bins = {min(BINS - 1, (request.started_ns - begin) // width) for request in slow}
     busy_ns = sum(busy[number] for busy in capture.busy_ns.values() for number in bins)
     busy = busy_ns / (len(bins) * width * replicas)
-    more = _more(capture, "Model", max(replicas + 1, math.ceil(replicas * busy / _COMFORT)))
+    more = _more(capture, "Model", max(replicas + 1, math.ceil(replicas * busy / _COMFORT)), slow)
     return (
         f"the model's devices were busy for {busy:.0%} of that time: more model replicas ({more}), or runs that cost "
         "less (a GPU, model.dtype, model.quantization)"
@@ -141,10 +144,17 @@ def _more_postprocessors(capture: Capture, _: Sequence[Request]) -> str:
     return f"more replicas ({_more(capture, 'Postprocessor')}), or smaller answers (top_k, dimensions)"
 
 
-def _more(capture: Capture, deployment: str, wanted: int = 0) -> str:
-    """The setting that gives more replicas: one more, or as many as are wanted."""
+def _more(capture: Capture, deployment: str, wanted: int = 0, slow: Sequence[Request] = ()) -> str:
+    """The setting that gives more replicas: one more, or as many as are wanted.
+
+    Where they are scaled and it came late for these requests, the one that has them there before.
+    """
     path = f"deployments.{deployment}"
     most = capture.settings.get(f"{path}.autoscaling_config.max_replicas")
+    orders = orders_during(capture.scalings, slow, deployment)
+    if orders and all(order.needed <= order.most for order in orders):
+        key = f"{path}.autoscaling_config.min_replicas"
+        return _change(key, capture.settings.get(key), max(order.ordered for order in orders))
     if most is not None:
         return _change(f"{path}.autoscaling_config.max_replicas", most, max(most + 1, wanted))
     stage = deployment.lower()
@@ -171,6 +181,7 @@ CAUSES = (
         "waiting for a model replica to start and load",
         _warm,
         is_stated=True,
+        is_for_want_of_replicas=True,
     ),
     Cause("replica_queue", ("replica_wait",), True, "waiting for a replica to take the call", _replica_that_waited),
     Cause(
@@ -179,6 +190,7 @@ CAUSES = (
         True,
         "waiting behind a busy device, and for the others of a batch",
         _more_model_replicas,
+        is_for_want_of_replicas=True,
     ),
     Cause("batch_fill", ("batch_fill",), True, "waiting for a batch to fill while the device was idle", _less_filling),
     Cause("tokenization", ("tokenization",), False, "in the tokenizer", _tokenizer, "tokenizer"),

@@ -12,7 +12,7 @@ from deployments.explain.otlp import Span
 from deployments.explain.survey import Root, Survey
 from deployments.telemetry import names
 
-_INGRESS, _MODEL = f"{names.NAMESPACE}.ingress", f"{names.NAMESPACE}.model"
+_INGRESS, _MODEL, _AUTOSCALER = (f"{names.NAMESPACE}.{service}" for service in ("ingress", "model", "autoscaler"))
 
 
 class Jaeger(Backend):
@@ -41,8 +41,13 @@ class Jaeger(Backend):
         begin_ns, end_ns = survey.window_ns
         for spans in self._kept.values():
             yield from spans
-        for name in (names.BATCH_FORWARD, names.MODEL_LOAD):
-            for trace in self._all(_MODEL, name, begin_ns - LONGEST_REQUEST_NS, end_ns):
+        own_traces = (
+            (_MODEL, names.BATCH_FORWARD),
+            (_MODEL, names.MODEL_LOAD),
+            (_AUTOSCALER, names.SCALING_DECISION),
+        )
+        for service, name in own_traces:
+            for trace in self._all(service, name, begin_ns - LONGEST_REQUEST_NS, end_ns):
                 yield from self._decoded(trace)
 
     def _all(self, service: str, operation: str, begin_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:

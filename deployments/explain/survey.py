@@ -28,7 +28,7 @@ OF_A_REQUEST = {spec.name for spec in names.SPANS if spec.parent != "none"} - {
     names.LOAD_DEVICE_MOVE,
     names.LOAD_WARM_UP,
 }
-_OF_A_PROCESS = {names.BATCH_FORWARD, names.MODEL_LOAD}
+_OF_A_PROCESS = {names.BATCH_FORWARD, names.MODEL_LOAD, names.SCALING_DECISION}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from deployments.explain.http_api import Backend, in_windows, window
+from deployments.explain.http_api import LONGEST_REQUEST_NS, Backend, in_windows, window
 from deployments.explain.otlp import Decoder, Span
 from deployments.explain.survey import Root, Survey
 from deployments.telemetry import names
@@ -37,15 +38,19 @@ class Tempo(Backend):
         for span in self._fetched(sorted(survey.close)):
             linked.update(trace_id for trace_id, _ in span.links)
             yield span
+        begin_ns, end_ns = survey.window_ns
+        for name in () if not survey.requests else (names.MODEL_LOAD, names.SCALING_DECISION):
+            found = in_windows(partial(self._between, name=name), begin_ns - LONGEST_REQUEST_NS, end_ns)
+            linked.update(map(_tempo_id, found))
         yield from self._fetched(sorted(linked - survey.close))
 
-    def _between(self, begin_ns: int, end_ns: int, limit: int) -> list[dict[str, Any]]:
+    def _between(self, begin_ns: int, end_ns: int, limit: int, name: str = names.PREDICT) -> list[dict[str, Any]]:
         # Whole seconds; a trace that two windows share comes twice and counts once.
         window = {"start": str(begin_ns // 10**9), "end": str(-(-end_ns // 10**9))}
-        return self._search({**window, "limit": str(limit), "spss": "100"})
+        return self._search({**window, "limit": str(limit), "spss": "100"}, name)
 
-    def _search(self, more: dict[str, str]) -> list[dict[str, Any]]:
-        query = f'{{ name = "{names.PREDICT}" }} | select(span.error.type, status)'
+    def _search(self, more: dict[str, str], name: str = names.PREDICT) -> list[dict[str, Any]]:
+        query = f'{{ name = "{name}" }} | select(span.error.type, status)'
         answer = self._api.json("/api/search", {"q": query, **more}) or {}
         return answer.get("traces") or []
 

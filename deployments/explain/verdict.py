@@ -22,6 +22,7 @@ from deployments.explain.causes import CAUSES, Cause, after_failures
 from deployments.explain.parts import PARTS, Parts, median, parts_of
 from deployments.explain.pattern import apart
 from deployments.explain.request import Request
+from deployments.explain.scaling import orders_during, scaled_late
 from deployments.explain.source import Source
 from deployments.explain.survey import NOT_OURS, survey
 
@@ -173,6 +174,9 @@ def _finding(
         f"{len(hit)} of {len(slow)} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
         f"{cause.what}{_apart(verdict.capture, concerned, cause.stage)}"
     )
+    if cause.is_for_want_of_replicas:
+        orders = orders_during(verdict.capture.scalings, concerned, cause.stage.capitalize())
+        summary += scaled_late(orders, verdict.capture.loads, verdict.capture.survey.window_ns[1])
     evidence = tuple((request.trace_id, ms) for request, ms in hit[:_EVIDENCE])
     share = sum(amounts) / whole_ms
     fix = cause.fix(verdict.capture, concerned) + gain

@@ -11,7 +11,14 @@ from typing import Any
 from deployments.explain.otlp import Span
 from deployments.telemetry import names
 
-SKEW = {"ingress": 0.0, "tokenizer": 7_000_000.0, "model": -3_000_000.0, "postprocessor": 12.5}
+SKEW = {
+    "ingress": 0.0,
+    "tokenizer": 7_000_000.0,
+    "model": -3_000_000.0,
+    "postprocessor": 12.5,
+    "autoscaler": 0.0,
+    "model-2": 0.0,
+}
 """Milliseconds that each host's clock is ahead."""
 RUN_MS, TOKEN_MS = 4.0, 0.5
 

@@ -16,6 +16,7 @@ from deployments.command import main
 from deployments.explain.capture import Capture, capture
 from deployments.explain.otlp import Span
 from deployments.explain.parts import PARTS, RunFit, fit_runs, parts_of
+from deployments.explain.pattern import clock
 from deployments.explain.survey import Root, survey
 from deployments.explain.verdict import Verdict, judge
 from deployments.telemetry import names
@@ -116,6 +117,71 @@ def test_a_small_cause_that_rules_some_requests_is_named_beside_a_large_one() ->
     found = judge(read(spans, slowest=0.08))
     assert [finding.cause for finding in found.findings] == ["slow_upload", "device_queue"]
     assert found.findings[1].share_of_excess < 0.07
+
+
+def decision(at_ms: float, **more: int) -> Span:
+    """The policy orders more model replicas."""
+    stated = {"from_replicas": 1, "to_replicas": 3, "needed_replicas": 3, "max_replicas": 4} | more
+    attributes = {f"ai__autoscaling__{key}": value for key, value in stated.items()}
+    return span("d" * 32, "d", "", names.SCALING_DECISION, "autoscaler", at_ms, 1, ai__autoscaling__deployment="Model",
+                **attributes)  # fmt: skip
+
+
+def load_of_model(at_ms: float, took_ms: float) -> Span:
+    return span("e" * 32, "l", "", names.MODEL_LOAD, "model-2", at_ms, took_ms)
+
+
+SETTINGS = {
+    "slowlens.deployments.Model.autoscaling_config.min_replicas": 1,
+    "slowlens.deployments.Model.autoscaling_config.max_replicas": 4,
+}
+
+
+def scaled(spans: Sequence[Span]) -> list[Span]:
+    return [replace(s, resource={**s.resource, **SETTINGS}) if s.service == "slowlens.model" else s for s in spans]
+
+
+@pytest.mark.parametrize("cause", ["device_queue", "cold_start"])
+def test_a_wait_for_replicas_says_when_the_policy_saw_it_and_when_one_was_warm(cause: str) -> None:
+    spans = scaled(window(CASES[cause]))
+    (finding,) = verdict([*spans, decision(9_000), load_of_model(9_500, 20_000)]).findings
+
+    seen, warm = (clock_at(spans, ms) for ms in (9_001, 29_500))
+    said = f"; scaled late: the policy saw it at {seen} (1 -> 3 replicas), the first was warm at {warm}"
+    assert said in finding.summary
+    assert "deployments.Model.autoscaling_config.min_replicas: 1 -> " in finding.fix
+
+
+def clock_at(spans: Sequence[Span], ms: float) -> str:
+    (first,) = (one for one in spans if one.name == names.PREDICT and int(one.trace_id, 16) == 0)
+    return clock(first.start_ns + int(ms * 1e6))
+
+
+def test_replicas_that_did_not_come_are_missed() -> None:
+    spans = scaled(window(CASES["device_queue"]))
+    (finding,) = verdict([*spans, decision(9_000)]).findings
+
+    assert finding.summary.endswith("(1 -> 3 replicas), and none of them was warm by then")
+
+
+def test_a_limit_that_was_too_low_is_named() -> None:
+    spans = scaled(window(CASES["device_queue"]))
+    at_limit = decision(9_000, from_replicas=4, to_replicas=4, needed_replicas=9)
+    (finding,) = verdict([*spans, at_limit]).findings
+
+    assert f"; not scaled: at {clock_at(spans, 9_001)} the policy needed 9 replicas, and max_replicas is 4" in (
+        finding.summary
+    )
+    assert "deployments.Model.autoscaling_config.max_replicas: 4 -> 5" in finding.fix
+
+
+def test_decisions_at_other_times_and_of_other_stages_are_not_blamed() -> None:
+    spans = scaled(window(CASES["device_queue"]))
+    other = replace(decision(9_000), attributes={**decision(9_000).attributes, "ai.autoscaling.deployment": "Ingress"})
+    fewer = decision(9_000, from_replicas=3, to_replicas=1)
+    (finding,) = verdict([*spans, decision(-60_000), other, fewer]).findings
+
+    assert "scaled" not in finding.summary
 
 
 @pytest.mark.parametrize(("slow", "named"), [({"there": 300.0}, []), ({"cold": 900.0}, ["cold_start"])])

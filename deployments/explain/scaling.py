@@ -1,0 +1,84 @@
+"""What the autoscaling policy did about a wait: when it saw it, and when what it ordered was there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deployments.explain.otlp import Span
+from deployments.explain.pattern import clock
+from deployments.explain.request import Request
+
+_BEFORE_NS = 5 * 10**9
+"""How long before a slow request came the policy may have decided on what made it slow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """One decision: an ``ai.autoscaling.decision`` span."""
+
+    deployment: str
+    decided_ns: int
+    replicas: int
+    """Before it."""
+    ordered: int
+    """After it."""
+    needed: int
+    """Without ``max_replicas``."""
+    most: int
+    """``max_replicas``."""
+
+    @classmethod
+    def of(cls, span: Span) -> Scaling:
+        def count(name: str) -> int:
+            value: Any = span.attributes.get(f"ai.autoscaling.{name}")
+            return value if isinstance(value, int) else 0
+
+        return cls(
+            str(span.attributes.get("ai.autoscaling.deployment", "")),
+            span.end_ns,
+            count("from_replicas"),
+            count("to_replicas"),
+            count("needed_replicas"),
+            count("max_replicas"),
+        )
+
+
+class Loading(Protocol):
+    @property
+    def started_ns(self) -> int: ...
+    @property
+    def took_ns(self) -> int: ...
+
+
+def orders_during(decisions: Iterable[Scaling], concerned: Sequence[Request], deployment: str) -> list[Scaling]:
+    """While these requests were there: the decisions for more replicas, and those that found no more allowed."""
+    if not concerned:
+        return []
+    begin = min(request.started_ns for request in concerned) - _BEFORE_NS
+    end = max(request.started_ns + request.latency_ns for request in concerned)
+    return [
+        made
+        for made in sorted(decisions, key=lambda made: made.decided_ns)
+        if made.deployment == deployment
+        and begin <= made.decided_ns <= end
+        and (made.ordered > made.replicas or made.needed > made.most)
+    ]
+
+
+def scaled_late(orders: Sequence[Scaling], loads: Iterable[Loading], until_ns: int) -> str:
+    """What it says of the slow requests, as the end of a sentence; empty where nothing was ordered."""
+    if not orders:
+        return ""
+    first = orders[0]
+    seen = clock(first.decided_ns)
+    if first.ordered <= first.replicas:
+        return f"; not scaled: at {seen} the policy needed {first.needed} replicas, and max_replicas is {first.most}"
+    began = f"; scaled late: the policy saw it at {seen} ({first.replicas} -> {first.ordered} replicas), "
+    ends = sorted(load.started_ns + load.took_ns for load in loads)
+    warm = [end_ns for end_ns in ends if first.decided_ns < end_ns <= until_ns]
+    if not warm:
+        return began + "and none of them was warm by then"
+    which = "the replica was" if first.ordered == first.replicas + 1 else "the first was"
+    return f"{began}{which} warm at {clock(warm[0])}"
