@@ -95,7 +95,8 @@ def get_going(case: Slowdown) -> None:
 
 
 def changed(text: str, setup: Setup) -> str:
-    document = yaml.safe_load(text)
+    # What an anchor shares is no longer shared: a change is for one deployment.
+    document = json.loads(json.dumps(yaml.safe_load(text)))
     application = document["applications"][0]
     merge(application.setdefault("args", {}), setup.args)
     for deployment in application["deployments"]:

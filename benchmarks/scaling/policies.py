@@ -10,8 +10,8 @@ from unittest import mock
 
 from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
+from simulation import Seen, Setup
 
-from benchmarks.scaling.simulation import Seen, Setup
 from deployments.autoscaling import Goal, Load, Memory, Sight, decide
 
 
@@ -31,7 +31,7 @@ class QueueWait:
                 demand=arriving / setup.rate,
                 demand_now=now / setup.rate,
                 throughput=setup.rate,
-                # What a replica knows itself: the load of the model, not the coming of its node.
+                # What a replica knows of itself: the load of the model, not the coming of its node.
                 start_ms=setup.start_s * 500,
             )
             for queued, arriving, now in zip(

@@ -2,8 +2,9 @@
 
 1. Each replica has a queue of its own, and what waits in it stays there. A run takes ``run_ns + token_ns * tokens``, so
    a replica has its full rate with full batches; here it always has it.
-2. What arrives in a step goes where the queues are shortest. What a request waits is what its replica had queued when
-   it came, at the replica's rate.
+2. Requests come in calls that four of them share, each to the one of two random replicas that has the shorter queue, as
+   Serve's router does. A request waits for the rest of the run that is going on, and for the runs of what its replica
+   had queued when it came.
 3. A replica that is ordered runs ``start_s`` later. One that is given up takes no more and finishes what it has.
 4. Policies see what replicas report twice a second, as Serve would show it.
 """
@@ -11,7 +12,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,6 +22,8 @@ import numpy.typing as npt
 STEP_S = 0.1
 REPORT_S = 0.5
 MEMORY_S = 5.0
+GROUP = 4
+"""Requests that share a call to the model."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -37,6 +39,8 @@ class Setup:
     target_wait_s: float
     min_replicas: int
     max_replicas: int
+    run_s: float = 0.05
+    """What a run takes, which has ``rate * run_s`` requests in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,6 @@ class Seen:
     """Requests a second, by replica, as each measured them over the last seconds."""
     arriving_now: Floats
     """The same over the last second."""
-    last_start_s: float
 
 
 class Policy(Protocol):
@@ -90,7 +93,6 @@ def simulate(pattern: Sequence[float], policy: Policy, setup: Setup, seed: int =
     starting: list[float] = []
     now_: Floats = arriving.copy()
     target = first
-    ready_after_s = setup.start_s
     for step in range(int(len(pattern) / STEP_S)):
         now = step * STEP_S
         came = sum(at <= now for at in starting)
@@ -99,9 +101,9 @@ def simulate(pattern: Sequence[float], policy: Policy, setup: Setup, seed: int =
             queued, arriving, now_ = (np.append(one, np.zeros(came)) for one in (queued, arriving, now_))
         count = int(draw.poisson(pattern[int(now)] * setup.peak * STEP_S))
         if len(queued):
-            taken = _share_out(queued, count)
-            waits = (queued + taken / 2) / setup.rate
-            late = float(taken[waits > setup.target_wait_s].sum())
+            taken = _share_out(queued, count, draw)
+            waits = _waits(queued + taken / 2, arriving, setup)
+            late = float((taken * _late(waits, arriving, setup)).sum())
             mean = float((waits * taken).sum()) / count if count else 0.0
             queued = np.maximum(0.0, queued + taken - setup.rate * STEP_S)
             arriving = _follow(arriving, taken, MEMORY_S)
@@ -116,7 +118,7 @@ def simulate(pattern: Sequence[float], policy: Policy, setup: Setup, seed: int =
         if step % round(1 / STEP_S) == 0:
             result.replicas.append(len(queued))
         if step % round(REPORT_S / STEP_S) == 0:
-            seen = Seen(now, len(queued), target, queued, arriving, now_, ready_after_s)
+            seen = Seen(now, len(queued), target, queued, arriving, now_)
             wanted = max(setup.min_replicas, min(setup.max_replicas, policy.replicas(seen, setup)))
             result.changes += wanted != target
             if wanted > target:
@@ -132,22 +134,31 @@ def simulate(pattern: Sequence[float], policy: Policy, setup: Setup, seed: int =
     return result
 
 
+def _waits(before: Floats, arriving: Floats, setup: Setup) -> Floats:
+    """Seconds, on average, of who comes to replicas with so much before them: the rest of a run, and whole runs."""
+    whole = np.floor(before / (setup.rate * setup.run_s)) * setup.run_s
+    return whole + np.minimum(1.0, arriving / setup.rate) * setup.run_s / 2
+
+
+def _late(waits: Floats, arriving: Floats, setup: Setup) -> Floats:
+    """Which part of those who come waits longer than the target: the rest of the run is of any length."""
+    busy = np.minimum(1.0, arriving / setup.rate)
+    whole = waits - busy * setup.run_s / 2
+    part = np.clip((whole + setup.run_s - setup.target_wait_s) / setup.run_s, 0.0, 1.0)
+    return busy * part + (1 - busy) * (whole > setup.target_wait_s)
+
+
 def _follow(rate: Floats, taken: Floats, memory_s: float) -> Floats:
     forget = math.exp(-STEP_S / memory_s)
     return rate * forget + taken / STEP_S * (1 - forget)
 
 
-def _share_out(queued: Floats, count: int) -> Floats:
-    """How much each replica gets, so that the shortest queues are filled up to one level."""
-    if not count:
-        return np.zeros(len(queued))
-    order = np.sort(queued)
-    filled = np.cumsum(order)
-    # With the k shortest at one level, that level is this.
-    levels = (count + filled) / np.arange(1, len(order) + 1)
-    fits = np.append(levels[:-1] <= order[1:], True)
-    return np.maximum(0.0, levels[int(np.argmax(fits))] - queued)
-
-
-def seeded(name: str) -> int:
-    return random.Random(name).randrange(2**31)
+def _share_out(queued: Floats, count: int, draw: np.random.Generator) -> Floats:
+    """How much each replica gets: each call goes to the one of two random replicas that has the shorter queue."""
+    taken: Floats = np.zeros(len(queued))
+    calls = -(-count // GROUP)
+    if calls:
+        first, second = draw.integers(len(queued), size=(2, calls))
+        chosen = np.where(queued[first] <= queued[second], first, second)
+        np.add.at(taken, chosen, count / calls)
+    return taken

@@ -1,0 +1,129 @@
+"""The alerts, built from the metrics' names. Each says which question to put to ``slowlens why``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.telemetry import names
+from k8s.dashboards import LOST_SPANS
+from k8s.metrics import label, series
+
+OBJECTIVE = 0.999
+"""Of the requests that are the server's to answer, which part it answers."""
+_DEPLOYMENT = label("ai.autoscaling.deployment")
+_WHY = "slowlens why --source $TEMPO_URL --since"
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    name: str
+    expr: str
+    lasts: str
+    """For so long it must be so."""
+    severity: str
+    summary: str
+    what_to_do: str
+    since: str
+    """What to ask ``slowlens why`` about."""
+
+    def rule(self) -> dict[str, Any]:
+        """As Prometheus takes it."""
+        return {
+            "alert": self.name,
+            "expr": self.expr,
+            "for": self.lasts,
+            "labels": {"severity": self.severity},
+            "annotations": {
+                "summary": self.summary,
+                "runbook": f"Run `{_WHY} {self.since}`. {self.what_to_do}",
+            },
+        }
+
+
+def _by_deployment(spec: names.MetricSpec) -> str:
+    return f"max by ({_DEPLOYMENT}) ({series(spec)})"
+
+
+def _burn(window: str) -> str:
+    """How many times faster than allowed the error budget is used."""
+    ours = f'{series(names.REQUESTS)}{{outcome=~"error|overloaded|deadline"}}'
+    every = f'{series(names.REQUESTS)}{{outcome!~"invalid|cancelled"}}'
+    return f"(sum (rate({ours}[{window}])) / sum (rate({every}[{window}])) / {1 - OBJECTIVE:.4g})"
+
+
+_IS_LATE = f"{_by_deployment(names.SCALING_QUEUE_WAIT)} > {_by_deployment(names.SCALING_TARGET_WAIT)}"
+ALERTS = (
+    Alert(
+        "SlowlensWaitAboveTarget",
+        _IS_LATE,
+        "5m",
+        "warning",
+        "What waits for {{ $labels.ai_autoscaling_deployment }} takes {{ $value | humanize }} ms, longer than accepted",
+        "device_queue and replica_queue say which stage; `scaled late` says when the policy saw it and when a replica "
+        "was warm. If replicas were ordered and did not come, look at the cluster's room.",
+        "15m",
+    ),
+    Alert(
+        "SlowlensAtMaxReplicas",
+        f"{_by_deployment(names.SCALING_TARGET)} >= {_by_deployment(names.SCALING_MAX)} "
+        f"and on ({_DEPLOYMENT}) ({_IS_LATE})",
+        "5m",
+        "critical",
+        "{{ $labels.ai_autoscaling_deployment }} has all {{ $value }} replicas that it may have, and requests wait",
+        "Raise autoscaling_config.max_replicas of the deployment, or make runs cost less; the finding has the numbers.",
+        "15m",
+    ),
+    Alert(
+        "SlowlensColdStarts",
+        f"count ({series(names.LOADS)} unless {series(names.LOADS)} offset 10m) > 5",
+        "0m",
+        "warning",
+        "{{ $value }} model replicas were loaded within ten minutes",
+        "cold_start says how many requests waited for them. If replicas come and go, raise quiet_s or min_replicas; if "
+        "they die, look at their logs.",
+        "10m",
+    ),
+    Alert(
+        "SlowlensGpuMemoryNearlyFull",
+        f"max by (instance, hw_id) ({series(names.HW_MEMORY_USAGE)} / {series(names.HW_MEMORY_LIMIT)}) > 0.95",
+        "10m",
+        "warning",
+        "The GPU {{ $labels.hw_id }} of {{ $labels.instance }} uses {{ $value | humanizePercentage }} of its memory",
+        "Lower batching.max_batch_tokens before runs fail (ai.model.out_of_memory counts those that did not fit).",
+        "15m",
+    ),
+    Alert(
+        "SlowlensErrorBudgetBurnsFast",
+        f"{_burn('1h')} > 14.4 and {_burn('5m')} > 14.4",
+        "2m",
+        "critical",
+        f"Errors use the month's {1 - OBJECTIVE:.1%} {{{{ $value | humanize }}}} times too fast: gone in two days",
+        "errors_retries names the kinds of failure, and what helps against the most frequent one.",
+        "1h",
+    ),
+    Alert(
+        "SlowlensErrorBudgetBurns",
+        f"{_burn('6h')} > 6 and {_burn('30m')} > 6",
+        "15m",
+        "warning",
+        f"Errors use the month's {1 - OBJECTIVE:.1%} {{{{ $value | humanize }}}} times too fast: gone in five days",
+        "errors_retries names the kinds of failure, and what helps against the most frequent one.",
+        "6h",
+    ),
+    Alert(
+        "SlowlensSpansDropped",
+        f"sum (rate({series(names.DROPPED_RECORDS)}[5m]) or rate({series(names.UNWRITTEN_SPANS)}[5m]) "
+        f"or rate({LOST_SPANS}[5m])) > 0",
+        "5m",
+        "warning",
+        "Telemetry is lost: {{ $value | humanize }} records and spans a second",
+        "telemetry_loss says what is missing. Look at the Collector: its memory, its queue, its backend.",
+        "15m",
+    ),
+)
+
+
+def rules() -> dict[str, Any]:
+    """A rule file of Prometheus."""
+    return {"groups": [{"name": "slowlens", "interval": "30s", "rules": [alert.rule() for alert in ALERTS]}]}

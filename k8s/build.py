@@ -1,0 +1,79 @@
+"""Writes the manifests that are made from the code and from serve_config.yaml: ``python -m k8s.build``.
+
+A test fails where the files differ from what this would write.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from k8s.alerts import rules
+from k8s.dashboards import DASHBOARDS, dashboard
+
+HERE = Path(__file__).parent
+SERVE_CONFIG = HERE.parent / "serve_config.yaml"
+NAME = "slowlens"
+_MADE = "# Made by `python -m k8s.build`.\n"
+
+
+class _Block(yaml.SafeDumper):
+    """Long texts as blocks, and every mapping written out: what an anchor shares is shared no longer."""
+
+    def ignore_aliases(self, _: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Block.add_representer(str, _text)
+
+
+def dumped(document: Any) -> str:
+    return yaml.dump(document, Dumper=_Block, sort_keys=False, width=10_000)
+
+
+def serve_config(*, gpus_per_model_replica: float = 0) -> dict[str, Any]:
+    """serve_config.yaml, with what is otherwise on a cluster."""
+    config: dict[str, Any] = copy.deepcopy(yaml.safe_load(SERVE_CONFIG.read_text()))
+    # The pod's own port; who may connect to it is for the NetworkPolicy.
+    config["http_options"]["host"] = "0.0.0.0"
+    # For whatever collects the logs of pods.
+    config["logging_config"]["encoding"] = "JSON"
+    for deployment in config["applications"][0]["deployments"]:
+        if deployment["name"] == "Model" and gpus_per_model_replica:
+            deployment["ray_actor_options"]["num_gpus"] = gpus_per_model_replica
+    return config
+
+
+def serve_patch(config: dict[str, Any]) -> str:
+    resource = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": NAME},
+        "spec": {"serveConfigV2": dumped(config)},
+    }
+    return _MADE + dumped(resource)
+
+
+def files() -> dict[Path, str]:
+    made = {
+        HERE / "base" / "serve.yaml": serve_patch(serve_config()),
+        HERE / "overlays" / "gpu" / "serve.yaml": serve_patch(serve_config(gpus_per_model_replica=1)),
+        HERE / "base" / "prometheus" / "rules.yaml": _MADE + dumped(rules()),
+    }
+    for uid in DASHBOARDS:
+        made[HERE / "base" / "grafana" / f"{uid}.json"] = json.dumps(dashboard(uid), indent=2) + "\n"
+    return made
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

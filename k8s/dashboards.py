@@ -1,0 +1,346 @@
+"""The Grafana dashboards, built from the metrics' names, so that they cannot drift from what the replicas export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.telemetry import names
+from deployments.telemetry.names import MetricSpec
+from k8s.metrics import label, series
+
+RATE = "$__rate_interval"
+_DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+_WIDTH, _HEIGHT = 12, 8
+_DEPLOYMENT = label("ai.autoscaling.deployment")
+LOST_SPANS = 'otel_sdk_exporter_span_exported_total{error_type!=""}'
+"""OpenTelemetry's own: spans that an exporter could not deliver."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    expr: str
+    legend: str
+    exemplars: bool = False
+    on_the_right: bool = False
+    """Whether it is drawn against a second axis, with the unit ``right_unit`` of the panel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    title: str
+    what: str
+    """Shown where the pointer rests on its corner."""
+    unit: str
+    queries: Sequence[Query]
+    stacked: bool = False
+    right_unit: str = "short"
+
+
+def quantile(share: float, spec: MetricSpec, by: str = "") -> str:
+    grouped = f"le, {by}" if by else "le"
+    return f"histogram_quantile({share}, sum by ({grouped}) (rate({series(spec)}_bucket[{RATE}])))"
+
+
+def mean(spec: MetricSpec, by: str = "") -> str:
+    group = f" by ({by})" if by else ""
+    return f"sum{group} (rate({series(spec)}_sum[{RATE}])) / sum{group} (rate({series(spec)}_count[{RATE}]))"
+
+
+def per_second(spec: MetricSpec, by: str) -> str:
+    return f"sum by ({by}) (rate({series(spec)}[{RATE}]))"
+
+
+def _quantiles(spec: MetricSpec) -> list[Query]:
+    return [Query(quantile(share, spec), f"p{share * 100:g}", exemplars=share == 0.99) for share in (0.5, 0.95, 0.99)]
+
+
+def _by_stage() -> Iterator[Query]:
+    stages = {
+        "tokenization": names.PREPROCESSING,
+        "queue": names.QUEUE_WAIT,
+        "run of the model": names.MODEL_LATENCY,
+        "postprocessing": names.POSTPROCESSING,
+    }
+    for stage, spec in stages.items():
+        yield Query(mean(spec), stage)
+    each = f"sum (rate({series(names.TRANSIT)}_sum[{RATE}])) / sum (rate({series(names.LATENCY)}_count[{RATE}]))"
+    yield Query(each, "between the actors")
+
+
+LATENCY_DASHBOARD = (
+    Panel(
+        "Latency",
+        "Whole requests. The dots are exemplars: each leads to its trace.",
+        "ms",
+        _quantiles(names.LATENCY),
+    ),
+    Panel(
+        "Latency by stage",
+        "What a request spent in each stage, on average. slowlens why says what the slowest spent theirs on.",
+        "ms",
+        tuple(_by_stage()),
+        stacked=True,
+    ),
+    Panel(
+        "Wait before the device",
+        "From the arrival at the model replica until the batch began, and the wait that the policy is set to.",
+        "ms",
+        (
+            *_quantiles(names.QUEUE_WAIT),
+            Query(f'max ({series(names.SCALING_TARGET_WAIT)}{{{_DEPLOYMENT}="Model"}})', "accepted"),
+        ),
+    ),
+    Panel(
+        "Requests by outcome",
+        "error: on our side; overloaded: the queue was full; deadline: it passed; invalid, cancelled: the caller's.",
+        "reqps",
+        (Query(per_second(names.REQUESTS, "outcome"), "{{outcome}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Tokens against the time of a run",
+        "Tokens of answered requests, and what one run of the model took (right).",
+        "short",
+        (
+            Query(f"sum (rate({series(names.TOKENS)}[{RATE}]))", "tokens a second"),
+            Query(quantile(0.5, names.MODEL_LATENCY), "run p50", on_the_right=True),
+            Query(quantile(0.99, names.MODEL_LATENCY), "run p99", exemplars=True, on_the_right=True),
+        ),
+        right_unit="ms",
+    ),
+    Panel(
+        "Between the actors",
+        "What each call cost beside the work of its stage.",
+        "ms",
+        (Query(quantile(0.99, names.TRANSIT, "stage"), "{{stage}} p99"),),
+    ),
+    Panel(
+        "Responses",
+        "As the semantic conventions count them, by route and status.",
+        "reqps",
+        (
+            Query(
+                f"sum by (http_route, http_response_status_code) (rate({series(names.HTTP_DURATION)}_count[{RATE}]))",
+                "{{http_route}} {{http_response_status_code}}",
+            ),
+        ),
+        stacked=True,
+    ),
+    Panel(
+        "Telemetry's own health",
+        "Records and spans that were lost. A trace that is not there cannot be explained.",
+        "cps",
+        (
+            Query(f"sum (rate({series(names.DROPPED_RECORDS)}[{RATE}])) or vector(0)", "records dropped"),
+            Query(f"sum (rate({series(names.UNWRITTEN_SPANS)}[{RATE}])) or vector(0)", "spans not written"),
+            Query(f"sum (rate({LOST_SPANS}[{RATE}])) or vector(0)", "spans not delivered"),
+        ),
+    ),
+)
+
+CAPACITY_DASHBOARD = (
+    Panel(
+        "Queue and replicas",
+        "Inputs that wait in all model replicas; replicas that are warm, ordered, and allowed (right).",
+        "short",
+        (
+            Query(f"sum ({series(names.QUEUE_DEPTH)})", "inputs waiting"),
+            Query(f"sum ({series(names.REPLICAS_WARM)})", "warm", on_the_right=True),
+            Query(f'max ({series(names.SCALING_TARGET)}{{{_DEPLOYMENT}="Model"}})', "ordered", on_the_right=True),
+            Query(f'max ({series(names.SCALING_MAX)}{{{_DEPLOYMENT}="Model"}})', "allowed", on_the_right=True),
+        ),
+    ),
+    Panel(
+        "Oldest input and replicas",
+        "How long the first waiting input of any replica has waited; warm replicas (right).",
+        "ms",
+        (
+            Query(f"max ({series(names.QUEUE_AGE)})", "oldest"),
+            Query(f"max ({series(names.SCALING_QUEUE_WAIT)})", "to run all that waits"),
+            Query(f"sum ({series(names.REPLICAS_WARM)})", "warm", on_the_right=True),
+        ),
+    ),
+    Panel(
+        "What arrives, in replicas",
+        "Replicas' worth of work that arrives, by deployment, and the replicas that run.",
+        "short",
+        (
+            Query(f"max by ({_DEPLOYMENT}) ({series(names.SCALING_DEMAND)})", f"{{{{{_DEPLOYMENT}}}}} arriving"),
+            Query(f"max by ({_DEPLOYMENT}) ({series(names.SCALING_RUNNING)})", f"{{{{{_DEPLOYMENT}}}}} running"),
+        ),
+    ),
+    Panel(
+        "Decisions of the policy",
+        "Changes of the number of replicas, by what they were for.",
+        "short",
+        (
+            Query(
+                f"sum by ({_DEPLOYMENT}, {label('ai.autoscaling.reason')}) "
+                f"(increase({series(names.SCALING_DECISIONS)}[{RATE}]))",
+                f"{{{{{_DEPLOYMENT}}}}} {{{{{label('ai.autoscaling.reason')}}}}}",
+            ),
+        ),
+        stacked=True,
+    ),
+    Panel(
+        "Inputs in a run",
+        "Batches grow with load; small ones beside a long queue say that a limit of batching is too low.",
+        "short",
+        (Query(mean(names.BATCH_SIZE), "mean"), Query(quantile(0.9, names.BATCH_SIZE), "p90")),
+    ),
+    Panel(
+        "Padding",
+        "Padding tokens over all tokens of a run.",
+        "percentunit",
+        (Query(mean(names.PADDING), "mean"), Query(quantile(0.9, names.PADDING), "p90")),
+    ),
+    Panel(
+        "Why batches were cut",
+        "full and token_budget: there was more; device_idle: all there was; timeout: after max_wait_ms.",
+        "short",
+        (Query(per_second(names.DISPATCHES, "reason"), "{{reason}}"),),
+        stacked=True,
+    ),
+    Panel(
+        "Cold starts",
+        "Model replicas that were loaded in the last ten minutes, and runs that did not fit the memory.",
+        "short",
+        (
+            # A replica's counter begins at 1, which is no increase.
+            Query(f"count ({series(names.LOADS)} unless {series(names.LOADS)} offset 10m) or vector(0)", "loads"),
+            Query(f"sum (increase({series(names.OUT_OF_MEMORY)}[10m])) or vector(0)", "out of memory"),
+        ),
+    ),
+    Panel(
+        "GPU utilization beside latency",
+        "Of each device of each replica, and the p99 of requests (right).",
+        "percent",
+        (
+            Query(f"max by (instance, gpu_index) ({series(names.GPU_UTILIZATION)})", "{{instance}} GPU {{gpu_index}}"),
+            Query(quantile(0.99, names.LATENCY), "p99", exemplars=True, on_the_right=True),
+        ),
+        right_unit="ms",
+    ),
+    Panel(
+        "GPU memory beside latency",
+        "Of each device of each replica, and the p99 of requests (right).",
+        "percentunit",
+        (
+            Query(
+                f"max by (instance, hw_id) ({series(names.HW_MEMORY_USAGE)} / {series(names.HW_MEMORY_LIMIT)})",
+                "{{instance}} {{hw_id}}",
+            ),
+            Query(quantile(0.99, names.LATENCY), "p99", exemplars=True, on_the_right=True),
+        ),
+        right_unit="ms",
+    ),
+    Panel(
+        "GPU power and temperature",
+        "Of each device of each replica; temperature on the right.",
+        "watt",
+        (
+            Query(f"max by (instance, hw_id) ({series(names.HW_POWER)})", "{{instance}} {{hw_id}}"),
+            Query(
+                f"max by (instance, hw_id) ({series(names.HW_TEMPERATURE)})",
+                "{{instance}} {{hw_id}}",
+                on_the_right=True,
+            ),
+        ),
+        right_unit="celsius",
+    ),
+    Panel(
+        "Processes",
+        "Processor time of each replica, as a part of its machine, and resident memory (right).",
+        "percentunit",
+        (
+            Query(f"max by (job, instance) ({series(names.PROCESS_CPU)})", "{{job}} {{instance}}"),
+            Query(f"sum by (job) ({series(names.PROCESS_MEMORY)})", "{{job}}", on_the_right=True),
+        ),
+        right_unit="bytes",
+    ),
+)
+DASHBOARDS = {
+    "slowlens-latency": ("slowlens: latency", LATENCY_DASHBOARD),
+    "slowlens-capacity": ("slowlens: capacity", CAPACITY_DASHBOARD),
+}
+
+
+def dashboard(uid: str) -> dict[str, Any]:
+    """Grafana's JSON model of one of ``DASHBOARDS`` (schema 39, Grafana 10 and later)."""
+    title, panels = DASHBOARDS[uid]
+    return {
+        "uid": uid,
+        "title": title,
+        "tags": ["slowlens"],
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-1h", "to": "now"},
+        "timezone": "",
+        "templating": {
+            "list": [
+                {
+                    "name": "datasource",
+                    "label": "Prometheus",
+                    "type": "datasource",
+                    "query": "prometheus",
+                    "current": {},
+                    "hide": 0,
+                }
+            ]
+        },
+        "annotations": {"list": []},
+        "links": [
+            {"title": "slowlens", "type": "dashboards", "tags": ["slowlens"], "asDropdown": False, "includeVars": True}
+        ],
+        "panels": [_panel(number, panel) for number, panel in enumerate(panels)],
+    }
+
+
+def _panel(number: int, panel: Panel) -> dict[str, Any]:
+    return {
+        "id": number + 1,
+        "type": "timeseries",
+        "title": panel.title,
+        "description": panel.what,
+        "datasource": _DATASOURCE,
+        "gridPos": {"x": number % 2 * _WIDTH, "y": number // 2 * _HEIGHT, "w": _WIDTH, "h": _HEIGHT},
+        "fieldConfig": {
+            "defaults": {
+                "unit": panel.unit,
+                "min": 0,
+                "custom": {
+                    "lineWidth": 1,
+                    "fillOpacity": 30 if panel.stacked else 0,
+                    "showPoints": "never",
+                    "stacking": {"mode": "normal" if panel.stacked else "none"},
+                },
+            },
+            "overrides": [_right(ref, panel.right_unit) for ref, query in _refs(panel) if query.on_the_right],
+        },
+        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
+        "targets": [
+            {
+                "refId": ref,
+                "datasource": _DATASOURCE,
+                "expr": query.expr,
+                "legendFormat": query.legend,
+                "exemplar": query.exemplars,
+                "range": True,
+            }
+            for ref, query in _refs(panel)
+        ],
+    }
+
+
+def _refs(panel: Panel) -> list[tuple[str, Query]]:
+    return [(chr(ord("A") + number), query) for number, query in enumerate(panel.queries)]
+
+
+def _right(ref: str, unit: str) -> dict[str, Any]:
+    return {
+        "matcher": {"id": "byFrameRefID", "options": ref},
+        "properties": [{"id": "unit", "value": unit}, {"id": "custom.axisPlacement", "value": "right"}],
+    }

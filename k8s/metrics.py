@@ -1,0 +1,46 @@
+"""The metrics of deployments.telemetry.names as Prometheus has them, from the Collector's exporter.
+
+The names follow OpenTelemetry's "Prometheus and OpenMetrics Compatibility", with units and ``_total`` added
+(https://opentelemetry.io/docs/specs/otel/compatibility/prometheus_and_openmetrics/#metric-metadata-1): dots become
+underscores; a unit is spelled out and added unless the name has it as one of its words; a unit in braces is none.
+"""
+
+from __future__ import annotations
+
+import re
+
+from deployments.telemetry.names import MetricSpec
+
+_UNITS = {
+    "ms": "milliseconds",
+    "s": "seconds",
+    "By": "bytes",
+    "GB": "gigabytes",
+    "W": "watts",
+    "Cel": "celsius",
+    "%": "percent",
+}
+
+
+def series(spec: MetricSpec) -> str:
+    """The name in Prometheus; of a histogram without ``_bucket``, ``_sum`` and ``_count``."""
+    return prometheus_name(spec.name, spec.kind, spec.unit)
+
+
+def prometheus_name(name: str, kind: str, unit: str) -> str:
+    """``kind`` is histogram, counter or gauge."""
+    plain = re.sub(r"[^a-zA-Z0-9:]+", "_", name)
+    if unit == "1" and kind == "gauge":
+        word = "ratio"
+    else:
+        word = _UNITS.get(unit, "")
+        assert word or unit == "1" or unit.startswith("{"), f"the unit {unit} has no word"
+    words = plain.split("_")
+    if word and word not in words:
+        plain = f"{plain}_{word}"
+    return f"{plain}_total" if kind == "counter" and "total" not in words else plain
+
+
+def label(attribute: str) -> str:
+    """An attribute as a label."""
+    return re.sub(r"[^a-zA-Z0-9_]", "_", attribute)
