@@ -1,0 +1,338 @@
+"""The manifests: what kustomize makes of them is what Kubernetes and KubeRay take, and says what the code says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import promql_parser
+import pytest
+import ray
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.config import AppConfig
+from deployments.explain.options import PageConfig
+from deployments.launch import FAST
+from deployments.telemetry.names import METRICS
+from k8s.alerts import ALERTS
+from k8s.build import HERE, SERVE_CONFIG, files
+from k8s.dashboards import DASHBOARDS, dashboard
+from k8s.metrics import prometheus_name, series
+from tests.unit.test_config import unknown_keys
+
+OVERLAYS = ("cpu", "gpu")
+OURS = {"RayService", "Kustomization"}
+CRD = "SLOWLENS_KUBERAY_CRD"
+"""Where KubeRay's CustomResourceDefinition of the RayService is, as its release has it."""
+VERSION = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
+RAY = re.findall(r"^ray==(.+)$", (HERE.parent / "constraints.txt").read_text(), re.MULTILINE)[0]
+
+
+def built(overlay: str) -> list[dict[str, Any]]:
+    command = ["kubectl", "kustomize", str(HERE / "overlays" / overlay)]
+    return list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def resources(overlay: str) -> list[dict[str, Any]]:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    return built(overlay)
+
+
+def service(resources: list[dict[str, Any]]) -> dict[str, Any]:
+    (found,) = (one for one in resources if one["kind"] == "RayService")
+    return found
+
+
+def pod_specs(resources: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for one in resources:
+        if one["kind"] == "Deployment":
+            yield one["metadata"]["name"], one["spec"]["template"]["spec"]
+        elif one["kind"] == "RayService":
+            cluster = one["spec"]["rayClusterConfig"]
+            yield "head", cluster["headGroupSpec"]["template"]["spec"]
+            for group in cluster["workerGroupSpecs"]:
+                yield group["groupName"], group["template"]["spec"]
+
+
+# --- what Kubernetes takes -------------------------------------------------------------------------------------------
+
+
+def test_core_resources_are_what_kubernetes_takes(resources: list[dict[str, Any]]) -> None:
+    core = [one for one in resources if one["kind"] not in OURS]
+
+    assert {one["kind"] for one in core} == {
+        "ConfigMap",
+        "Deployment",
+        "Namespace",
+        "NetworkPolicy",
+        "Service",
+        "ServiceAccount",
+    }
+    for one in core:
+        kubernetes_validate.validate(one, "1.34", strict=True)
+
+
+@pytest.mark.skipif(CRD not in os.environ, reason=f"{CRD} does not name KubeRay's definition of the RayService")
+def test_the_rayservice_is_what_kuberay_takes(resources: list[dict[str, Any]]) -> None:
+    definition = yaml.safe_load(Path(os.environ[CRD]).read_text())
+    (schema,) = (one["schema"]["openAPIV3Schema"] for one in definition["spec"]["versions"] if one["name"] == "v1")
+    strict(schema)
+
+    jsonschema.validate(service(resources), schema)
+    typo = json.loads(json.dumps(service(resources)))
+    typo["spec"]["rayClusterConfig"]["rayVersoin"] = "2"
+    with pytest.raises(jsonschema.ValidationError, match="rayVersoin"):
+        jsonschema.validate(typo, schema)
+
+
+def strict(schema: Any) -> None:
+    """Unknown fields are refused, as with ``kubectl apply --validate=strict``. Whole resources have a few more."""
+    if not isinstance(schema, dict):
+        return
+    is_closed = "properties" in schema and "apiVersion" not in schema["properties"]
+    if is_closed and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
+    for one in list(schema.values()):
+        strict(one)
+
+
+def test_everything_is_in_one_namespace(resources: list[dict[str, Any]]) -> None:
+    assert {one["metadata"].get("namespace") for one in resources if one["kind"] != "Namespace"} == {"slowlens"}
+
+
+# --- what Serve takes ------------------------------------------------------------------------------------------------
+
+
+def test_the_serve_configuration_is_that_of_the_repository(overlay: str, resources: list[dict[str, Any]]) -> None:
+    config = yaml.safe_load(service(resources)["spec"]["serveConfigV2"])
+    expected = json.loads(json.dumps(yaml.safe_load(SERVE_CONFIG.read_text())))
+    # All that is otherwise on a cluster.
+    expected["http_options"]["host"] = "0.0.0.0"
+    expected["logging_config"]["encoding"] = "JSON"
+    if overlay == "gpu":
+        (model,) = (one for one in expected["applications"][0]["deployments"] if one["name"] == "Model")
+        model["ray_actor_options"]["num_gpus"] = 1
+
+    assert config == expected
+    ServeDeploySchema.model_validate(config)
+    assert list(unknown_keys(config, ServeDeploySchema, "")) == []
+    AppConfig.parse(config["applications"][0]["args"])
+    PageConfig.parse(config["applications"][1]["args"])
+
+
+def test_generated_files_are_up_to_date() -> None:
+    for path, text in files().items():
+        assert path.read_text() == text, f"{path}: run python -m k8s.build"
+
+
+def test_every_process_of_ray_starts_with_the_fast_environment(resources: list[dict[str, Any]]) -> None:
+    for name, spec in pod_specs([service(resources)]):
+        (container,) = spec["containers"]
+        environment = {one["name"]: one.get("value") for one in container["env"]}
+        assert {key: environment.get(key) for key in FAST} == {key: one.value for key, one in FAST.items()}, name
+        assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://slowlens-collector:4317"
+        assert {"K8S_POD_NAME", "K8S_NODE_NAME", "K8S_NAMESPACE_NAME"} <= environment.keys()
+
+
+def test_versions_are_those_of_the_package(resources: list[dict[str, Any]]) -> None:
+    dockerfile = (HERE / "Dockerfile").read_text()
+
+    assert ray.__version__ == RAY
+    assert service(resources)["spec"]["rayClusterConfig"]["rayVersion"] == RAY
+    assert f"FROM rayproject/ray:{RAY}-py311" in dockerfile
+    assert f"slowlens:{VERSION}" in dockerfile
+    assert {spec["containers"][0]["image"] for _, spec in pod_specs([service(resources)])} == {f"slowlens:{VERSION}"}
+
+
+# --- how it runs -----------------------------------------------------------------------------------------------------
+
+
+def test_the_head_has_no_work_and_no_requests(resources: list[dict[str, Any]]) -> None:
+    spec = service(resources)["spec"]
+
+    assert spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert spec["excludeHeadPodFromServeSvc"] is True
+    assert spec["rayClusterConfig"]["enableInTreeAutoscaling"] is True
+    assert spec["upgradeStrategy"] == {"type": "NewCluster"}
+
+
+def test_gpu_workers_start_from_zero_and_only_the_model_asks_for_them(
+    overlay: str, resources: list[dict[str, Any]]
+) -> None:
+    groups = {one["groupName"]: one for one in service(resources)["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    config = yaml.safe_load(service(resources)["spec"]["serveConfigV2"])
+    asking = [
+        one["name"] for one in config["applications"][0]["deployments"] if one["ray_actor_options"].get("num_gpus")
+    ]
+
+    if overlay == "cpu":
+        assert (set(groups), asking) == ({"cpu"}, [])
+        return
+    assert (set(groups), asking) == ({"cpu", "gpu"}, ["Model"])
+    assert (groups["gpu"]["minReplicas"], groups["gpu"]["replicas"]) == (0, 0)
+    (container,) = groups["gpu"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert not any("nvidia.com/gpu" in json.dumps(groups["cpu"]) for _ in groups)
+
+
+def test_one_replica_of_each_stage_fits_the_first_worker(resources: list[dict[str, Any]]) -> None:
+    config = yaml.safe_load(service(resources)["spec"]["serveConfigV2"])
+    wanted = sum(one["ray_actor_options"]["num_cpus"] for one in config["applications"][0]["deployments"])
+    (worker, *_) = service(resources)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+
+    assert worker["minReplicas"] >= 1
+    assert wanted <= float(worker["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
+
+
+def test_every_container_is_locked_and_asks_for_what_it_needs(resources: list[dict[str, Any]]) -> None:
+    for name, spec in pod_specs(resources):
+        for container in spec["containers"]:
+            context = container["securityContext"]
+            assert context["runAsNonRoot"] is True, name
+            assert context["readOnlyRootFilesystem"] is True, name
+            assert context["allowPrivilegeEscalation"] is False, name
+            assert context["capabilities"] == {"drop": ["ALL"]}, name
+            assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), name
+            assert "memory" in container["resources"]["limits"], name
+    assert service(resources)["spec"]["rayClusterConfig"]["autoscalerOptions"]["securityContext"]["runAsNonRoot"]
+
+
+def test_nobody_but_the_head_has_rights(resources: list[dict[str, Any]]) -> None:
+    for name, spec in pod_specs(resources):
+        if name != "head":
+            assert (spec["serviceAccountName"], spec["automountServiceAccountToken"]) == ("slowlens", False), name
+    assert not [one for one in resources if "Role" in one["kind"]]
+
+
+def test_pods_of_ray_and_of_the_pipeline_are_behind_policies(resources: list[dict[str, Any]]) -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in resources if one["kind"] == "NetworkPolicy"}
+    open_to_callers = [
+        port["port"]
+        for rule in policies["slowlens-ray"]["ingress"]
+        for port in rule.get("ports", [])
+        if "podSelector" in rule["from"][0] and not rule["from"][0]["podSelector"]
+    ]
+
+    assert open_to_callers == [8000]
+    for deployment in (one for one in resources if one["kind"] == "Deployment"):
+        labels = deployment["spec"]["template"]["metadata"]["labels"]
+        selectors = [policy["podSelector"]["matchLabels"] for policy in policies.values()]
+        assert any(selector.items() <= labels.items() for selector in selectors), labels
+
+
+def test_services_and_config_maps_that_are_named_are_there(resources: list[dict[str, Any]]) -> None:
+    there = {(one["kind"], one["metadata"]["name"]) for one in resources}
+    for _, spec in pod_specs(resources):
+        for volume in spec.get("volumes", []):
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in there
+        for container in spec["containers"]:
+            for source in container.get("envFrom", []):
+                assert ("ConfigMap", source["configMapRef"]["name"]) in there
+    prometheus = yaml.safe_load((HERE / "base" / "prometheus" / "prometheus.yaml").read_text())
+    targets = [target for job in prometheus["scrape_configs"] for target in job["static_configs"][0]["targets"]]
+    assert {("Service", target.partition(":")[0]) for target in targets} <= there
+
+
+# --- the Collector ---------------------------------------------------------------------------------------------------
+
+
+def test_the_collector_has_every_component_of_its_pipelines() -> None:
+    config = yaml.safe_load((HERE / "base" / "collector" / "config.yaml").read_text())
+    pipelines = config["service"]["pipelines"]
+
+    for pipeline in pipelines.values():
+        for kind in ("receivers", "processors", "exporters"):
+            assert set(pipeline[kind]) <= config[kind].keys()
+        assert pipeline["processors"][0] == "memory_limiter"
+    assert set(config["service"]["extensions"]) <= config["extensions"].keys()
+    assert {"receivers", "processors", "exporters", "extensions", "service"} == config.keys()
+
+
+def test_tail_sampling_keeps_slow_failed_and_linked() -> None:
+    config = yaml.safe_load((HERE / "base" / "collector" / "config.yaml").read_text())
+    policies = {one["name"]: one for one in config["processors"]["tail_sampling"]["policies"]}
+    linked = re.findall(r'name == "([a-z_.]+)"', "\n".join(policies["linked"]["ottl_condition"]["span"]))
+
+    assert set(policies) == {"failed", "slow", "linked", "ordinary"}
+    # Every trace that is not a request's: one without which a request cannot be explained.
+    own_traces = {"ai.inference.batch_forward", "ai.inference.model_load", "ai.autoscaling.decision"}
+    assert set(linked) == own_traces
+
+
+# --- dashboards and alerts -------------------------------------------------------------------------------------------
+
+
+def test_names_in_prometheus() -> None:
+    """As the Collector's exporter writes them (prometheus translator of opentelemetry-collector-contrib)."""
+    names = {spec.name: series(spec) for spec in METRICS}
+
+    assert names["ai.inference.latency"] == "ai_inference_latency_milliseconds"
+    assert names["http.server.request.duration"] == "http_server_request_duration_seconds"
+    assert names["ai.inference.requests"] == "ai_inference_requests_total"
+    assert names["ai.queue.depth"] == "ai_queue_depth"
+    assert names["ai.queue.oldest_age_ms"] == "ai_queue_oldest_age_ms_milliseconds"
+    assert names["ai.batch.padding_ratio"] == "ai_batch_padding_ratio"
+    assert names["ai.gpu.utilization_percent"] == "ai_gpu_utilization_percent"
+    assert names["ai.gpu.memory_used_gb"] == "ai_gpu_memory_used_gb_gigabytes"
+    assert names["hw.gpu.utilization"] == "hw_gpu_utilization_ratio"
+    assert names["hw.gpu.memory.usage"] == "hw_gpu_memory_usage_bytes"
+    assert names["hw.temperature"] == "hw_temperature_celsius"
+    assert prometheus_name("otel.sdk.exporter.span.exported", "counter", "{span}") == (
+        "otel_sdk_exporter_span_exported_total"
+    )
+
+
+@pytest.mark.parametrize("uid", DASHBOARDS)
+def test_every_query_of_a_dashboard_is_promql_over_our_metrics(uid: str) -> None:
+    known = {
+        f"{series(spec)}{suffix}"
+        for spec in METRICS
+        for suffix in (("_bucket", "_sum", "_count") if spec.kind == "histogram" else ("",))
+    }
+    panels = dashboard(uid)["panels"]
+    for panel in panels:
+        assert panel["targets"]
+        for target in panel["targets"]:
+            expr = target["expr"].replace("$__rate_interval", "1m")
+            promql_parser.parse(expr)
+            without_labels = re.sub(r"by \([^)]*\)|\{[^}]*\}", "", expr)
+            used = set(re.findall(r"\b[a-z]+_[a-z_]+\b", without_labels)) - {"histogram_quantile"}
+            assert used, expr
+            assert {name for name in used if not name.startswith("otel_sdk_")} <= known, expr
+    corners = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
+    assert len(corners) == len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_every_metric_is_on_a_dashboard() -> None:
+    shown = json.dumps([dashboard(uid) for uid in DASHBOARDS])
+    missing = {spec.name for spec in METRICS if series(spec) not in shown}
+
+    # Said twice by the exporters: the same as hw.gpu.* in other units.
+    assert missing == {"ai.gpu.memory_used_gb", "hw.gpu.utilization"}
+
+
+def test_every_alert_says_which_question_to_ask() -> None:
+    for alert in ALERTS:
+        rule = alert.rule()
+        promql_parser.parse(rule["expr"])
+        assert re.search(r"`slowlens why --source \$TEMPO_URL --since \d+[mh]`", rule["annotations"]["runbook"])
+        assert rule["labels"]["severity"] in ("warning", "critical")
