@@ -24,6 +24,7 @@ from simulation import Policy, Result, Setup, simulate
 RESULTS = Path(__file__).parents[1] / "results"
 POLICIES: dict[str, Callable[[], Policy]] = {
     "slowlens": policies.QueueWait,
+    "slowlens, quiet_s: 300": lambda: policies.QueueWait(300),
     "Serve's default": policies.serve_default,
     "Serve's, quick": policies.serve_quick,
 }

@@ -86,12 +86,15 @@ class OtlpReceiver:
             time.sleep(0.05)
         raise AssertionError(f"no metric {name} in {timeout_s} s; got {sorted({m.name for _, m, _ in self.metrics()})}")
 
+    def resource_metrics(self) -> list[Any]:
+        """Everything received, in its order."""
+        with self._lock:
+            return list(self._metrics)
+
     def metrics(self) -> list[tuple[str, Any, Any]]:
         """``(service, metric, point)`` of everything received."""
-        with self._lock:
-            received = list(self._metrics)
         found = []
-        for resource in received:
+        for resource in self.resource_metrics():
             attributes = {a.key: a.value.string_value for a in resource.resource.attributes}
             for scope in resource.scope_metrics:
                 for metric in scope.metrics:

@@ -1,0 +1,222 @@
+"""The dashboards and alerts against a real Prometheus, with the metrics of a real run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.autoscaling import POLICY
+from deployments.telemetry import names
+from k8s.dashboards import DASHBOARDS, dashboard
+from k8s.metrics import series
+from tests.support.http import call
+from tests.support.nvml import compile_nvml
+from tests.support.otlp import OtlpReceiver
+from tests.support.process import serve_run
+from tests.support.prometheus import PROMETHEUS, Prometheus, prometheus
+
+PORT = 8000
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("prometheus") is None or shutil.which("promtool") is None, reason="Prometheus is not installed"
+)
+SCALING = {
+    "min_replicas": 1,
+    "max_replicas": 2,
+    "metrics_interval_s": 0.5,
+    "look_back_period_s": 2,
+    "upscale_delay_s": 0,
+    "downscale_delay_s": 0,
+    # What the run of this test needs is more than that from the first request on.
+    "policy": {"policy_function": POLICY, "policy_kwargs": {"target_queue_wait_ms": 1, "target_utilization": 0.01}},
+}
+CONFIG = {
+    "applications": [
+        {
+            "name": "slowlens",
+            "import_path": "deployments.app:build",
+            "args": {"model": {"engine": "fake", "fake": {"base_ms": 20}}},
+            "deployments": [
+                {
+                    "name": "Model",
+                    "autoscaling_config": SCALING,
+                    "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 0.5},
+                }
+            ],
+        }
+    ]
+}
+
+
+@needs_prometheus
+def test_promtool_takes_the_configuration_and_the_rules() -> None:
+    for what in ("config", "rules"):
+        path = PROMETHEUS / ("prometheus.yaml" if what == "config" else "rules.yaml")
+        ran = subprocess.run(["promtool", "check", what, str(path)], capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def constant(value: float, minutes: int = 60) -> str:
+    return f"{value}x{minutes}"
+
+
+def rising(per_minute: float, minutes: int = 480) -> str:
+    return f"0+{per_minute}x{minutes}"
+
+
+QUIET = {
+    'ai_autoscaling_queue_wait_ms_milliseconds{ai_autoscaling_deployment="Model"}': constant(100),
+    'ai_autoscaling_target_queue_wait_ms_milliseconds{ai_autoscaling_deployment="Model"}': constant(500),
+    'ai_autoscaling_target_replicas{ai_autoscaling_deployment="Model"}': constant(4),
+    'ai_autoscaling_max_replicas{ai_autoscaling_deployment="Model"}': constant(4),
+    'ai_model_loads_total{instance="a"}': constant(1),
+    'hw_gpu_memory_usage_bytes{instance="a", hw_id="GPU-1"}': constant(5e10),
+    'hw_gpu_memory_limit_bytes{instance="a", hw_id="GPU-1"}': constant(8e10),
+    'ai_inference_requests_total{outcome="ok"}': rising(6000),
+    'ai_inference_requests_total{outcome="invalid"}': rising(6000),
+    'ai_inference_requests_total{outcome="error"}': rising(1),
+    'ai_telemetry_dropped_records_total{instance="a"}': constant(0),
+    'ai_telemetry_unwritten_spans_total{instance="a"}': constant(0),
+}
+WAIT = 'ai_autoscaling_queue_wait_ms_milliseconds{ai_autoscaling_deployment="Model"}'
+ERRORS = 'ai_inference_requests_total{outcome="error"}'
+NEW_REPLICAS = {f'ai_model_loads_total{{instance="new-{number}"}}': "_x50 1x10" for number in range(6)}
+CASES: dict[str, tuple[dict[str, str], str, set[str]]] = {
+    "quiet": ({}, "60m", set()),
+    "waits, room left": (
+        {WAIT: constant(800), 'ai_autoscaling_max_replicas{ai_autoscaling_deployment="Model"}': constant(9)},
+        "10m",
+        {"SlowlensWaitAboveTarget"},
+    ),
+    "waits for a moment only": ({WAIT: "100x8 800x3 100x40"}, "12m", set()),
+    "waits, no room left": ({WAIT: constant(800)}, "10m", {"SlowlensWaitAboveTarget", "SlowlensAtMaxReplicas"}),
+    "cold starts": (NEW_REPLICAS, "55m", {"SlowlensColdStarts"}),
+    "GPU memory": (
+        {'hw_gpu_memory_usage_bytes{instance="a", hw_id="GPU-1"}': constant(7.8e10)},
+        "15m",
+        {"SlowlensGpuMemoryNearlyFull"},
+    ),
+    "many errors": ({ERRORS: rising(120)}, "70m", {"SlowlensErrorBudgetBurnsFast", "SlowlensErrorBudgetBurns"}),
+    "some errors for long": ({ERRORS: rising(40)}, "7h", {"SlowlensErrorBudgetBurns"}),
+    "spans dropped": (
+        {'ai_telemetry_dropped_records_total{instance="a"}': rising(60)},
+        "12m",
+        {"SlowlensSpansDropped"},
+    ),
+    "spans not delivered": (
+        {'otel_sdk_exporter_span_exported_total{instance="a", error_type="timeout"}': rising(60)},
+        "12m",
+        {"SlowlensSpansDropped"},
+    ),
+}
+EVERY = {one["alert"] for one in yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())["groups"][0]["rules"]}
+
+
+@needs_prometheus
+@pytest.mark.parametrize("case", CASES)
+def test_alerts_fire_when_they_should_and_only_then(case: str, tmp_path: Path) -> None:
+    changes, at, firing = CASES[case]
+    test = {
+        "rule_files": [str(PROMETHEUS / "rules.yaml")],
+        "evaluation_interval": "30s",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in (QUIET | changes).items()],
+                # How many of each alert: promtool compares whole alerts, and the texts are not what is tested here.
+                "promql_expr_test": [
+                    {
+                        "expr": f'count (ALERTS{{alertname="{alert}", alertstate="firing"}}) or vector(0)',
+                        "eval_time": at,
+                        "exp_samples": [{"labels": "{}", "value": int(alert in firing)}],
+                    }
+                    for alert in sorted(EVERY)
+                ],
+            }
+        ],
+    }
+    path = tmp_path / "test.yaml"
+    path.write_text(yaml.safe_dump(test))
+    ran = subprocess.run(["promtool", "test", "rules", str(path)], capture_output=True, text=True, check=False)
+
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_every_alert_is_seen_firing() -> None:
+    assert set().union(*(firing for _, _, firing in CASES.values())) == EVERY
+
+
+# --- a real run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(CONFIG))
+    receiver = OtlpReceiver()
+    env = {
+        "LD_LIBRARY_PATH": f"{compile_nvml(folder / 'lib')}:{os.environ.get('LD_LIBRARY_PATH', '')}",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint,
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_METRIC_EXPORT_INTERVAL": "500",
+    }
+    stopped = threading.Event()
+
+    def ask() -> None:
+        while not stopped.is_set():
+            call(PORT, "POST", "/v1/embeddings", {"input": ["a b c", "d"]})
+            call(PORT, "POST", "/v1/embeddings", {"input": ""})
+            time.sleep(0.05)
+
+    with serve_run(config, folder / "serve.log", env), prometheus(receiver, folder) as server:
+        client = threading.Thread(target=ask)
+        client.start()
+        try:
+            yield server
+        finally:
+            stopped.set()
+            client.join()
+    receiver.close()
+
+
+def panels() -> list[Any]:
+    return [
+        pytest.param(target["expr"], id=f"{panel['title']}: {target['legendFormat']}")
+        for uid in DASHBOARDS
+        for panel in dashboard(uid)["panels"]
+        for target in panel["targets"]
+    ]
+
+
+@needs_prometheus
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake libnvidia-ml")
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="the real NVML is found here first")
+@pytest.mark.parametrize("expr", panels())
+def test_every_query_of_every_panel_has_data(expr: str, server: Prometheus) -> None:
+    found = server.wait_for(expr.replace("$__rate_interval", "10s"))
+
+    assert all(series["value"][1] != "NaN" for series in found) or server.wait_for(
+        f"({expr.replace('$__rate_interval', '10s')}) >= 0"
+    )
+
+
+@needs_prometheus
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake libnvidia-ml")
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="the real NVML is found here first")
+def test_exemplars_lead_to_traces(server: Prometheus) -> None:
+    name = f"{series(names.LATENCY)}_bucket"
+    server.wait_for(name)
+    now = time.time()
+    found = server.ask("query_exemplars", query=name, start=str(now - 300), end=str(now))
+
+    assert found
+    assert all(len(one["labels"]["trace_id"]) == 32 for of_series in found for one in of_series["exemplars"])
