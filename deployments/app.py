@@ -9,12 +9,14 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.ingress import IngressStage
 from deployments.model import ModelStage
 from deployments.postprocessor import PostprocessorStage
+from deployments.routing import ROUTER, STATS_PERIOD_S
 from deployments.telemetry.provider import destination
 from deployments.tokenizer import TokenizerStage
 
@@ -33,17 +35,20 @@ def build(args: dict[str, Any]) -> Application:
     for signal in ("traces", "metrics"):
         destination(signal)
     tokenizer = _deployment("Tokenizer", TokenizerStage, num_cpus=0.2).bind(config)
-    model = _deployment("Model", ModelStage, num_cpus=1.0).bind(config)
+    router: dict[str, Any] = {"request_router_class": ROUTER, "request_routing_stats_period_s": STATS_PERIOD_S}
+    by_work = RequestRouterConfig(**router)
+    model = _deployment("Model", ModelStage, num_cpus=1.0, request_router_config=by_work).bind(config)
     postprocessor = _deployment("Postprocessor", PostprocessorStage, num_cpus=0.1).bind(config)
     ingress = _deployment("Ingress", serve.ingress()(IngressStage), num_cpus=0.2)
     bound: Application = ingress.bind(config, tokenizer, model, postprocessor, int(time.time()))
     return bound
 
 
-def _deployment(name: str, stage: type[Any], *, num_cpus: float) -> Any:
+def _deployment(name: str, stage: type[Any], *, num_cpus: float, **options: Any) -> Any:
     return serve.deployment(
         name=name,
         max_ongoing_requests=_MANY,
         ray_actor_options={"num_cpus": num_cpus},
         health_check_period_s=5,
+        **options,
     )(stage)

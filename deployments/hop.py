@@ -27,7 +27,7 @@ from deployments.telemetry.records import HopRecord, RequestRecord
 
 _CONTROLLER_PATIENCE_S = 1.0
 _GRACE_S = 0.1
-_MAX_COST_US = 5_000
+MAX_COST_US = 5_000
 """Of a shared call, in the stage: how long one request may have to wait for the others. A larger one goes alone."""
 Result = TypeVar("Result")
 _logger = logging.getLogger("slowlens.ingress")
@@ -45,6 +45,7 @@ class Hop:
         telemetry: for the hop's span.
         readiness: whether the stage has a replica, asked only of calls that wait for one.
         no_replica_wait_ms: how long a call may wait for a first replica.
+        max_cost_us: of one call.
         rest, is_busy: see ``SharedCalls``.
     """
 
@@ -58,6 +59,7 @@ class Hop:
         no_replica_wait_ms: float,
         *,
         replies_as_ready: bool = False,
+        max_cost_us: int = MAX_COST_US,
         rest: float = 0.0,
         is_busy: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -73,7 +75,7 @@ class Hop:
         )
         self._calls = SharedCalls(
             self._exchange,
-            _MAX_COST_US,
+            max_cost_us,
             pipelined=replies_as_ready,
             rest=rest,
             is_busy=is_busy,

@@ -31,9 +31,10 @@ from deployments.config import AppConfig, LimitsConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ApiError, InvalidField, ModelNotFound, NoReplicaReady
 from deployments.front import Front, error_response, json_response, read_body
-from deployments.hop import Hop
+from deployments.hop import MAX_COST_US, Hop
 from deployments.load import LoopLoad
 from deployments.messages import (
+    INPUT_COST_US,
     Answer,
     Envelope,
     PostprocessRequest,
@@ -101,7 +102,9 @@ class IngressStage:
         self._tokenizer = Hop(
             "tokenizer", tokenizer, "tokenize", *way, rest=_TOKENIZER_REST, is_busy=lambda: self._load.in_hand > 1
         )
-        self._model = Hop("model", model, "predict", *way, replies_as_ready=True)
+        # Not more than one run has: what is beyond it would wait in that replica, whatever the others have to do.
+        batch_us = min(MAX_COST_US, INPUT_COST_US * config.batching.max_batch_size)
+        self._model = Hop("model", model, "predict", *way, replies_as_ready=True, max_cost_us=batch_us)
         self._postprocessor = Hop("postprocessor", postprocessor, "postprocess", *way)
 
     # --- the way of a request ---

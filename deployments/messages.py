@@ -24,6 +24,8 @@ from deployments.errors import Failure
 
 Ids = npt.NDArray[np.int32]
 Result = TypeVar("Result")
+INPUT_COST_US = 50
+"""Of one input in the model's replica, beside the model."""
 Task = Literal["embeddings", "text-classification", "token-classification", "fill-mask"]
 
 
@@ -118,7 +120,7 @@ class PredictRequest(_Message):
 
     @property
     def cost_us(self) -> int:
-        return 50 * len(self.ids.lengths)
+        return INPUT_COST_US * len(self.ids.lengths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
     python benchmarks/scaling            # every pattern and size, a table and a plot, about ten minutes
     python benchmarks/scaling --only burst --peaks 8
-    python benchmarks/scaling --real     # one real run on this machine beside the simulation of it, four minutes
+    python benchmarks/scaling --real     # one real run on this machine beside the simulation of it, five minutes
+    python benchmarks/scaling --routers  # which replica a call goes to: by Serve's router and by ours, six minutes
 
 A request is late if it waited longer than the target (500 ms) before the device. Replicas are paid for from the moment
 they are ordered, and are given as a multiple of what the arrivals need at 80 % utilization. The plot needs matplotlib.
@@ -85,10 +86,13 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=patterns.PATTERNS, metavar="PATTERN")
     parser.add_argument("--peaks", type=int, nargs="*", default=PEAKS, choices=PEAKS)
     parser.add_argument("--real", action="store_true")
+    parser.add_argument("--routers", action="store_true")
     parser.add_argument("-o", dest="output", type=Path, metavar="FOLDER", help="writes scaling.md and scaling.svg")
     options = parser.parse_args()
     if options.real:
         text, name = real.compare(), "scaling_real.md"
+    elif options.routers:
+        text, name = real.compare_routers(), "routers.md"
     else:
         cases = list(itertools.product(options.only or patterns.PATTERNS, options.peaks, POLICIES))
         with ProcessPoolExecutor() as pool:
@@ -97,7 +101,7 @@ def main() -> None:
     print(text)
     if options.output is not None:
         (options.output / name).write_text(text + "\n")
-        if not options.real:
+        if name == "scaling.md":
             plot(results, options.peaks[0], options.output / "scaling.svg")
 
 

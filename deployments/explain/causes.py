@@ -151,10 +151,10 @@ def _more(capture: Capture, deployment: str, wanted: int = 0, slow: Sequence[Req
     """
     path = f"deployments.{deployment}"
     most = capture.settings.get(f"{path}.autoscaling_config.max_replicas")
-    orders = orders_during(capture.scalings, slow, deployment)
-    if orders and all(order.needed <= order.most for order in orders):
+    ordered = [one.ordered for one in orders_during(capture.scalings, slow, deployment) if one.ordered > one.replicas]
+    if ordered:
         key = f"{path}.autoscaling_config.min_replicas"
-        return _change(key, capture.settings.get(key), max(order.ordered for order in orders))
+        return _change(key, capture.settings.get(key), max(ordered))
     if most is not None:
         return _change(f"{path}.autoscaling_config.max_replicas", most, max(most + 1, wanted))
     stage = deployment.lower()

@@ -15,7 +15,7 @@ LAYERS = [
     {"grouping"},
     {"cutting"},
     {"engine", "batching", "explain", "sharing", "autoscaling"},
-    {"replica", "readiness", "timing", "api", "front", "load"},
+    {"replica", "readiness", "timing", "api", "front", "load", "routing"},
     {"tokenizer", "model", "postprocessor", "hop"},
     {"ingress"},
     {"app", "launch", "lens"},
@@ -30,7 +30,7 @@ ONLY_IN = {
     "huggingface_hub": {"engine"},
     "fastapi": {"front", "ingress", "lens"},
     "starlette": {"front"},
-    "ray": {"app", "autoscaling", "hop", "ingress", "lens", "model", "readiness", "replica"},
+    "ray": {"app", "autoscaling", "hop", "ingress", "lens", "model", "readiness", "replica", "routing"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
