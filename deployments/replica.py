@@ -37,7 +37,7 @@ def placement() -> Placement:
     # A request allocates some hundred objects and leaves no cycles: looking for them every 700 costs 5 % of a replica.
     gc.set_threshold(_GC_THRESHOLD)
     serve_context = serve.get_replica_context()
-    _check_policy(serve_context)
+    check_policy(serve_context)
     ray_context = ray.get_runtime_context()
     return Placement(
         identity=ReplicaIdentity(
@@ -49,7 +49,8 @@ def placement() -> Placement:
     )
 
 
-def _check_policy(context: ReplicaContext) -> None:
+def check_policy(context: ReplicaContext) -> None:
+    """Raises ConfigError, naming the key: Serve's controller only gets the policy, and cannot refuse it."""
     config: Any = getattr(context, "_deployment_config", None)
     policy = getattr(getattr(config, "autoscaling_config", None), "policy", None)
     if policy is not None and policy.policy_function == POLICY:

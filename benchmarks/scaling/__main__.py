@@ -66,14 +66,16 @@ def plot(results: dict[tuple[str, int, str], Result], peak: int, path: Path) -> 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    # A point for every five seconds is what can be seen.
     shown = [pattern for pattern, size, _ in results if size == peak]
     shown = list(dict.fromkeys(shown))
     figure, rows = pyplot.subplots(len(shown), 1, figsize=(9, 2.2 * len(shown)), sharex=True, squeeze=False)
     for (axes,), pattern in zip(rows, shown, strict=True):
         needed = [value * peak / 0.8 for value in patterns.read()[pattern]]
-        axes.fill_between(range(len(needed)), needed, color="0.85", label="needed")
+        axes.fill_between(range(0, len(needed), 5), needed[::5], color="0.85", label="needed")
         for policy in POLICIES:
-            axes.plot(results[pattern, peak, policy].replicas, linewidth=1, label=policy)
+            running = results[pattern, peak, policy].replicas
+            axes.plot(range(0, len(running), 5), running[::5], linewidth=1, label=policy)
         axes.set_ylabel(pattern.replace("_", " "))
     rows[0][0].legend(ncols=4, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, 1.35))
     rows[-1][0].set_xlabel(f"seconds; running replicas, where one starts in {STARTS_S[peak]:g} s")

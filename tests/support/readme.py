@@ -42,6 +42,7 @@ def tables() -> dict[str, str]:
         "page": table(("key", "default", "what it does"), configuration(PageConfig, "")),
         "environment": table(("variable", "value", "what it does"), environment()),
         "diagnosis": (RESULTS.parent / "diagnosis.md").read_text().strip(),
+        "routers": (RESULTS.parent / "routers.md").read_text().strip(),
         "scaling": (RESULTS.parent / "scaling.md").read_text().strip(),
         "scaling_real": (RESULTS.parent / "scaling_real.md").read_text().strip(),
         "size": (RESULTS.parent / "explain_size.md").read_text().strip(),

@@ -26,6 +26,8 @@ from deployments.autoscaling import (
     Sight,
     decide,
 )
+from deployments.errors import ConfigError
+from deployments.replica import check_policy
 
 GOAL = Goal(queue_wait_s=0.5, max_replicas=100)
 
@@ -382,3 +384,18 @@ def test_serve_takes_it_by_value() -> None:
     )
 
     assert (ran.stdout, ran.stderr) == (b"500\n", b"")
+
+
+@pytest.mark.parametrize("function", [POLICY, "ray.serve.autoscaling_policy:default_autoscaling_policy"])
+def test_a_replica_refuses_to_start_with_wrong_settings_of_our_policy(function: str) -> None:
+    policy = SimpleNamespace(policy_function=function, policy_kwargs={"target_queue_wait_ms": -5})
+    config = SimpleNamespace(autoscaling_config=SimpleNamespace(policy=policy))
+    context: Any = SimpleNamespace(deployment="Model", _deployment_config=config)
+
+    if function == POLICY:
+        with pytest.raises(
+            ConfigError, match=r"^deployments\.Model\.autoscaling_config\.policy\.policy_kwargs\.target"
+        ):
+            check_policy(context)
+    else:
+        check_policy(context)

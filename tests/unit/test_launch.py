@@ -79,6 +79,12 @@ def test_what_the_environment_says_is_left_alone() -> None:
             "applications:\n- import_path: deployments.app:build\n  args: {model: {source: /nowhere}}\n",
             "args.model.source: ",
         ),
+        (
+            "applications:\n- import_path: deployments.app:build\n  deployments:\n"
+            "  - name: Model\n    autoscaling_config:\n"
+            "      policy: {policy_function: 'deployments.autoscaling:QueueWaitPolicy', policy_kwargs: {quiet: 3}}\n",
+            "deployments.Model.autoscaling_config.policy.policy_kwargs.quiet: unknown key; known here: target_queue",
+        ),
     ],
 )
 def test_a_wrong_file_ends_it_before_anything_starts(
