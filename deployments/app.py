@@ -16,7 +16,7 @@ from deployments.engine.card import ModelCard
 from deployments.ingress import IngressStage
 from deployments.model import ModelStage
 from deployments.postprocessor import PostprocessorStage
-from deployments.routing import ROUTER, STATS_PERIOD_S
+from deployments.routing import ROUTER
 from deployments.telemetry.provider import destination
 from deployments.tokenizer import TokenizerStage
 
@@ -35,7 +35,7 @@ def build(args: dict[str, Any]) -> Application:
     for signal in ("traces", "metrics"):
         destination(signal)
     tokenizer = _deployment("Tokenizer", TokenizerStage, num_cpus=0.2).bind(config)
-    router: dict[str, Any] = {"request_router_class": ROUTER, "request_routing_stats_period_s": STATS_PERIOD_S}
+    router: dict[str, Any] = {"request_router_class": ROUTER}
     by_work = RequestRouterConfig(**router)
     model = _deployment("Model", ModelStage, num_cpus=1.0, request_router_config=by_work).bind(config)
     postprocessor = _deployment("Postprocessor", PostprocessorStage, num_cpus=0.1).bind(config)

@@ -82,11 +82,6 @@ class AdmissionGate(Generic[Payload]):
         return self._waiting_tokens + sum(item.padded for item in itertools.chain(*self._released[1:]))
 
     @property
-    def work_tokens(self) -> int:
-        """The same with those of the run that is going on."""
-        return self._waiting_tokens + sum(item.padded for item in itertools.chain(*self._released))
-
-    @property
     def is_busy(self) -> bool:
         """Whether a batch runs now."""
         return self._running_batches > 0

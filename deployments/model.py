@@ -28,7 +28,6 @@ from deployments.errors import ApiError, DeadlinePassed, InternalError, ModelFai
 from deployments.load import GateLoad
 from deployments.messages import Ids, Predicted, PredictRequest, Reply
 from deployments.replica import placement
-from deployments.routing import WORK
 from deployments.telemetry import names
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import (
@@ -272,10 +271,6 @@ class ModelStage:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Serve, for the autoscaling policy."""
         return self._load_meter.load().stats()
-
-    async def record_routing_stats(self) -> dict[str, float]:
-        """Asked by Serve, for the routers of the callers."""
-        return {WORK: self._gate.work_tokens}
 
     async def queue_state(self) -> dict[str, float]:
         """The queue as it is now: inputs ``waiting`` and ``running``, and ``oldest_age_ms``."""

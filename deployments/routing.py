@@ -3,18 +3,17 @@
 Serve's own router compares calls in hand. A call carries one request or many, of a few tokens or thousands, so that the
 replica with fewer calls may be the one with more to do.
 
-1. The work of a call is the tokens of its requests. A caller knows what it has sent and what is not answered yet.
-2. What others have sent, each replica reports (``record_routing_stats``, once a second): what it has to do, less what
-   of that is one's own.
-3. Out of a few replicas drawn at random, the one with the least to do; callers that all saw the same one idle would
-   otherwise all run there.
+1. The work of a call is the tokens of its requests. A caller knows what it has sent and what is not answered yet. That
+   is never stale; what replicas report once a second is, and callers that follow it run from one replica to the next.
+   A call counts from when it is sent, as one of the usual size until the replica has taken it.
+2. Out of a few replicas drawn at random, the one with the least to do; callers that all have nothing under way would
+   otherwise all go to the same one.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 from ray.serve.request_router import (
@@ -26,10 +25,9 @@ from ray.serve.request_router import (
 )
 
 ROUTER = "deployments.routing:LeastWorkRouter"
-STATS_PERIOD_S = 1.0
-WORK = "work"
-"""What ``record_routing_stats`` calls the tokens that a replica has to run."""
 _DRAWN = 8
+_WEIGHT = 0.1
+"""Of the newest call in what is usual."""
 _EACH = 16
 """Tokens' worth of work that every request is, beside its tokens."""
 
@@ -38,10 +36,10 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
     """For calls whose first argument is a tuple of requests with ``ids`` (``messages.PredictRequest``)."""
 
     def initialize_state(self, **_: Any) -> None:
-        self._sent: dict[str, tuple[ReplicaID, int]] = {}
+        self._sent: dict[str, int] = {}
         self._own: Counter[ReplicaID] = Counter()
-        self._others: dict[ReplicaID, float] = {}
-        self._reports: dict[ReplicaID, Mapping[str, Any]] = {}
+        self._on_their_way: Counter[ReplicaID] = Counter()
+        self._usual = 0.0
 
     async def choose_replicas(
         self,
@@ -54,21 +52,20 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         return [[replica] for replica in drawn]
 
     def work(self, replica_id: ReplicaID) -> float:
-        """Tokens that the replica has to run, as far as it is known here."""
-        return self._own[replica_id] + self._others.get(replica_id, 0.0)
+        """Tokens that were sent to the replica from here and are not answered."""
+        return self._own[replica_id] + self._usual * self._on_their_way[replica_id]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called by Serve when replicas come, go or report."""
-        for replica in replicas:
-            report = replica.routing_stats
-            if WORK in report and report is not self._reports.get(replica.replica_id):
-                self._reports[replica.replica_id] = report
-                self._others[replica.replica_id] = max(0.0, report[WORK] - self._own[replica.replica_id])
+        """Called by Serve when replicas come or go."""
         there = {replica.replica_id for replica in replicas}
-        for known in (self._own, self._others, self._reports):
-            for gone in known.keys() - there:
-                del known[gone]
+        for counted in (self._own, self._on_their_way):
+            for gone in counted.keys() - there:
+                del counted[gone]
         super().update_replicas(replicas)
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._on_their_way[replica_id] += 1
 
     def on_request_routed(
         self,
@@ -76,14 +73,23 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         replica_id: ReplicaID,
         result: Any,  # noqa: ARG002 - Serve's signature
     ) -> None:
+        """The replica has taken the call."""
         work = sum(map(_work, pending_request.args[0]))
-        self._sent[pending_request.metadata.internal_request_id] = replica_id, work
+        self._usual += _WEIGHT * (work - self._usual)
+        self._sent[pending_request.metadata.internal_request_id] = work
         self._own[replica_id] += work
+        self._arrived(replica_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        _, work = self._sent.pop(internal_request_id, (replica_id, 0))
-        if replica_id in self._own:
+        """The call is answered; or, where it never was taken, refused."""
+        work = self._sent.pop(internal_request_id, None)
+        if work is None:
+            self._arrived(replica_id)
+        elif replica_id in self._own:
             self._own[replica_id] -= work
+
+    def _arrived(self, replica_id: ReplicaID) -> None:
+        self._on_their_way[replica_id] = max(0, self._on_their_way[replica_id] - 1)
 
 
 def _work(request: Any) -> int:

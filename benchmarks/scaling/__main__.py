@@ -3,7 +3,7 @@
     python benchmarks/scaling            # every pattern and size, a table and a plot, about ten minutes
     python benchmarks/scaling --only burst --peaks 8
     python benchmarks/scaling --real     # one real run on this machine beside the simulation of it, five minutes
-    python benchmarks/scaling --routers  # which replica a call goes to: by Serve's router and by ours, six minutes
+    python benchmarks/scaling --routers  # which replica a call goes to: by Serve's router and by ours, five minutes
 
 A request is late if it waited longer than the target (500 ms) before the device. Replicas are paid for from the moment
 they are ordered, and are given as a multiple of what the arrivals need at 80 % utilization. The plot needs matplotlib.

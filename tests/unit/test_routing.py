@@ -1,4 +1,4 @@
-"""The router of the model's replicas: the least work, by what was sent and what is reported."""
+"""The router of the model's replicas: the least work, by what was sent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ray.serve.request_router import RequestRouter
 from deployments.routing import LeastWorkRouter
 
 
-def replica(name: str, **stats: float) -> Any:
-    return SimpleNamespace(replica_id=name, routing_stats=stats)
+def replica(name: str) -> Any:
+    return SimpleNamespace(replica_id=name)
 
 
 def pending(ident: str, *lengths: tuple[int, ...]) -> Any:
@@ -24,7 +24,8 @@ def pending(ident: str, *lengths: tuple[int, ...]) -> Any:
 
 @pytest.fixture
 def router(monkeypatch: pytest.MonkeyPatch) -> LeastWorkRouter:
-    monkeypatch.setattr(RequestRouter, "update_replicas", lambda *_: None)
+    for of_serve in ("update_replicas", "on_send_request"):
+        monkeypatch.setattr(RequestRouter, of_serve, lambda *_: None)
     made = LeastWorkRouter.__new__(LeastWorkRouter)
     made.initialize_state()
     return made
@@ -56,28 +57,35 @@ def test_work_is_over_when_the_call_is(router: LeastWorkRouter) -> None:
     assert router.work("a") == 0
 
 
-def test_what_others_sent_counts_as_it_is_reported(router: LeastWorkRouter) -> None:
-    router.on_request_routed(pending("1", (84,)), "a", None)
-    # Of the 130 tokens that a has to run 100 are one's own.
-    router.update_replicas([replica("a", work=130.0), replica("b", work=200.0)])
-    assert (router.work("a"), router.work("b")) == (130, 200)
-    router.on_request_completed("a", "1")
+def test_calls_that_leave_together_go_to_different_replicas(router: LeastWorkRouter) -> None:
+    """Each is counted when it is sent, before the replica has said that it takes it."""
+    replicas = [replica("a"), replica("b"), replica("c")]
+    router.on_send_request("a")
+    router.on_request_routed(pending("0", (84,)), "a", None)
+    router.on_request_completed("a", "0")
+    went = []
+    for _ in range(3):
+        went.append(chosen(router, replicas)[0])
+        router.on_send_request(went[-1])
 
-    assert router.work("a") == 30
+    assert sorted(went) == ["a", "b", "c"]
 
 
-def test_an_old_report_is_not_taken_for_a_new_one(router: LeastWorkRouter) -> None:
-    a = replica("a", work=100.0)
-    router.update_replicas([a])
-    router.on_request_routed(pending("1", (84,)), "a", None)
-    router.update_replicas([a])
+def test_a_call_that_was_refused_is_no_work(router: LeastWorkRouter) -> None:
+    router.on_send_request("a")
+    router.on_request_routed(pending("0", (84,)), "a", None)
+    router.on_request_completed("a", "0")
+    router.on_send_request("a")
+    router.on_request_completed("a", "refused")
+    # Of a call that could not even be sent Serve says the same.
+    router.on_request_completed("a", "not sent")
 
-    assert router.work("a") == 200
+    assert router.work("a") == 0
 
 
 def test_replicas_that_are_gone_are_forgotten(router: LeastWorkRouter) -> None:
+    router.on_send_request("a")
     router.on_request_routed(pending("1", (84,)), "a", None)
-    router.update_replicas([replica("a", work=500.0), replica("b")])
     router.update_replicas([replica("b")])
     router.on_request_completed("a", "1")
 
