@@ -5,3 +5,5 @@ import os
 # Read when Ray and OpenTelemetry are imported, here and in every process that the tests start.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A cluster of its own for every test, whatever else runs on the machine or was left by what was killed there.
+os.environ["RAY_ADDRESS"] = "local"
