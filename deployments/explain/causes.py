@@ -127,9 +127,13 @@ def _replica_that_waited(capture: Capture, slow: Sequence[Request]) -> str:
     name = stages.most_common(1)[0][0].capitalize() if stages else "Model"
     key = f"deployments.{name}.max_ongoing_requests"
     current = capture.settings.get(key)
+    least = f"deployments.{name}.autoscaling_config.min_replicas"
+    if capture.settings.get(least) == 0:
+        return f"keep a replica of the deployment {name}: {_change(least, 0, 1)}"
+    more = _more(capture, name, slow=slow)
     if isinstance(current, int | float) and current < _ALL_AT_ONCE:
-        return f"{_change(key, current, _ALL_AT_ONCE)}, or more replicas ({_more(capture, name)})"
-    return f"more replicas of the deployment {name} ({_more(capture, name)})"
+        return f"{_change(key, current, _ALL_AT_ONCE)}, or more replicas ({more})"
+    return f"more replicas of the deployment {name} ({more})"
 
 
 def _less_padding(capture: Capture, _: Sequence[Request]) -> str:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from deployments.autoscaling import POLICY
 from deployments.telemetry import names
 from tests.support.http import Answer, call
 from tests.support.otlp import OtlpReceiver
-from tests.support.process import serve_run
+from tests.support.process import is_healthy, serve_run, wait_for
 from tests.support.traces import WHOLE_TRACE, WHOLE_TREE, Span, named, one, tree
 
 PORT = 8000
@@ -186,7 +187,7 @@ def test_every_stage_scales_across_nodes_and_outlives_the_loss_of_one(
     for loaded in named(spans, names.MODEL_LOAD)[1:]:
         replica = loaded.resource["service.instance.id"]
         first_run = min(run.start for run in runs if run.resource["service.instance.id"] == replica)
-        assert (first_run - loaded.end) / 1e9 < 3
+        assert (first_run - loaded.end) / 1e9 < 5
 
     # The loss of a node fails what was on it and nothing else.
     ends = Counter(ending(answer) for _, answer in load.answers[before_loss:])
@@ -194,3 +195,46 @@ def test_every_stage_scales_across_nodes_and_outlives_the_loss_of_one(
     assert ends["ok"] > 10 * (ends.total() - ends["ok"])
     last = [answer.status for at, answer in load.answers if at > killed_at][-CLIENTS:]
     assert set(last) == {200}
+
+
+def test_the_model_scales_from_zero_to_zero_and_no_request_is_lost(tmp_path: Path) -> None:
+    from_zero = {**scaled(target_queue_wait_ms=500, quiet_s=1), "min_replicas": 0}
+    application = {
+        "name": "slowlens",
+        "import_path": "deployments.app:build",
+        "args": {"model": {"engine": "fake", "fake": {"base_ms": 5}}},
+        "deployments": [{"name": "Model", "autoscaling_config": from_zero}],
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"applications": [application]}))
+    receiver = OtlpReceiver()
+    env = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint,
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+
+    def asked() -> Answer:
+        return call(PORT, "POST", "/v1/embeddings", {"input": "a b c"})
+
+    def decided(spans: list[Span]) -> list[tuple[Any, Any]]:
+        found = [decision.attributes for decision in named(spans, names.SCALING_DECISION)]
+        return [(d["ai.autoscaling.from_replicas"], d["ai.autoscaling.to_replicas"]) for d in found]
+
+    # Serve's own word: ours is that the model is not ready, until somebody asks.
+    log = tmp_path / "serve.log"
+    with serve_run(config, log, env, health="/-/healthz") as process, ThreadPoolExecutor(10) as pool:
+        unready = call(PORT, "GET", "/healthz")
+        first = [pending.result() for pending in [pool.submit(asked) for _ in range(10)]]
+        ready = call(PORT, "GET", "/healthz")
+        cold = receiver.trace(first[0].trace_id, names=WHOLE_TRACE)
+        receiver.wait_for(lambda spans: (1, 0) in decided(spans), 60)
+        wait_for(lambda: not is_healthy(PORT, "/healthz"), log, process)
+        again = asked()
+        receiver.wait_for(lambda spans: len(named(spans, names.MODEL_LOAD)) == 2)
+    receiver.close()
+
+    assert (unready.status, ready.status) == (503, 200)
+    assert [answer.status for answer in first] == [200] * 10
+    assert one(cold, names.BATCHED_PREDICT).attributes["ai.model.load_type"] == "cold"
+    assert again.status == 200

@@ -24,10 +24,11 @@ def serve_run(
     env: dict[str, str],
     *,
     port: int = 8000,
+    health: str = "/healthz",
     until: str | None = None,
     command: tuple[str, ...] = ("serve", "run"),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """``serve run CONFIG`` until it is healthy, or until its log says ``until``; stopped at the end of the block."""
+    """``serve run CONFIG`` until ``health`` answers 200, or its log says ``until``; stopped at the end of the block."""
     assert not is_listening(port), f"something listens on port {port} already"
     program, *arguments = command
     with log.open("wb") as out:
@@ -41,15 +42,19 @@ def serve_run(
             start_new_session=True,
         )
     try:
-        wait_for(lambda: is_healthy(port) if until is None else until in log.read_text(errors="replace"), log, process)
+        wait_for(
+            lambda: is_healthy(port, health) if until is None else until in log.read_text(errors="replace"),
+            log,
+            process,
+        )
         yield process
     finally:
         stop(process, port)
 
 
-def is_healthy(port: int) -> bool:
+def is_healthy(port: int, path: str) -> bool:
     try:
-        return call(port, "GET", "/healthz", timeout_s=5).status == 200
+        return call(port, "GET", path, timeout_s=5).status == 200
     except OSError:
         return False
 
@@ -72,7 +77,9 @@ def stop(process: subprocess.Popen[bytes], port: int) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
     # The proxy is an actor and may outlive the driver by a moment; the next server must not be mistaken for it.
+    deadline = time.monotonic() + 60
     while is_listening(port):
+        assert time.monotonic() < deadline, f"something still listens on port {port}"
         time.sleep(0.1)
 
 

@@ -141,6 +141,14 @@ def scaled(spans: Sequence[Span]) -> list[Span]:
     return [replace(s, resource={**s.resource, **SETTINGS}) if s.service == "slowlens.model" else s for s in spans]
 
 
+def test_a_wait_for_the_first_replica_advises_to_keep_one() -> None:
+    least = "deployments.Tokenizer.autoscaling_config.min_replicas"
+    spans = window(CASES["replica_queue"])
+    (finding,) = verdict([replace(s, resource={**s.resource, f"slowlens.{least}": 0}) for s in spans]).findings
+
+    assert finding.fix.startswith(f"keep a replica of the deployment Tokenizer: {least}: 0 -> 1")
+
+
 @pytest.mark.parametrize("cause", ["device_queue", "cold_start"])
 def test_a_wait_for_replicas_says_when_the_policy_saw_it_and_when_one_was_warm(cause: str) -> None:
     spans = scaled(window(CASES[cause]))
