@@ -3,7 +3,7 @@
     python benchmarks/scaling            # every pattern and size, a table and a plot, about ten minutes
     python benchmarks/scaling --only burst --peaks 8
     python benchmarks/scaling --real     # one real run on this machine beside the simulation of it, five minutes
-    python benchmarks/scaling --routers  # which replica a call goes to: by Serve's router and by ours, five minutes
+    python benchmarks/scaling --routers  # which replica a call goes to: by Serve's router and by ours, ten minutes
 
 A request is late if it waited longer than the target (500 ms) before the device. Replicas are paid for from the moment
 they are ordered, and are given as a multiple of what the arrivals need at 80 % utilization. The plot needs matplotlib.
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--peaks", type=int, nargs="*", default=PEAKS, choices=PEAKS)
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--routers", action="store_true")
-    parser.add_argument("-o", dest="output", type=Path, metavar="FOLDER", help="writes scaling.md and scaling.svg")
+    parser.add_argument("-o", dest="output", type=Path, metavar="FOLDER", help="writes the table, and scaling.svg")
     options = parser.parse_args()
     if options.real:
         text, name = real.compare(), "scaling_real.md"
@@ -102,6 +102,7 @@ def main() -> None:
         text, name = "\n".join(table(results)), "scaling.md"
     print(text)
     if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
         (options.output / name).write_text(text + "\n")
         if name == "scaling.md":
             plot(results, options.peaks[0], options.output / "scaling.svg")
