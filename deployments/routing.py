@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from ray.serve.request_router import (
@@ -33,10 +34,13 @@ _EACH = 16
 
 
 class LeastWorkRouter(FIFOMixin, RequestRouter):
-    """For calls whose first argument is a tuple of requests with ``ids`` (``messages.PredictRequest``)."""
+    """For calls whose first argument is a tuple of requests with ``ids`` (``messages.PredictRequest``).
+
+    Calls of other methods of the deployment are no work.
+    """
 
     def initialize_state(self, **_: Any) -> None:
-        self._sent: dict[str, int] = {}
+        self._sent: dict[tuple[ReplicaID, str], int] = {}
         self._own: Counter[ReplicaID] = Counter()
         self._on_their_way: Counter[ReplicaID] = Counter()
         self._usual = 0.0
@@ -74,15 +78,16 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         result: Any,  # noqa: ARG002 - Serve's signature
     ) -> None:
         """The replica has taken the call."""
-        work = sum(map(_work, pending_request.args[0]))
-        self._usual += _WEIGHT * (work - self._usual)
-        self._sent[pending_request.metadata.internal_request_id] = work
-        self._own[replica_id] += work
         self._arrived(replica_id)
+        work = _work(pending_request.args)
+        if work:
+            self._usual += _WEIGHT * (work - self._usual)
+        self._sent[replica_id, pending_request.metadata.internal_request_id] = work
+        self._own[replica_id] += work
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """The call is answered; or, where it never was taken, refused."""
-        work = self._sent.pop(internal_request_id, None)
+        work = self._sent.pop((replica_id, internal_request_id), None)
         if work is None:
             self._arrived(replica_id)
         elif replica_id in self._own:
@@ -92,6 +97,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         self._on_their_way[replica_id] = max(0, self._on_their_way[replica_id] - 1)
 
 
-def _work(request: Any) -> int:
-    lengths: tuple[int, ...] = request.ids.lengths
+def _work(args: Sequence[Any]) -> int:
+    requests = args[0] if args and isinstance(args[0], tuple) else ()
+    lengths = [length for request in requests if hasattr(request, "ids") for length in request.ids.lengths]
     return sum(lengths) + _EACH * len(lengths)

@@ -48,10 +48,12 @@ def held(hold_path: Path, port: int) -> Iterator[Callable[[], None]]:
     hold_path.touch()
     first = threading.Thread(target=embed, args=(port, 1))
     first.start()
-    wait_for_depth(0, running=True)
-    yield hold_path.unlink
-    hold_path.unlink(missing_ok=True)
-    first.join()
+    try:
+        wait_for_depth(0, running=True)
+        yield hold_path.unlink
+    finally:
+        hold_path.unlink(missing_ok=True)
+        first.join()
 
 
 def embed(port: int, words: int, **headers: str) -> Answer:

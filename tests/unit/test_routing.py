@@ -99,3 +99,14 @@ def test_of_many_replicas_a_few_are_looked_at(router: LeastWorkRouter) -> None:
 
     assert len(chosen(router, replicas)) == 8
     assert len(first) > 20
+
+
+@pytest.mark.parametrize("args", [[], [("traceparent",)], [3]])
+def test_calls_of_other_methods_are_no_work(router: LeastWorkRouter, args: list[Any]) -> None:
+    other = SimpleNamespace(args=args, metadata=SimpleNamespace(internal_request_id="1"))
+    router.on_send_request("a")
+    router.on_request_routed(other, "a", None)
+    assert router.work("a") == 0
+    router.on_request_completed("a", "1")
+
+    assert router.work("a") == 0
