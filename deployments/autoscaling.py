@@ -11,7 +11,9 @@
 4. More replicas are ordered at once, but for a twentieth more nobody is ordered. Some are given up only when for
    ``quiet_s``, and for five starts, no more were needed; then as many are kept as were needed at most in that time. So
    a pause between two bursts costs no replica, and one that is dear to start stays longer.
-5. A replica whose report is old counts like the average of the others. Without any report nothing changes.
+5. A replica whose report is old, or is no number, counts like the average of the others; one that never reported has
+   nothing to do yet. Without any report nothing changes, and while inputs wait in a replica whose rate is not known, no
+   replica is given up.
 
 ``decide`` is a pure function of what is seen and of what was seen before. ``QueueWaitPolicy`` is what Serve calls, ten
 times a second, in its controller, which gets this module by value: it imports nothing but the standard library.
@@ -27,7 +29,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 Reason = Literal["queue", "demand", "quiet", "bounds", "at_max"]
@@ -37,6 +39,10 @@ _QUIET_STARTS, _TREND_STARTS = 5.0, 2.0
 """In times that a replica takes to start: the quiet before some are given up, and how far back the rise is measured."""
 _MAX_QUIET_S = 600.0
 """That quiet at most, where ``quiet_s`` asks for no more: Serve's own default."""
+_STARTS = 3
+"""The last of them that are remembered; the quickest counts: one that waited for room says nothing of the next."""
+_MOST = 10**6
+"""Replicas that are asked for at most."""
 _INTERVAL_S = 0.4
 """Between two decisions: replicas report twice a second."""
 _MOMENTS = 20
@@ -44,6 +50,7 @@ _MOMENTS = 20
 _NOTHING = 1e-3
 """Replicas' worth of work that is none: the trace that a request leaves in an average that forgets."""
 _EXACT = 1e-9
+_HUGE = 1e12
 _LIMIT_EVERY_NS = 60 * 10**9
 """Between two announcements that max_replicas is too few."""
 POLICY = "deployments.autoscaling:QueueWaitPolicy"
@@ -75,6 +82,10 @@ class Load:
     def stats(self) -> dict[str, float]:
         return asdict(self)
 
+    @property
+    def is_credible(self) -> bool:
+        return all(math.isfinite(value) and value >= 0 for value in asdict(self).values())
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -100,6 +111,8 @@ class Sight:
     """Of the running replicas that reported lately."""
     calls: float = 0.0
     """That wait in the callers, because every replica has as many as it may (``max_ongoing_requests``)."""
+    stale: int = 0
+    """Running replicas that reported before, but not lately."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +123,8 @@ class Memory:
     """When how many replicas were needed, within ``quiet_s``; only what a later need does not exceed."""
     orders: tuple[float, ...] = ()
     """When each replica was ordered that does not run yet, the oldest first."""
-    start_s: float = 0.0
-    """How long the last one took that came; 0: none was seen."""
+    starts: tuple[float, ...] = ()
+    """How many seconds those took that came last."""
     running: int = 0
     past: tuple[tuple[float, float], ...] = ()
     """Moments and the demand then."""
@@ -145,10 +158,11 @@ class Decision:
 
 def decide(sight: Sight, memory: Memory, goal: Goal) -> Decision:
     """The replicas that there should be. Pure."""
-    orders, seen_start_s = _follow_orders(sight, memory)
-    usual_s = seen_start_s or max((load.start_ms / 1e3 for load in sight.loads), default=0.0)
+    sight = _credible(sight)
+    orders, starts = _follow_orders(sight, memory)
+    usual_s = min(starts) if starts else max((load.start_ms / 1e3 for load in sight.loads), default=0.0)
     # What is on its way for longer than replicas usually take says that they take longer now.
-    start_s = max(usual_s, sight.at_s - orders[0] if orders else 0.0)
+    start_s = max(usual_s, min(_MAX_QUIET_S, sight.at_s - orders[0]) if orders else 0.0)
     demand, demand_now, backlog_s = _sums(sight)
     is_late = backlog_s > max(1, sight.running) * goal.queue_wait_s
     if is_late:
@@ -158,8 +172,10 @@ def decide(sight: Sight, memory: Memory, goal: Goal) -> Decision:
     if sight.loads:
         least = (demand + _rise(past, usual_s)) / goal.utilization if demand > _NOTHING else 0.0
         by_queue = _for_queue(sight, orders, start_s, demand, backlog_s, goal.queue_wait_s) if is_late else 0.0
-        needed: int = max(math.ceil(max(least, by_queue) - _EXACT), 1 if backlog_s > 0 else 0)
+        needed: int = max(math.ceil(min(max(least, by_queue), _MOST) - _EXACT), 1 if backlog_s > 0 else 0)
         reason: Reason = "queue" if by_queue > least else "demand"
+        if any(load.queue_depth > 0 and load.throughput == 0 for load in sight.loads):
+            needed = max(needed, sight.target, 1)
     else:
         needed, reason = sight.target, "bounds"
     # Whoever looks for the first time does not know what was needed before: what there is.
@@ -187,24 +203,33 @@ def decide(sight: Sight, memory: Memory, goal: Goal) -> Decision:
         oldest_age_ms=max((load.oldest_age_ms for load in sight.loads), default=0.0),
         throughput=_throughput(sight),
         start_s=start_s,
-        memory=Memory(needs, orders, seen_start_s, sight.running, past),
+        memory=Memory(needs, orders, starts, sight.running, past),
     )
+
+
+def _credible(sight: Sight) -> Sight:
+    """Reports that cannot be true count as none."""
+    loads = tuple(load for load in sight.loads if load.is_credible)
+    calls = sight.calls if math.isfinite(sight.calls) and sight.calls > 0 else 0.0
+    return replace(sight, loads=loads, calls=calls, stale=sight.stale + len(sight.loads) - len(loads))
 
 
 def _sums(sight: Sight) -> tuple[float, float, float]:
     """Demand, that of the last second, and seconds of one replica's work that wait, over all running replicas."""
-    missing = max(1.0, sight.running / max(1, len(sight.loads)))
-    demand = sum(load.demand for load in sight.loads) * missing
-    demand_now = sum(load.demand_now for load in sight.loads) * missing
-    backlog_s = sum(load.queue_wait_ms for load in sight.loads) / 1e3 * missing
+    stale = max(0, min(sight.stale, sight.running - len(sight.loads)))
+    like = 1 + stale / max(1, len(sight.loads))
+    demand = sum(load.demand for load in sight.loads) * like
+    demand_now = sum(load.demand_now for load in sight.loads) * like
+    backlog_s = sum(load.queue_wait_ms for load in sight.loads) / 1e3 * like
     # An input or more in each of the calls.
     throughput = _throughput(sight)
     return demand, demand_now, backlog_s + (sight.calls / throughput if throughput > 0 else 0.0)
 
 
 def _throughput(sight: Sight) -> float:
-    """Inputs a second, of one replica."""
-    return sum(load.throughput for load in sight.loads) / max(1, len(sight.loads))
+    """Inputs a second, of one replica that has run some."""
+    known = [load.throughput for load in sight.loads if load.throughput > 0]
+    return sum(known) / max(1, len(known))
 
 
 def _for_queue(
@@ -220,17 +245,17 @@ def _for_queue(
     return demand + left_s / start_s if left_s > 0 else 0.0
 
 
-def _follow_orders(sight: Sight, memory: Memory) -> tuple[tuple[float, ...], float]:
-    """The replicas that are on their way, and how long those took that came."""
-    orders, start_s = memory.orders, memory.start_s
+def _follow_orders(sight: Sight, memory: Memory) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The replicas that are on their way, and how long those took that came last."""
+    orders, starts = memory.orders, memory.starts
     missing = max(0, sight.target - sight.running)
     gone = len(orders) - missing
     if gone > 0:
         # Those came, or were given up because fewer are wanted.
         if sight.running > memory.running:
-            start_s = sight.at_s - orders[0]
+            starts = (*starts, min(_MAX_QUIET_S, sight.at_s - orders[0]))[-_STARTS:]
         orders = orders[gone:]
-    return orders + (sight.at_s,) * max(0, -gone), start_s
+    return orders + (sight.at_s,) * max(0, -gone), starts
 
 
 def _remember_demand(
@@ -358,10 +383,11 @@ class QueueWaitPolicy:
             _set_up_logging()
             _logger.error("not scaled: %s", error)
         self._memory = Memory()
-        self._wanted, self._again_at_s = 0, float("-inf")
+        self._wanted, self._target, self._again_at_s = 0, 0, float("-inf")
         self._reported: dict[Any, tuple[float, float]] = {}
         self._announced: tuple[int, int] | None = None
         self._limit_told_ns = 0
+        self._has_failed = False
         self._tell: Callable[[Announcement, bool], None] | None = None
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
@@ -371,10 +397,21 @@ class QueueWaitPolicy:
             return ctx.target_num_replicas, {}
         now_s = time.monotonic()
         if now_s < self._again_at_s:
-            # Nothing new has been reported since; of thousands of replicas even the reading takes time.
-            return self._wanted, {}
+            # Nothing new has been reported since; of thousands of replicas even the reading takes time. Serve may have
+            # changed its mind: from zero it starts the first replica itself.
+            return self._wanted if ctx.target_num_replicas == self._target else ctx.target_num_replicas, {}
         self._again_at_s = now_s + _INTERVAL_S
-        loads, newest_s = self._loads(ctx, now_s, settings.stale_s)
+        self._wanted = self._target = ctx.target_num_replicas
+        try:
+            self._wanted = self._decide(ctx, settings, now_s)
+        except Exception:
+            if not self._has_failed:
+                _logger.exception("%s: not scaled", ctx.deployment_name)
+            self._has_failed = True
+        return self._wanted, {}
+
+    def _decide(self, ctx: Any, settings: Settings, now_s: float) -> int:
+        loads, stale, newest_s = self._loads(ctx, now_s, settings.stale_s)
         goal = Goal(
             settings.target_queue_wait_ms / 1e3,
             settings.target_utilization,
@@ -383,15 +420,14 @@ class QueueWaitPolicy:
             ctx.capacity_adjusted_max_replicas,
         )
         calls = float(ctx.total_queued_requests or 0.0)
-        sight = Sight(now_s, ctx.current_num_replicas, ctx.target_num_replicas, loads, calls)
+        sight = Sight(now_s, ctx.current_num_replicas, ctx.target_num_replicas, loads, calls, stale)
         made = decide(sight, self._memory, goal)
         self._memory = made.memory
         self._announce(ctx, made, goal, newest_s)
-        self._wanted = made.replicas
-        return made.replicas, {}
+        return made.replicas
 
-    def _loads(self, ctx: Any, now_s: float, stale_s: float) -> tuple[tuple[Load, ...], float]:
-        """The fresh reports, and when the newest of them was taken, as its replica's clock has it (0 of none)."""
+    def _loads(self, ctx: Any, now_s: float, stale_s: float) -> tuple[tuple[Load, ...], int, float]:
+        """The fresh reports, how many are stale, and when the newest was taken, by its replica's clock (0 of none)."""
         series: Mapping[str, Mapping[Any, Sequence[Any]]] = ctx.raw_metrics or {}
         last = {replica: points[-1].timestamp for replica, points in series.get(_FIELDS[0], {}).items() if points}
         # Clocks of two machines are never compared: a report is as old as it is here.
@@ -402,7 +438,7 @@ class QueueWaitPolicy:
         }
         fresh = [replica for replica, (_, came_s) in self._reported.items() if now_s - came_s < stale_s]
         loads = tuple(Load(**{name: _last(series.get(name, {}).get(replica)) for name in _FIELDS}) for replica in fresh)
-        return loads, max((last[replica] for replica in fresh), default=0.0)
+        return loads, len(last) - len(fresh), max((last[replica] for replica in fresh), default=0.0)
 
     # --- telling ---
 
@@ -443,14 +479,14 @@ def _problems(given: Mapping[str, Any]) -> Iterator[str]:
     if "target_queue_wait_ms" not in given:
         yield f"{_KEY}.target_queue_wait_ms: must be given: the wait that is accepted, in milliseconds"
     rules: dict[str, tuple[str, Callable[[float], bool]]] = {
-        "target_queue_wait_ms": ("above 0", lambda value: value > 0),
+        "target_queue_wait_ms": ("above 0", lambda value: value / 1e3 > 0),
         "target_utilization": ("above 0 and at most 1", lambda value: 0 < value <= 1),
         "quiet_s": ("0 or more", lambda value: value >= 0),
         "stale_s": ("above 0", lambda value: value > 0),
     }
     for key, (rule, is_right) in rules.items():
         value = given.get(key, 1)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
         if not (is_number and is_right(value)):
             yield f"{_KEY}.{key}: must be a number {rule}; got {value!r}"
     directory = given.get("telemetry_directory")
@@ -483,6 +519,7 @@ def _set_up_logging() -> None:
 
 def _tell_all(told: queue.SimpleQueue[tuple[Announcement, bool] | None], directory: str | None) -> None:
     telemetry: Any = None
+    last: tuple[str, str] | None = None
     try:
         # Not above: the controller must not wait for OpenTelemetry, and may have been given this module alone.
         import ray
@@ -497,4 +534,10 @@ def _tell_all(told: queue.SimpleQueue[tuple[Announcement, bool] | None], directo
         if is_news:
             _logger.info("%s", announcement)
         if telemetry is not None:
-            telemetry.take(ScalingRecord(**announcement.flat()), is_news)
+            last = announcement.application, announcement.deployment
+            try:
+                telemetry.take(ScalingRecord(**announcement.flat()), is_news)
+            except Exception as error:
+                _logger.warning("a decision is not exported: %r", error)
+    if telemetry is not None and last is not None:
+        telemetry.forget(*last)

@@ -12,6 +12,8 @@ from deployments.autoscaling import Load
 from deployments.batching import AdmissionGate
 
 _MEMORY_S, _NOW_S = 5.0, 1.0
+_IDLE_S = 2.0
+"""So long after the last request, what the process does is not for requests."""
 
 
 class Forgetting:
@@ -55,11 +57,13 @@ class LoopLoad:
         self.in_hand = 0
         self._next = 0
         self._loop_s: float | None = None
+        self._each_s = 0.0
+        self._last_s = -math.inf
 
     @contextmanager
     def requests(self, count: int) -> Iterator[None]:
         """Around the handling of so many requests."""
-        self._requests.add(count)
+        self.arrive(count)
         self._next += 1
         key = self._next
         self._calls[key] = time.monotonic(), count
@@ -69,6 +73,11 @@ class LoopLoad:
         finally:
             self.in_hand -= count
             del self._calls[key]
+            self._last_s = time.monotonic()
+
+    def arrive(self, count: int) -> None:
+        self._requests.add(count)
+        self._last_s = time.monotonic()
 
     @contextmanager
     def in_thread(self) -> Iterator[None]:
@@ -93,15 +102,18 @@ class LoopLoad:
 
     def load(self) -> Load:
         share, arriving = self.share(), self._requests.per_second()
-        each_s = share / arriving if arriving > 0 else 0.0
-        oldest_s = min((since_s for since_s, _ in self._calls.values()), default=math.inf)
+        now_s = time.monotonic()
+        is_idle = self.in_hand == 0 and now_s - self._last_s > _IDLE_S
+        if not is_idle:
+            self._each_s = share / arriving if arriving > 0 else 0.0
+        oldest_s = min((since_s for since_s, _ in self._calls.values()), default=now_s)
         return Load(
             queue_depth=self.in_hand,
-            oldest_age_ms=max(0.0, time.monotonic() - oldest_s) * 1e3,
-            queue_wait_ms=self.in_hand * each_s * 1e3,
-            demand=share,
-            demand_now=self._work_now_s.per_second(),
-            throughput=1 / each_s if each_s > 0 else 0.0,
+            oldest_age_ms=(now_s - oldest_s) * 1e3,
+            queue_wait_ms=self.in_hand * self._each_s * 1e3,
+            demand=0.0 if is_idle else share,
+            demand_now=0.0 if is_idle else self._work_now_s.per_second(),
+            throughput=1 / self._each_s if self._each_s > 0 else 0.0,
             start_ms=self._start_ms,
         )
 
@@ -121,6 +133,7 @@ class GateLoad:
     def arrive(self, lengths: tuple[int, ...]) -> None:
         """Inputs of so many tokens arrive, whether they are admitted or not."""
         tokens = sum(map(self._gate.cutter.rounded, lengths))
+        self._loop.arrive(len(lengths))
         self._inputs.add(len(lengths))
         self._tokens.add(tokens)
         self._tokens_now.add(tokens)

@@ -99,5 +99,5 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
 
 def _work(args: Sequence[Any]) -> int:
     requests = args[0] if args and isinstance(args[0], tuple) else ()
-    lengths = [length for request in requests if hasattr(request, "ids") for length in request.ids.lengths]
+    lengths: list[int] = [length for request in requests if hasattr(request, "ids") for length in request.ids.lengths]
     return sum(lengths) + _EACH * len(lengths)

@@ -6,12 +6,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.telemetry import names
-from k8s.dashboards import LOST_SPANS
+from k8s.dashboards import LOST_SPANS, REFUSED_SPANS
 from k8s.metrics import label, series
 
 OBJECTIVE = 0.999
 """Of the requests that are the server's to answer, which part it answers."""
-_DEPLOYMENT = label("ai.autoscaling.deployment")
+_DEPLOYMENT = f"{label('ai.autoscaling.application')}, {label('ai.autoscaling.deployment')}"
+_LOSSES = (
+    series(names.DROPPED_RECORDS),
+    series(names.UNWRITTEN_SPANS),
+    LOST_SPANS,
+    REFUSED_SPANS,
+    # The Collector's own metrics; its versions differ on the suffix. One by one: `rate` drops the name.
+    *(
+        f'{{__name__=~"otelcol_{name}(_total)?"}}'
+        for name in (
+            "exporter_send_failed_spans",
+            "exporter_enqueue_failed_spans",
+            "receiver_refused_spans",
+            "receiver_refused_metric_points",
+        )
+    ),
+)
 _WHY = "slowlens why --source $TEMPO_URL --since"
 
 
@@ -113,8 +129,7 @@ ALERTS = (
     ),
     Alert(
         "SlowlensSpansDropped",
-        f"sum (rate({series(names.DROPPED_RECORDS)}[5m]) or rate({series(names.UNWRITTEN_SPANS)}[5m]) "
-        f"or rate({LOST_SPANS}[5m])) > 0",
+        " + ".join(f"(sum (rate({lost}[5m])) or vector(0))" for lost in _LOSSES) + " > 0",
         "5m",
         "warning",
         "Telemetry is lost: {{ $value | humanize }} records and spans a second",

@@ -15,6 +15,7 @@ _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH, _HEIGHT = 12, 8
 _DEPLOYMENT = label("ai.autoscaling.deployment")
 LOST_SPANS = 'otel_sdk_exporter_span_exported_total{error_type!=""}'
+REFUSED_SPANS = 'otel_sdk_processor_span_processed_total{error_type!=""}'
 """OpenTelemetry's own: spans that an exporter could not deliver."""
 
 
@@ -136,6 +137,7 @@ LATENCY_DASHBOARD = (
             Query(f"sum (rate({series(names.DROPPED_RECORDS)}[{RATE}])) or vector(0)", "records dropped"),
             Query(f"sum (rate({series(names.UNWRITTEN_SPANS)}[{RATE}])) or vector(0)", "spans not written"),
             Query(f"sum (rate({LOST_SPANS}[{RATE}])) or vector(0)", "spans not delivered"),
+            Query(f"sum (rate({REFUSED_SPANS}[{RATE}])) or vector(0)", "spans that found the queue full"),
         ),
     ),
 )

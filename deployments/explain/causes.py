@@ -155,7 +155,8 @@ def _more(capture: Capture, deployment: str, wanted: int = 0, slow: Sequence[Req
     """
     path = f"deployments.{deployment}"
     most = capture.settings.get(f"{path}.autoscaling_config.max_replicas")
-    ordered = [one.ordered for one in orders_during(capture.scalings, slow, deployment) if one.ordered > one.replicas]
+    orders = orders_during(capture.scalings, slow, deployment, capture.loads)
+    ordered = [one.ordered for one in orders if one.ordered > one.replicas]
     if ordered:
         key = f"{path}.autoscaling_config.min_replicas"
         return _change(key, capture.settings.get(key), max(ordered))

@@ -12,6 +12,10 @@ from deployments.explain.request import Request
 
 _BEFORE_NS = 5 * 10**9
 """How long before a slow request came the policy may have decided on what made it slow."""
+_ON_THE_WAY_NS = 600 * 10**9
+"""The same of replicas that were still on their way when it came."""
+_AT_LIMIT_NS = 65 * 10**9
+"""The same of too low a limit, which is told once a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +56,31 @@ class Loading(Protocol):
     def took_ns(self) -> int: ...
 
 
-def orders_during(decisions: Iterable[Scaling], concerned: Sequence[Request], deployment: str) -> list[Scaling]:
-    """While these requests were there: the decisions for more replicas, and those that found no more allowed."""
+def orders_during(
+    decisions: Iterable[Scaling], concerned: Sequence[Request], deployment: str, loads: Iterable[Loading]
+) -> list[Scaling]:
+    """Decisions for more replicas that these requests had to wait for, and those that found no more allowed."""
     if not concerned:
         return []
-    begin = min(request.started_ns for request in concerned) - _BEFORE_NS
+    begin = min(request.started_ns for request in concerned)
     end = max(request.started_ns + request.latency_ns for request in concerned)
-    return [
-        made
-        for made in sorted(decisions, key=lambda made: made.decided_ns)
-        if made.deployment == deployment
-        and begin <= made.decided_ns <= end
-        and (made.ordered > made.replicas or made.needed > made.most)
-    ]
+    loads = list(loads)
+
+    def concerns(made: Scaling) -> bool:
+        if made.deployment != deployment or made.decided_ns > end:
+            return False
+        if made.ordered > made.replicas:
+            warm = _warm_after(made, loads)
+            was_on_the_way = bool(warm) and warm[0] > begin
+            return made.decided_ns >= begin - (_ON_THE_WAY_NS if was_on_the_way else _BEFORE_NS)
+        return made.needed > made.most and made.decided_ns >= begin - _AT_LIMIT_NS
+
+    return [made for made in sorted(decisions, key=lambda made: made.decided_ns) if concerns(made)]
+
+
+def _warm_after(made: Scaling, loads: Iterable[Loading]) -> list[int]:
+    """When the loads ended that began after it."""
+    return sorted(load.started_ns + load.took_ns for load in loads if load.started_ns >= made.decided_ns)
 
 
 def scaled_late(orders: Sequence[Scaling], loads: Iterable[Loading], until_ns: int) -> str:
@@ -76,8 +92,7 @@ def scaled_late(orders: Sequence[Scaling], loads: Iterable[Loading], until_ns: i
     if first.ordered <= first.replicas:
         return f"; not scaled: at {seen} the policy needed {first.needed} replicas, and max_replicas is {first.most}"
     began = f"; scaled late: the policy saw it at {seen} ({first.replicas} -> {first.ordered} replicas), "
-    ends = sorted(load.started_ns + load.took_ns for load in loads)
-    warm = [end_ns for end_ns in ends if first.decided_ns < end_ns <= until_ns]
+    warm = [end_ns for end_ns in _warm_after(first, loads) if end_ns <= until_ns]
     if not warm:
         return began + "and none of them was warm by then"
     which = "the replica was" if first.ordered == first.replicas + 1 else "the first was"

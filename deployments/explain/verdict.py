@@ -175,8 +175,9 @@ def _finding(
         f"{cause.what}{_apart(verdict.capture, concerned, cause.stage)}"
     )
     if cause.is_for_want_of_replicas:
-        orders = orders_during(verdict.capture.scalings, concerned, cause.stage.capitalize())
-        summary += scaled_late(orders, verdict.capture.loads, verdict.capture.survey.window_ns[1])
+        loads = verdict.capture.loads
+        orders = orders_during(verdict.capture.scalings, concerned, cause.stage.capitalize(), loads)
+        summary += scaled_late(orders, loads, verdict.capture.survey.window_ns[1])
     evidence = tuple((request.trace_id, ms) for request, ms in hit[:_EVIDENCE])
     share = sum(amounts) / whole_ms
     fix = cause.fix(verdict.capture, concerned) + gain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class DecisionTelemetry:
         self._measures = Measures(self._provider.meter(), "autoscaler", "")
         self._ids = RandomIdGenerator()
         self._latest: dict[tuple[str, str], ScalingRecord] = {}
+        self._lock = threading.Lock()
         show_process(self._measures)
         self._show(names.SCALING_TARGET, lambda record: record.to_replicas)
         self._show(names.SCALING_RUNNING, lambda record: record.running_replicas)
@@ -62,14 +64,20 @@ class DecisionTelemetry:
         self._show(names.SCALING_TARGET_WAIT, lambda record: record.target_queue_wait_ms)
 
     def take(self, record: ScalingRecord, is_news: bool) -> None:
-        """Show it, and if it is a change of mind keep it."""
-        self._latest[record.application, record.deployment] = record
-        if is_news:
-            self._provider.sink.take(_span(record, self._ids))
-            self._measures.raw_count(
-                names.SCALING_DECISIONS, {**_attributes_of(record), "ai.autoscaling.reason": record.reason}
-            )
-        self._provider.sink.tick()
+        """Show it, and if it is a change of mind keep it. From any thread."""
+        with self._lock:
+            self._latest[record.application, record.deployment] = record
+            if is_news:
+                self._provider.sink.take(_span(record, self._ids))
+                self._measures.raw_count(
+                    names.SCALING_DECISIONS, {**_attributes_of(record), "ai.autoscaling.reason": record.reason}
+                )
+            self._provider.sink.tick()
+
+    def forget(self, application: str, deployment: str) -> None:
+        """Its policy is no more."""
+        with self._lock:
+            self._latest.pop((application, deployment), None)
 
     def close(self) -> None:
         self._provider.close()
@@ -80,14 +88,18 @@ class DecisionTelemetry:
         )
 
 
-@functools.cache
 def decision_telemetry(directory: str | None, node_id: str) -> DecisionTelemetry:
     """One for all policies of the process: Serve makes a policy for each deployment, and anew at each change."""
-    return DecisionTelemetry(directory, node_id)
+    with _one_at_a_time:
+        return _decision_telemetry(directory, node_id)
+
+
+_one_at_a_time = threading.Lock()
+_decision_telemetry = functools.cache(DecisionTelemetry)
 
 
 def _attributes_of(record: ScalingRecord) -> dict[str, str]:
-    return {"ai.autoscaling.deployment": record.deployment}
+    return {"ai.autoscaling.application": record.application, "ai.autoscaling.deployment": record.deployment}
 
 
 def _span(record: ScalingRecord, ids: RandomIdGenerator) -> Span:

@@ -310,7 +310,7 @@ REPLICAS_WARM = MetricSpec(
     "1 per loaded and warm replica; sum them",
     ("model",),
 )
-_BY_DEPLOYMENT = ("ai.autoscaling.deployment",)
+_BY_DEPLOYMENT = ("ai.autoscaling.application", "ai.autoscaling.deployment")
 SCALING_TARGET = MetricSpec(
     "ai.autoscaling.target_replicas", "gauge", "{replica}", "autoscaler", "Replicas that are ordered", _BY_DEPLOYMENT
 )

@@ -111,6 +111,24 @@ CASES: dict[str, tuple[dict[str, str], str, set[str]]] = {
         "12m",
         {"SlowlensSpansDropped"},
     ),
+    "spans not written": (
+        {'ai_telemetry_unwritten_spans_total{instance="a"}': rising(60)},
+        "12m",
+        {"SlowlensSpansDropped"},
+    ),
+    "spans that found the queue full": (
+        {'otel_sdk_processor_span_processed_total{instance="a", error_type="queue_full"}': rising(60)},
+        "12m",
+        {"SlowlensSpansDropped"},
+    ),
+    "spans that the backend does not take": (
+        {
+            'otelcol_exporter_send_failed_spans{exporter="otlp"}': rising(60),
+            'otelcol_exporter_enqueue_failed_spans{exporter="otlp"}': constant(0),
+        },
+        "12m",
+        {"SlowlensSpansDropped"},
+    ),
     "spans not delivered": (
         {'otel_sdk_exporter_span_exported_total{instance="a", error_type="timeout"}': rising(60)},
         "12m",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,12 +186,50 @@ def test_without_reports_nothing_changes() -> None:
     assert deployment.look(None, 600).replicas == 3
 
 
-def test_replicas_that_do_not_report_are_like_the_others() -> None:
-    made = decide(Sight(0, 4, 4, (waiting(1.0, demand=0.5),)), Memory(), GOAL)
+def test_replicas_that_report_no_more_are_like_the_others() -> None:
+    made = decide(Sight(0, 4, 4, (waiting(1.0, demand=0.5),), stale=3), Memory(), GOAL)
 
     assert made.demand == pytest.approx(2.0)
     assert made.replicas == 8
     assert made.reports == 1
+
+
+def test_replicas_that_never_reported_have_nothing_to_do_yet() -> None:
+    """Two hundred, of which one was asked since the controller started anew; or new ones beside a busy one."""
+    made = decide(Sight(0, 200, 200, (waiting(1.0, demand=0.9),)), Memory(), GOAL)
+
+    assert (made.demand, made.replicas) == (pytest.approx(0.9), 100)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Load)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_report_that_cannot_be_true_counts_as_none(field: str, value: float) -> None:
+    busy = waiting(1.0, demand=0.5)
+    made = decide(Sight(0, 4, 4, (busy, busy, busy, replace(busy, **{field: value}))), Memory(), GOAL)
+
+    assert (made.demand, made.reports, made.replicas) == (pytest.approx(2.0), 3, 8)
+
+
+def test_a_need_beyond_all_bounds_is_a_number() -> None:
+    made = decide(Sight(0, 1, 1, (Load(queue_wait_ms=1e300, demand=1e300, throughput=1),)), Memory(), GOAL)
+
+    assert (made.replicas, made.needed) == (100, 10**6)
+
+
+def test_while_inputs_wait_at_an_unknown_rate_nobody_is_given_up() -> None:
+    deployment = Deployment(4, goal=Goal(0.5, min_replicas=0))
+
+    assert deployment.look(Load(queue_depth=100), 600).replicas == 4
+
+
+def test_a_replica_that_waited_for_room_says_nothing_of_how_long_the_next_one_takes() -> None:
+    deployment = Deployment(start_s=5)
+    deployment.look(waiting(10, demand=0.5), 12)
+    deployment.start_s = 400
+    deployment.look(waiting(20, demand=0.5), 0.5)
+    late = deployment.look(waiting(0, demand=0.5), 420)
+
+    assert late.start_s == pytest.approx(5, abs=0.5)
 
 
 def test_calls_that_wait_in_the_callers_count() -> None:
@@ -198,6 +237,12 @@ def test_calls_that_wait_in_the_callers_count() -> None:
     made = decide(Sight(0, 1, 1, (Load(throughput=10.0, demand=0.5),), calls=20), Memory(), GOAL)
 
     assert made.replicas == 4
+
+
+def test_a_replica_that_has_run_nothing_has_no_rate() -> None:
+    made = decide(Sight(0, 4, 4, (Load(throughput=10.0, demand=0.5), *[Load()] * 3), calls=20), Memory(), GOAL)
+
+    assert made.throughput == 10
 
 
 def test_nothing_is_needed_where_nothing_comes() -> None:
@@ -335,6 +380,30 @@ def test_old_reports_count_as_none_whatever_their_clocks_say(clock: Clock, told:
     assert policy._memory.needs[-1][1] == 0
 
 
+def test_what_serve_does_in_between_is_left_alone(clock: Clock, told: list[Announcement]) -> None:
+    """From zero it starts the first replica itself."""
+    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+    nobody = context({}, target=0)
+    nobody.capacity_adjusted_min_replicas = 0
+
+    assert policy(nobody) == (0, {})
+    nobody.target_num_replicas = 1
+    assert policy(nobody) == (1, {})
+
+
+def test_what_cannot_be_decided_changes_nothing(
+    clock: Clock, told: list[Announcement], caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+    broken = context({"a": (5.0, waiting(3.0))}, target=7)
+    broken.capacity_adjusted_max_replicas = None
+    for _ in range(3):
+        assert policy(broken) == (7, {})
+        clock.s += 1
+
+    assert caplog.text.count("Model: not scaled") == 1
+
+
 def test_between_two_reports_the_answer_is_the_same(clock: Clock, told: list[Announcement]) -> None:
     policy = QueueWaitPolicy(target_queue_wait_ms=500)
     assert policy(context({"a": (1.0, waiting(3.0))}))[0] == 6
@@ -350,6 +419,8 @@ def test_between_two_reports_the_answer_is_the_same(clock: Clock, told: list[Ann
         ({"target_queue_wait_ms": "1s"}, "policy_kwargs.target_queue_wait_ms: must be a number above 0; got '1s'"),
         ({"target_queue_wait_ms": True}, "must be a number above 0; got True"),
         ({"target_queue_wait_ms": float("nan")}, "must be a number above 0; got nan"),
+        ({"target_queue_wait_ms": 5e-324}, "must be a number above 0; got 5e-324"),
+        ({"target_queue_wait_ms": 1, "quiet_s": 10**400}, "policy_kwargs.quiet_s: must be a number 0 or more"),
         ({"target_queue_wait_ms": 1, "target_utilization": 1.5}, "above 0 and at most 1; got 1.5"),
         ({"target_queue_wait_ms": 1, "quiet_s": -1}, "policy_kwargs.quiet_s: must be a number 0 or more; got -1"),
         ({"target_queue_wait_ms": 1, "telemetry_directory": 3}, "telemetry_directory: must be a path; got 3"),

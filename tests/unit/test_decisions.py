@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from deployments.telemetry import names
-from deployments.telemetry.decisions import DecisionTelemetry, ScalingRecord
+from deployments.telemetry.decisions import DecisionTelemetry, ScalingRecord, decision_telemetry
 from deployments.telemetry.names import SPANS
 
 RECORD = ScalingRecord(
@@ -96,3 +97,22 @@ def test_a_change_of_mind_is_a_span_and_everything_is_shown(tmp_path: Path) -> N
         "ai.autoscaling.target_queue_wait_ms": 500,
         "ai.autoscaling.decisions": 1,
     }
+
+
+def test_policies_that_start_together_share_one(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: decision_telemetry(str(tmp_path), "node-1"), range(8)))
+    for telemetry in {id(one): one for one in made}.values():
+        telemetry.close()
+
+    assert len({id(one) for one in made}) == 1
+
+
+def test_a_policy_that_is_gone_is_shown_no_more(tmp_path: Path) -> None:
+    telemetry = DecisionTelemetry(str(tmp_path), "node-1234567")
+    telemetry.take(RECORD, False)
+    telemetry.forget(RECORD.application, RECORD.deployment)
+    telemetry.close()
+
+    text = "".join(path.read_text() for path in tmp_path.glob("metrics-*"))
+    assert "ai.autoscaling." not in text

@@ -116,6 +116,21 @@ def test_a_stage_reports_the_share_of_its_loop() -> None:
     assert (after.queue_depth, after.oldest_age_ms) == (0, 0)
 
 
+def test_an_idle_stage_has_no_demand_and_the_rate_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process does between requests is neither: it would keep a replica, and look like a slow one."""
+    meter = LoopLoad(0.0)
+    meter.load()
+    with meter.requests(3):
+        sum(range(3_000_000))
+        busy = meter.load()
+    monkeypatch.setattr("deployments.load._IDLE_S", -1.0)
+    sum(range(1_000_000))
+    idle = meter.load()
+
+    assert (idle.demand, idle.demand_now) == (0, 0)
+    assert idle.throughput == busy.throughput > 0
+
+
 def test_the_report_is_what_serve_takes() -> None:
     stats = LoopLoad(0.0).load().stats()
 

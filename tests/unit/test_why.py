@@ -172,6 +172,24 @@ def test_replicas_that_did_not_come_are_missed() -> None:
     assert finding.summary.endswith("(1 -> 3 replicas), and none of them was warm by then")
 
 
+def test_replicas_that_were_on_their_way_before_the_requests_came_count() -> None:
+    """And a load that began before the decision is none of its own."""
+    spans = scaled(window(CASES["device_queue"]))
+    earlier = load_of_model(-50_000, 60_000)
+    (finding,) = verdict([*spans, decision(-30_000), earlier, load_of_model(-25_000, 45_000)]).findings
+
+    seen, warm = (clock_at(spans, ms) for ms in (-29_999, 20_000))
+    assert f"the policy saw it at {seen} (1 -> 3 replicas), the first was warm at {warm}" in finding.summary
+
+
+def test_a_limit_that_was_met_a_minute_ago_is_named() -> None:
+    spans = scaled(window(CASES["device_queue"]))
+    at_limit = decision(-50_000, from_replicas=4, to_replicas=4, needed_replicas=9)
+    (finding,) = verdict([*spans, at_limit]).findings
+
+    assert "the policy needed 9 replicas, and max_replicas is 4" in finding.summary
+
+
 def test_a_limit_that_was_too_low_is_named() -> None:
     spans = scaled(window(CASES["device_queue"]))
     at_limit = decision(9_000, from_replicas=4, to_replicas=4, needed_replicas=9)
