@@ -3,6 +3,8 @@ across nodes, and one node lost under load."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 from deployments.autoscaling import POLICY
@@ -195,6 +198,39 @@ def test_every_stage_scales_across_nodes_and_outlives_the_loss_of_one(
     assert ends["ok"] > 10 * (ends.total() - ends["ok"])
     last = [answer.status for at, answer in load.answers if at > killed_at][-CLIENTS:]
     assert set(last) == {200}
+
+
+def test_a_node_that_is_drained_before_it_goes_fails_nobody(
+    cluster: Cluster, receiver: OtlpReceiver, tmp_path: Path
+) -> None:
+    """What a worker's ``preStop`` does in k8s/base/rayservice.yaml."""
+    application = {
+        **CONFIG["applications"][0],  # type: ignore[index]
+        "deployments": [{"name": stage, "num_replicas": 3, "ray_actor_options": {"num_cpus": 1}} for stage in STAGES],
+    }
+    config, log = tmp_path / "config.yaml", tmp_path / "serve.log"
+    config.write_text(yaml.safe_dump({**CONFIG, "applications": [application]}))
+    with serve_run(config, log, {}) as process:
+        leaving = next(node for node in cluster.worker_nodes if replicas_on(node))
+        load = Load(CLIENTS)
+        try:
+            receiver.wait_for(lambda spans: len(named(spans, names.PREDICT)) > 200)
+            why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "evicted"]
+            which = ["--address", cluster.address, "--node-id", leaving.node_id, "--deadline-remaining-seconds", "90"]
+            subprocess.run([Path(sys.executable).with_name("ray"), "drain-node", *which, *why], check=True)
+            wait_for(lambda: not replicas_on(leaving), log, process)
+            cluster.remove_node(leaving, allow_graceful=False)
+            receiver.clear()
+            receiver.wait_for(lambda spans: len(named(spans, names.PREDICT)) > 200)
+        finally:
+            load.stop()
+
+    assert Counter(ending(answer) for _, answer in load.answers).keys() == {"ok"}
+
+
+def replicas_on(node: Node) -> bool:
+    raylet = node.all_processes["raylet"][0].process.pid
+    return subprocess.run(["pgrep", "-P", str(raylet), "-f", "ray::ServeReplica"], capture_output=True).returncode == 0
 
 
 def test_the_model_scales_from_zero_to_zero_and_no_request_is_lost(tmp_path: Path) -> None:
