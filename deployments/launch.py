@@ -83,12 +83,15 @@ def check(config: Path) -> None:
             PageConfig.parse(application.get("args") or {})
 
 
-def _check_policies(deployments: list[dict[str, Any]]) -> None:
+def _check_policies(deployments: list[Any]) -> None:
     for deployment in deployments:
-        policy = (deployment.get("autoscaling_config") or {}).get("policy") or {}
-        if policy.get("policy_function") == POLICY:
+        scaling = deployment.get("autoscaling_config") if isinstance(deployment, dict) else None
+        policy = scaling.get("policy") if isinstance(scaling, dict) else None
+        # What is none of ours, or no mapping, is for Serve to judge.
+        if isinstance(policy, dict) and policy.get("policy_function") == POLICY:
+            given = policy.get("policy_kwargs") or {}
             try:
-                Settings.parse(policy.get("policy_kwargs") or {})
+                Settings.parse(given if isinstance(given, dict) else {})
             except ValueError as error:
                 raise ConfigError(f"deployments.{deployment.get('name')}.{error}") from None
 

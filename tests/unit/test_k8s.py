@@ -18,6 +18,7 @@ import promql_parser
 import pytest
 import ray
 import yaml
+from ray.scripts.scripts import drain_node
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import AppConfig
@@ -252,11 +253,32 @@ def test_services_and_config_maps_that_are_named_are_there(resources: list[dict[
     assert {("Service", target.partition(":")[0]) for target in targets} <= there
 
 
+def test_a_worker_is_drained_before_it_stops(resources: list[dict[str, Any]]) -> None:
+    options = {option for one in drain_node.params for option in one.opts}
+    for group in service(resources)["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        spec = group["template"]["spec"]
+        (*_, script) = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        drain, wait, stop = (part.strip() for part in re.split(r";(?= for |\s*ray stop)", script))
+
+        assert set(re.findall(r"--[a-z-]+", drain)) <= options
+        (seconds,) = (int(found) for found in re.findall(r"--deadline-remaining-seconds (\d+)", drain))
+        assert f"$(seq {seconds})" in wait
+        assert stop == "ray stop"
+        assert seconds < spec["terminationGracePeriodSeconds"]
+        config = yaml.safe_load(service(resources)["spec"]["serveConfigV2"])
+        for deployment in config["applications"][0]["deployments"]:
+            assert (
+                AppConfig().limits.default_timeout_ms < deployment["graceful_shutdown_timeout_s"] * 1e3 < seconds * 1e3
+            )
+
+
 # --- the Collector ---------------------------------------------------------------------------------------------------
 
 
 def test_the_collector_has_every_component_of_its_pipelines() -> None:
     config = yaml.safe_load((HERE / "base" / "collector" / "config.yaml").read_text())
+    wait = config["processors"]["tail_sampling"]["decision_wait"]
+    assert float(wait.removesuffix("s")) * 1e3 > AppConfig().limits.default_timeout_ms
     pipelines = config["service"]["pipelines"]
 
     for pipeline in pipelines.values():
