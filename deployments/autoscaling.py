@@ -84,7 +84,26 @@ class Load:
 
     @property
     def is_credible(self) -> bool:
-        return all(math.isfinite(value) and value >= 0 for value in asdict(self).values())
+        # Written out: there may be thousands, several times a second. Infinity or NaN in one of them is in the sum.
+        least = min(
+            self.queue_depth,
+            self.oldest_age_ms,
+            self.queue_wait_ms,
+            self.demand,
+            self.demand_now,
+            self.throughput,
+            self.start_ms,
+        )
+        total = (
+            self.queue_depth
+            + self.oldest_age_ms
+            + self.queue_wait_ms
+            + self.demand
+            + self.demand_now
+            + self.throughput
+            + self.start_ms
+        )
+        return least >= 0 and math.isfinite(total)
 
 
 @dataclass(frozen=True, slots=True)

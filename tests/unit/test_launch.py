@@ -99,6 +99,18 @@ def test_a_wrong_file_ends_it_before_anything_starts(
     assert became == []
 
 
+def test_what_is_no_mapping_is_for_serve_to_judge(became: list[object], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "applications:\n- import_path: deployments.app:build\n  args: {model: {engine: fake}}\n"
+        "  deployments: [{name: Model, autoscaling_config: auto}, 3]\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["serve", str(config)])
+
+    assert len(became) == 1
+
+
 def test_applications_of_others_are_not_ours_to_check(became: list[object], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("applications:\n- import_path: theirs:app\n  args: {anything: 1}\n")
