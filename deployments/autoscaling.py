@@ -39,6 +39,8 @@ _QUIET_STARTS, _TREND_STARTS = 5.0, 2.0
 """In times that a replica takes to start: the quiet before some are given up, and how far back the rise is measured."""
 _MAX_QUIET_S = 600.0
 """That quiet at most, where ``quiet_s`` asks for no more: Serve's own default."""
+_MAX_START_S = 600.0
+"""That a replica is taken to need, at most: then it waits for room, not for itself."""
 _STARTS = 3
 """The last of them that are remembered; the quickest counts: one that waited for room says nothing of the next."""
 _MOST = 10**6
@@ -85,7 +87,7 @@ class Load:
     @property
     def is_credible(self) -> bool:
         # Written out: there may be thousands, several times a second. Infinity or NaN in one of them is in the sum.
-        least = min(
+        values = (
             self.queue_depth,
             self.oldest_age_ms,
             self.queue_wait_ms,
@@ -94,16 +96,7 @@ class Load:
             self.throughput,
             self.start_ms,
         )
-        total = (
-            self.queue_depth
-            + self.oldest_age_ms
-            + self.queue_wait_ms
-            + self.demand
-            + self.demand_now
-            + self.throughput
-            + self.start_ms
-        )
-        return least >= 0 and math.isfinite(total)
+        return min(values) >= 0 and math.isfinite(sum(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +174,7 @@ def decide(sight: Sight, memory: Memory, goal: Goal) -> Decision:
     orders, starts = _follow_orders(sight, memory)
     usual_s = min(starts) if starts else max((load.start_ms / 1e3 for load in sight.loads), default=0.0)
     # What is on its way for longer than replicas usually take says that they take longer now.
-    start_s = max(usual_s, min(_MAX_QUIET_S, sight.at_s - orders[0]) if orders else 0.0)
+    start_s = max(usual_s, min(_MAX_START_S, sight.at_s - orders[0]) if orders else 0.0)
     demand, demand_now, backlog_s = _sums(sight)
     is_late = backlog_s > max(1, sight.running) * goal.queue_wait_s
     if is_late:
@@ -272,7 +265,7 @@ def _follow_orders(sight: Sight, memory: Memory) -> tuple[tuple[float, ...], tup
     if gone > 0:
         # Those came, or were given up because fewer are wanted.
         if sight.running > memory.running:
-            starts = (*starts, min(_MAX_QUIET_S, sight.at_s - orders[0]))[-_STARTS:]
+            starts = (*starts, min(_MAX_START_S, sight.at_s - orders[0]))[-_STARTS:]
         orders = orders[gone:]
     return orders + (sight.at_s,) * max(0, -gone), starts
 

@@ -76,8 +76,13 @@ class LoopLoad:
             self._last_s = time.monotonic()
 
     def arrive(self, count: int) -> None:
+        """So many requests arrive."""
         self._requests.add(count)
         self._last_s = time.monotonic()
+
+    def arriving(self) -> float:
+        """Requests per second."""
+        return self._requests.per_second()
 
     @contextmanager
     def in_thread(self) -> Iterator[None]:
@@ -101,7 +106,7 @@ class LoopLoad:
         self._work_now_s.add(seconds)
 
     def load(self) -> Load:
-        share, arriving = self.share(), self._requests.per_second()
+        share, arriving = self.share(), self.arriving()
         now_s = time.monotonic()
         is_idle = self.in_hand == 0 and now_s - self._last_s > _IDLE_S
         if not is_idle:
@@ -127,20 +132,19 @@ class GateLoad:
 
     def __init__(self, gate: AdmissionGate[Any], started_s: float) -> None:
         self._gate, self._loop = gate, LoopLoad(started_s)
-        self._inputs, self._tokens = Forgetting(), Forgetting()
+        self._tokens = Forgetting()
         self._tokens_now = Forgetting(memory_s=_NOW_S)
 
     def arrive(self, lengths: tuple[int, ...]) -> None:
         """Inputs of so many tokens arrive, whether they are admitted or not."""
         tokens = sum(map(self._gate.cutter.rounded, lengths))
         self._loop.arrive(len(lengths))
-        self._inputs.add(len(lengths))
         self._tokens.add(tokens)
         self._tokens_now.add(tokens)
 
     def load(self) -> Load:
         gate = self._gate
-        inputs, tokens = self._inputs.per_second(), self._tokens.per_second()
+        inputs, tokens = self._loop.arriving(), self._tokens.per_second()
         mean = tokens / inputs if inputs > 0 and tokens > 0 else 1.0
         rate = gate.cutter.tokens_per_second(mean)
         of_loop = self._loop.load()

@@ -15,8 +15,9 @@ _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH, _HEIGHT = 12, 8
 _DEPLOYMENT = label("ai.autoscaling.deployment")
 LOST_SPANS = 'otel_sdk_exporter_span_exported_total{error_type!=""}'
-REFUSED_SPANS = 'otel_sdk_processor_span_processed_total{error_type!=""}'
 """OpenTelemetry's own: spans that an exporter could not deliver."""
+REFUSED_SPANS = 'otel_sdk_processor_span_processed_total{error_type!=""}'
+"""And those that found its queue full."""
 
 
 @dataclass(frozen=True, slots=True)

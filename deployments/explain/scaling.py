@@ -57,14 +57,13 @@ class Loading(Protocol):
 
 
 def orders_during(
-    decisions: Iterable[Scaling], concerned: Sequence[Request], deployment: str, loads: Iterable[Loading]
+    decisions: Iterable[Scaling], concerned: Sequence[Request], deployment: str, loads: Sequence[Loading]
 ) -> list[Scaling]:
     """Decisions for more replicas that these requests had to wait for, and those that found no more allowed."""
     if not concerned:
         return []
     begin = min(request.started_ns for request in concerned)
     end = max(request.started_ns + request.latency_ns for request in concerned)
-    loads = list(loads)
 
     def concerns(made: Scaling) -> bool:
         if made.deployment != deployment or made.decided_ns > end:

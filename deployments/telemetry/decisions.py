@@ -88,14 +88,14 @@ class DecisionTelemetry:
         )
 
 
+_one_at_a_time = threading.Lock()
+_decision_telemetry = functools.cache(DecisionTelemetry)
+
+
 def decision_telemetry(directory: str | None, node_id: str) -> DecisionTelemetry:
     """One for all policies of the process: Serve makes a policy for each deployment, and anew at each change."""
     with _one_at_a_time:
         return _decision_telemetry(directory, node_id)
-
-
-_one_at_a_time = threading.Lock()
-_decision_telemetry = functools.cache(DecisionTelemetry)
 
 
 def _attributes_of(record: ScalingRecord) -> dict[str, str]:
