@@ -13,12 +13,12 @@ from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
-from deployments.ingress import IngressStage
-from deployments.model import ModelStage
-from deployments.postprocessor import PostprocessorStage
-from deployments.routing import ROUTER
-from deployments.telemetry.provider import destination
-from deployments.tokenizer import TokenizerStage
+from deployments.stages.ingress import IngressStage
+from deployments.stages.model import ModelStage
+from deployments.stages.postprocessor import PostprocessorStage
+from deployments.stages.tokenizer import TokenizerStage
+from deployments.telemetry.export.provider import destination
+from deployments.transport.routing import ROUTER
 
 # More than the gate takes (batching.max_queue), so that requests wait, and are refused, where it is traced: in the
 # gate, not in front of the ingress. Serve's default of 5 would starve the batches.

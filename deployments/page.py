@@ -18,14 +18,14 @@ from ray.serve import Application
 from deployments import __version__
 from deployments.config import TelemetryConfig
 from deployments.errors import ApiError, ConfigError, InvalidField, NotFound, SourceUnavailable
-from deployments.explain.backends import source_at
-from deployments.explain.http_api import SourceError
 from deployments.explain.options import PageConfig, duration_s, share
-from deployments.explain.page import as_html
-from deployments.explain.report import as_json
+from deployments.explain.render.html import as_html
+from deployments.explain.render.text import as_json
+from deployments.explain.traces.http_api import SourceError
+from deployments.explain.traces.open import source_at
 from deployments.explain.verdict import Verdict, examine
-from deployments.front import Front, error_response
-from deployments.telemetry.provider import destination
+from deployments.http.server import Front, error_response
+from deployments.telemetry.export.provider import destination
 
 Wish = TypeVar("Wish")
 _FORMS: dict[str, tuple[Callable[[Verdict], str], str]] = {

@@ -12,11 +12,11 @@ from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from simulation import Seen, Setup
 
-from deployments.autoscaling import Goal, Load, Memory, Sight, decide
+from deployments.autoscaling.policy import Goal, Load, Memory, Sight, decide
 
 
 class QueueWait:
-    """deployments.autoscaling."""
+    """deployments.autoscaling.policy."""
 
     name = "slowlens"
 

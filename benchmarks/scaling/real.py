@@ -25,9 +25,9 @@ import yaml
 from policies import QueueWait
 from simulation import Setup, simulate
 
-from deployments.autoscaling import POLICY
-from deployments.routing import ROUTER
+from deployments.autoscaling.policy import POLICY
 from deployments.telemetry import names
+from deployments.transport.routing import ROUTER
 
 URL = "http://127.0.0.1:8000"
 BATCH, RUN_S, TARGET_S = 8, 0.4, 0.5

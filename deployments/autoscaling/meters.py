@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from deployments.autoscaling import Load
-from deployments.batching import AdmissionGate
+from deployments.autoscaling.policy import Load
+from deployments.batching.gate import AdmissionGate
 
 _MEMORY_S, _NOW_S = 5.0, 1.0
 _IDLE_S = 2.0

@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from deployments.cutting import BatchCutter, DispatchReason, GateLimits, Item
+from deployments.batching.planner import BatchCutter, DispatchReason, GateLimits, Item
 from deployments.errors import DeadlinePassed, QueueFull
 
 Payload = TypeVar("Payload")

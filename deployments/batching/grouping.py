@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deployments.cost import RunCost
+from deployments.batching.cost import RunCost
 
 
 def with_the_first(lengths: Sequence[int], cost: RunCost, max_size: int, max_tokens: int) -> list[int]:

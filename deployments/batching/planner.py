@@ -12,8 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from deployments.cost import RunCost
-from deployments.grouping import front, with_the_first
+from deployments.batching.cost import RunCost
+from deployments.batching.grouping import front, with_the_first
 
 DispatchReason = Literal["full", "token_budget", "timeout", "device_idle", "deadline", "drain"]
 Payload = TypeVar("Payload")

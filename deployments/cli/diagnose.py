@@ -14,15 +14,15 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from deployments.explain.backends import source_at
-from deployments.explain.breakdown import break_down
-from deployments.explain.http_api import SourceError, without_password
-from deployments.explain.page import as_html
-from deployments.explain.report import as_json, as_text
-from deployments.explain.request import split
-from deployments.explain.source import Source, TraceFiles
+from deployments.explain.render.html import as_html
+from deployments.explain.render.text import as_json, as_text
+from deployments.explain.render.waterfall import member_traces, members, spent, waterfall
+from deployments.explain.requests.breakdown import break_down
+from deployments.explain.requests.request import split
+from deployments.explain.traces.files import Source, TraceFiles
+from deployments.explain.traces.http_api import SourceError, without_password
+from deployments.explain.traces.open import source_at
 from deployments.explain.verdict import Verdict, examine
-from deployments.explain.waterfall import member_traces, members, spent, waterfall
 
 Format = Literal["text", "json", "html"]
 _WIDTH = 120

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from deployments import __version__
+from deployments.cli.diagnose import NothingToShow, live, trace, why
 from deployments.config import TelemetryConfig
 from deployments.errors import ConfigError
 from deployments.explain.options import duration_s, share
-from deployments.explain.terminal import NothingToShow, live, trace, why
 
 Value = TypeVar("Value")
 
@@ -54,7 +54,7 @@ def _ask(options: argparse.Namespace, where: str) -> None:
 
 def _serve(config: Path, rest: Sequence[str]) -> int:
     # Imported only here: the other commands must not wait for it.
-    from deployments.launch import launch
+    from deployments.cli.serve import launch
 
     try:
         launch(config, rest)

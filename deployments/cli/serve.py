@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from deployments.autoscaling import POLICY, Settings
+from deployments.autoscaling.policy import POLICY, Settings
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ConfigError
@@ -39,7 +39,7 @@ FAST: dict[str, Setting] = {
         "0.5", "Serve's controller looks at everything twice a second, not ten times."
     ),
 }
-IMPORT_PATH, PAGE_IMPORT_PATH = "deployments.app:build", "deployments.lens:build"
+IMPORT_PATH, PAGE_IMPORT_PATH = "deployments.app:build", "deployments.page:build"
 
 
 def launch(config: Path, arguments: Sequence[str]) -> NoReturn:

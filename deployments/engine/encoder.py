@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from deployments.config import BatchingConfig, ModelConfig
-from deployments.engine.base import MAX_FILLS, Memory, OutOfMemory, Output, Phase, Run, WarmUp
 from deployments.engine.card import ModelCard, Pooling
+from deployments.engine.protocol import MAX_FILLS, Memory, OutOfMemory, Output, Phase, Run, WarmUp
 from deployments.engine.tokenizers import load_pretrained_tokenizer
 from deployments.errors import ConfigError
 from deployments.messages import Ids

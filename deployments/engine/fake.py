@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from deployments.config import FakeConfig
-from deployments.engine.base import Encoded, Memory, OutOfMemory, Phase, Run, WarmUp
+from deployments.engine.protocol import Encoded, Memory, OutOfMemory, Phase, Run, WarmUp
 from deployments.messages import Ids
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from deployments.config import AppConfig
-from deployments.engine.base import Engine
 from deployments.engine.card import ModelCard
 from deployments.engine.fake import FakeEngine
+from deployments.engine.protocol import Engine
 
 
 def load_engine(config: AppConfig, card: ModelCard, *, has_gpu: bool, cpus: float) -> Engine:
     if config.model.engine == "fake":
         return FakeEngine(config.model.fake)
-    from deployments.engine.transformers_engine import TransformersEngine
+    from deployments.engine.encoder import TransformersEngine
 
     return TransformersEngine(config.model, card, config.batching, has_gpu=has_gpu, cpus=cpus)

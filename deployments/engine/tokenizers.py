@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from deployments.config import ModelConfig
-from deployments.engine.base import Encoded, Tokenizer
 from deployments.engine.card import ModelCard
 from deployments.engine.fake import FakeTokenizer
+from deployments.engine.protocol import Encoded, Tokenizer
 from deployments.errors import ConfigError
 
 

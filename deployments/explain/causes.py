@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.explain.capture import BINS, Capture, bin_ns
-from deployments.explain.parts import median
-from deployments.explain.request import Request
-from deployments.explain.scaling import orders_during
+from deployments.explain.requests.capture import BINS, Capture, bin_ns
+from deployments.explain.requests.parts import median
+from deployments.explain.requests.request import Request
+from deployments.explain.requests.scaling import orders_during
 
 _ALL_AT_ONCE = 4000
 """``max_ongoing_requests`` that leaves the waiting to the model's own queue."""

@@ -17,14 +17,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from deployments.explain.capture import Capture, capture
 from deployments.explain.causes import CAUSES, Cause, after_failures
-from deployments.explain.parts import PARTS, Parts, median, parts_of
-from deployments.explain.pattern import apart
-from deployments.explain.request import Request
-from deployments.explain.scaling import orders_during, scaled_late
-from deployments.explain.source import Source
-from deployments.explain.survey import NOT_OURS, survey
+from deployments.explain.requests.capture import Capture, capture
+from deployments.explain.requests.parts import PARTS, Parts, median, parts_of
+from deployments.explain.requests.pattern import apart
+from deployments.explain.requests.request import Request
+from deployments.explain.requests.scaling import orders_during, scaled_late
+from deployments.explain.traces.files import Source
+from deployments.explain.traces.survey import NOT_OURS, survey
 
 MIN_REQUESTS = 20
 """Fewer are too few to tell the slow from the ordinary."""

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from pydantic_core import to_json
 
 from deployments.config import LimitsConfig
-from deployments.engine.base import MAX_FILLS
 from deployments.engine.card import ModelCard
+from deployments.engine.protocol import MAX_FILLS
 from deployments.errors import InvalidField, InvalidJson, ModelNotFound, TooLarge
 from deployments.messages import AnswerOptions
 

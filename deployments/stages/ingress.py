@@ -18,7 +18,11 @@ from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 
 from deployments import __version__
-from deployments.api import (
+from deployments.autoscaling.meters import LoopLoad
+from deployments.config import AppConfig, LimitsConfig
+from deployments.engine.card import ModelCard
+from deployments.errors import ApiError, InvalidField, ModelNotFound, NoReplicaReady
+from deployments.http.schemas import (
     EmbeddingsBody,
     ParsedRequest,
     PredictBody,
@@ -27,12 +31,8 @@ from deployments.api import (
     parse_embeddings,
     parse_predict,
 )
-from deployments.config import AppConfig, LimitsConfig
-from deployments.engine.card import ModelCard
-from deployments.errors import ApiError, InvalidField, ModelNotFound, NoReplicaReady
-from deployments.front import Front, error_response, json_response, read_body
-from deployments.hop import MAX_COST_US, Hop
-from deployments.load import LoopLoad
+from deployments.http.server import Front, error_response, json_response, read_body
+from deployments.http.server_timing import server_timing
 from deployments.messages import (
     INPUT_COST_US,
     Answer,
@@ -43,12 +43,12 @@ from deployments.messages import (
     Tokenized,
     TokenizeRequest,
 )
-from deployments.readiness import Readiness, running_replicas
-from deployments.replica import placement
+from deployments.stages.replica import placement
 from deployments.telemetry.carrier import traceparent
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import RequestRecord
-from deployments.timing import server_timing
+from deployments.transport.readiness import Readiness, running_replicas
+from deployments.transport.stage_client import MAX_COST_US, Hop
 
 _logger = logging.getLogger("slowlens.ingress")
 _CONTROLLER_PATIENCE_S = 5.0

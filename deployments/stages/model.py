@@ -18,16 +18,16 @@ from typing import Any
 
 from ray import serve
 
-from deployments.batching import AdmissionGate
+from deployments.autoscaling.meters import GateLoad
+from deployments.batching.gate import AdmissionGate
+from deployments.batching.planner import NEVER, GateLimits, Item
 from deployments.config import AppConfig
-from deployments.cutting import NEVER, GateLimits, Item
-from deployments.engine.base import Engine, OutOfMemory, Output, Run, WarmUp
 from deployments.engine.card import ModelCard
 from deployments.engine.load import load_engine
+from deployments.engine.protocol import Engine, OutOfMemory, Output, Run, WarmUp
 from deployments.errors import ApiError, DeadlinePassed, InternalError, ModelFailed
-from deployments.load import GateLoad
 from deployments.messages import Ids, Predicted, PredictRequest, Reply
-from deployments.replica import placement
+from deployments.stages.replica import placement
 from deployments.telemetry import names
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import (

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
+from deployments.autoscaling.meters import LoopLoad
 from deployments.config import AppConfig
+from deployments.engine.answers import AnswerBuilder
 from deployments.engine.card import ModelCard
-from deployments.engine.tasks import AnswerBuilder
 from deployments.engine.tokenizers import load_pretrained_tokenizer
-from deployments.load import LoopLoad
 from deployments.messages import Answer, PostprocessRequest, Reply
-from deployments.replica import placement
+from deployments.stages.replica import placement
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import PostprocessRecord
 

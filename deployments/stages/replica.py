@@ -11,9 +11,9 @@ import ray
 from ray import serve
 from ray.serve.context import ReplicaContext
 
-from deployments.autoscaling import POLICY, Settings
+from deployments.autoscaling.policy import POLICY, Settings
 from deployments.errors import ConfigError
-from deployments.telemetry.provider import ReplicaIdentity
+from deployments.telemetry.export.provider import ReplicaIdentity
 
 _GC_THRESHOLD = 20_000
 

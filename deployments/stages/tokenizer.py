@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from deployments.autoscaling.meters import LoopLoad
 from deployments.config import AppConfig
-from deployments.engine.base import MAX_MASKS, Encoded
 from deployments.engine.card import ModelCard
+from deployments.engine.protocol import MAX_MASKS, Encoded
 from deployments.engine.tokenizers import load_tokenizer
 from deployments.errors import InvalidField
-from deployments.load import LoopLoad
 from deployments.messages import Ragged, Reply, Tokenized, TokenizeRequest
-from deployments.replica import placement
+from deployments.stages.replica import placement
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import TokenizeRecord
 

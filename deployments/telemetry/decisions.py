@@ -12,10 +12,10 @@ from opentelemetry.trace import SpanContext, TraceFlags
 
 from deployments.config import AppConfig, TelemetryConfig
 from deployments.telemetry import names
-from deployments.telemetry.gauges import show_process
+from deployments.telemetry.export.provider import Provider, ReplicaIdentity
+from deployments.telemetry.gauges.instruments import show_process
 from deployments.telemetry.measures import Measures
 from deployments.telemetry.names import MetricSpec
-from deployments.telemetry.provider import Provider, ReplicaIdentity
 from deployments.telemetry.spans import Span
 
 

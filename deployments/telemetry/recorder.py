@@ -24,11 +24,11 @@ from deployments.errors import ApiError, InternalError
 from deployments.messages import Carrier
 from deployments.telemetry import names
 from deployments.telemetry.carrier import child_of, from_carrier, from_headers, is_sampled, to_carrier
-from deployments.telemetry.gauges import show_gpus, show_process
-from deployments.telemetry.gpu import GpuReader
+from deployments.telemetry.export.provider import Provider, ReplicaIdentity
+from deployments.telemetry.gauges.instruments import show_gpus, show_process
+from deployments.telemetry.gauges.nvml import GpuReader
 from deployments.telemetry.measures import Measures, Reading
 from deployments.telemetry.names import MetricSpec, Service
-from deployments.telemetry.provider import Provider, ReplicaIdentity
 from deployments.telemetry.records import (
     BatchRecord,
     Fault,

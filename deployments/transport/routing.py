@@ -25,7 +25,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-ROUTER = "deployments.routing:LeastWorkRouter"
+ROUTER = "deployments.transport.routing:LeastWorkRouter"
 _DRAWN = 8
 _WEIGHT = 0.1
 """Of the newest call in what is usual."""

@@ -19,11 +19,11 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import Cancelled, DeadlinePassed, NoReplicaReady, QueueFull, ReplicaDied
 from deployments.messages import Envelope, Reply
-from deployments.readiness import Readiness
-from deployments.sharing import Replies, SharedCalls
 from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import HopRecord, RequestRecord
+from deployments.transport.coalescing import Replies, SharedCalls
+from deployments.transport.readiness import Readiness
 
 _CONTROLLER_PATIENCE_S = 1.0
 _GRACE_S = 0.1

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.autoscaling import POLICY
+from deployments.autoscaling.policy import POLICY
 from deployments.telemetry import names
 from k8s.dashboards import DASHBOARDS, dashboard
 from k8s.metrics import series

@@ -11,8 +11,8 @@ import torch
 
 from deployments.config import BatchingConfig, ModelConfig
 from deployments.engine.card import ModelCard
-from deployments.engine.transformers_engine import TransformersEngine
-from deployments.telemetry.gpu import GpuReader
+from deployments.engine.encoder import TransformersEngine
+from deployments.telemetry.gauges.nvml import GpuReader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 TEXT_IDS = [np.arange(1000, 1000 + length, dtype=np.int32) for length in (3, 17, 64, 200)]

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from deployments.launch import FAST
+from deployments.cli.serve import FAST
 from deployments.telemetry import names
 from tests.support.http import call
 from tests.support.process import ROOT, serve_run

@@ -16,9 +16,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from deployments.command import main
+from deployments.cli.main import main
 from deployments.explain import http_api
-from deployments.explain.otlp import Span
+from deployments.explain.traces.otlp import Span
 from tests.support.made import moved, otlp_of, window
 
 TRACE, BATCH = "0" + "a" * 31, "b" * 32

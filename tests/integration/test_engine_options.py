@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from deployments.config import AppConfig
-from deployments.engine.base import Run
 from deployments.engine.card import ModelCard
 from deployments.engine.load import load_engine
+from deployments.engine.protocol import Run
 from deployments.engine.tokenizers import load_tokenizer
 from deployments.errors import ConfigError
 

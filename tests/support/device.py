@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from deployments.batching import AdmissionGate
-from deployments.cost import RunCost
-from deployments.cutting import GateLimits, Item
+from deployments.batching.cost import RunCost
+from deployments.batching.gate import AdmissionGate
+from deployments.batching.planner import GateLimits, Item
 from tests.support.virtual_time import now_ns
 
 FOREVER = 2**62

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deployments.explain.otlp import Span
+from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 
 SKEW = {

@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from deployments.cli.serve import FAST
 from deployments.config import AppConfig
 from deployments.errors import ApiError
 from deployments.explain.options import PageConfig
-from deployments.launch import FAST
 from deployments.telemetry.names import METRICS, SPANS
 
 README = Path(__file__).parents[2] / "README.md"

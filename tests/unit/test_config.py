@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build
-from deployments.autoscaling import POLICY, Settings
+from deployments.autoscaling.policy import POLICY, Settings
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
 from deployments.explain.options import PageConfig
@@ -68,7 +68,7 @@ def test_serve_config_parses_and_builds() -> None:
     schema = ServeDeploySchema.model_validate(CONFIG)
     application, page = schema.applications
 
-    assert (page.name, page.route_prefix, page.import_path) == ("slowlens-page", "/slowlens", "deployments.lens:build")
+    assert (page.name, page.route_prefix, page.import_path) == ("slowlens-page", "/slowlens", "deployments.page:build")
     assert (application.name, application.route_prefix, application.import_path) == (
         "slowlens",
         "/",

@@ -21,9 +21,9 @@ import yaml
 from ray.scripts.scripts import drain_node
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.cli.serve import FAST
 from deployments.config import AppConfig
 from deployments.explain.options import PageConfig
-from deployments.launch import FAST
 from deployments.telemetry.names import METRICS
 from k8s.alerts import ALERTS
 from k8s.build import HERE, SERVE_CONFIG, files

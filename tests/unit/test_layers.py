@@ -1,4 +1,4 @@
-"""Imports point one way, and the big libraries stay where they belong."""
+"""The rooms of the package: imports point one way, rooms stay small, and the big libraries stay where they belong."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "deployments"
-# From the bottom up: a module may import from its own row and from rows before it.
+MAX_FILES = 9
+# From the bottom up: a module may import from its own row and from rows before it. A room that is not named belongs to
+# the nearest one above it that is.
 LAYERS = [
-    {"", "errors", "messages", "config"},
-    {"telemetry", "cost"},
-    {"grouping"},
-    {"cutting"},
-    {"engine", "batching", "explain", "sharing", "autoscaling"},
-    {"replica", "readiness", "timing", "api", "front", "load", "routing"},
-    {"tokenizer", "model", "postprocessor", "hop"},
-    {"ingress"},
-    {"app", "launch", "lens"},
-    {"command"},
+    {"", "errors"},
+    {"config", "messages", "batching"},
+    {"telemetry.names"},
+    {"telemetry.carrier", "telemetry.records"},
+    {"telemetry.measures", "telemetry.export"},
+    {"telemetry.gauges", "telemetry.spans"},
+    {"telemetry", "engine"},
+    {"explain.traces"},
+    {"explain.requests"},
+    {"explain.causes"},
+    {"explain.verdict"},
+    {"explain", "autoscaling", "transport", "http"},
+    {"stages", "page"},
+    {"app", "cli"},
 ]
 ONLY_IN = {
     "opentelemetry": {"telemetry"},
@@ -28,17 +34,18 @@ ONLY_IN = {
     "transformers": {"engine"},
     "tokenizers": {"engine"},
     "huggingface_hub": {"engine"},
-    "fastapi": {"front", "ingress", "lens"},
-    "starlette": {"front"},
-    "ray": {"app", "autoscaling", "hop", "ingress", "lens", "model", "readiness", "replica", "routing"},
+    "fastapi": {"http", "stages", "page"},
+    "starlette": {"http"},
+    "ray": {"app", "autoscaling", "page", "stages", "transport"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = sorted({path.parent for path in MODULES})
 
 
-def part_of(path: Path) -> str:
-    """The part of the package that a file belongs to: its folder, or its own name."""
-    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "" if first == "__init__" else first
+def dotted(path: Path) -> str:
+    """``telemetry.export.sinks``; the empty string is the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def imports(path: Path) -> set[str]:
@@ -47,29 +54,61 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            modules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {module if is_module(module) else node.module for module in modules}
     return found
 
 
-def layer(part: str) -> int:
-    return next(level for level, parts in enumerate(LAYERS) if part in parts)
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def layer(module: str) -> int:
+    """That of the longest named prefix."""
+    if not module:
+        return 0
+    while module:
+        for level, rooms in enumerate(LAYERS):
+            if module in rooms:
+                return level
+        module = module.rpartition(".")[0]
+    raise AssertionError("has no layer")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_imports_point_one_way(path: Path) -> None:
-    own = part_of(path)
+    own = dotted(path)
+    room = own.partition(".")[0]
     for name in imports(path):
-        root, _, rest = name.partition(".")
+        root, _, target = name.partition(".")
         if root == "deployments":
-            target = rest.partition(".")[0]
-            assert target == own or layer(target) <= layer(own), f"{own} imports {name}"
+            assert layer(target) <= layer(own), f"{own} imports {name}"
         elif root in ONLY_IN:
-            assert own in ONLY_IN[root], f"{own} imports {name}"
+            assert room in ONLY_IN[root], f"{own} imports {name}"
 
 
-def test_every_part_has_a_layer() -> None:
-    assert {part_of(path) for path in MODULES} == set().union(*LAYERS)
+def test_every_module_has_a_layer_and_every_layer_a_module() -> None:
+    modules = {dotted(path) for path in MODULES}
+
+    assert all(layer(module) >= 0 for module in modules)
+    assert set().union(*LAYERS) <= modules
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: dotted(room / "__init__.py") or "deployments")
+def test_rooms_are_small(room: Path) -> None:
+    assert len([path for path in room.glob("*.py") if path.name != "__init__.py"]) <= MAX_FILES
+    assert (room / "__init__.py").read_text().startswith('"""'), "a room says what it is for"
 
 
 def test_names_are_data_only() -> None:
     assert imports(PACKAGE / "telemetry" / "names.py") <= {"__future__", "dataclasses", "typing"}
+
+
+def test_explain_runs_without_the_server() -> None:
+    """``slowlens why`` must not wait for Ray or torch."""
+    allowed = {"deployments", "deployments.telemetry.names", "deployments.errors", "deployments.config"}
+    for path in MODULES:
+        if dotted(path).startswith("explain"):
+            ours = {name for name in imports(path) if name.startswith("deployments")}
+            assert all(name in allowed or name.startswith("deployments.explain") for name in ours), path

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from deployments.cli.serve import check
 from deployments.errors import ConfigError
-from deployments.launch import check
-from deployments.lens import build
+from deployments.page import build
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_a_wrong_key_is_named(args: dict[str, Any], message: str, tmp_path: Path
     # And so it is by `slowlens serve`, before anything is started.
     config = tmp_path / "config.yaml"
     lines = [f"      {key}: {value!r}" for key, value in args.items()]
-    config.write_text("\n".join(["applications:", "  - import_path: deployments.lens:build", "    args:", *lines]))
+    config.write_text("\n".join(["applications:", "  - import_path: deployments.page:build", "    args:", *lines]))
     with pytest.raises(ConfigError) as refused:
         check(config)
     assert message in str(refused.value)

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-from deployments.explain.capture import BINS, Run, bin_ns
-from deployments.explain.otlp import Span
-from deployments.explain.parts import fit_runs, median
-from deployments.explain.report import headline, percentiles, rows, share_of
-from deployments.explain.request import Request
-from deployments.explain.survey import Key
+from deployments.explain.render.text import headline, percentiles, rows, share_of
+from deployments.explain.render.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
+from deployments.explain.requests.capture import BINS, Run, bin_ns
+from deployments.explain.requests.parts import fit_runs, median
+from deployments.explain.requests.request import Request
+from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.survey import Key
 from deployments.explain.verdict import Finding, Judged, Verdict
-from deployments.explain.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
 
 _POINTS = 250
 """Of the ordinary and of the slow requests in a scatter plot."""
@@ -50,7 +50,7 @@ def as_html(verdict: Verdict) -> str:
         # No "<" of a string may end the script.
         "data": json.dumps(_Data(verdict).document(), separators=(",", ":")).replace("<", "\\u003c"),
     }
-    assets = files("deployments.explain") / "assets"
+    assets = files("deployments.explain.render") / "assets"
     page = (assets / "page.html").read_text("utf-8")
     for name in ("page.css", "page.js", "chart.js"):
         content[name] = (assets / name).read_text("utf-8").partition("//# sourceMappingURL")[0]

@@ -12,8 +12,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from deployments.explain.parts import PARTS
-from deployments.explain.pattern import clock
+from deployments.explain.requests.parts import PARTS
+from deployments.explain.requests.pattern import clock
 from deployments.explain.verdict import Finding, Verdict, percentile
 
 _WIDTH = 30

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from deployments.explain.breakdown import Breakdown
-from deployments.explain.otlp import Span
-from deployments.explain.request import STAGE_OF
+from deployments.explain.requests.breakdown import Breakdown
+from deployments.explain.requests.request import STAGE_OF
+from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 
 _WIDTH = 40

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from deployments.explain.device import Interval
-from deployments.explain.otlp import Span
+from deployments.explain.requests.device import Interval
+from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from deployments.explain.device import Device
-from deployments.explain.otlp import Span
-from deployments.explain.request import Request, lacks_a_stage, quickest_of, request_of, split, whole
-from deployments.explain.scaling import Scaling
-from deployments.explain.survey import Key, Survey
+from deployments.explain.requests.device import Device
+from deployments.explain.requests.request import Request, lacks_a_stage, quickest_of, request_of, split, whole
+from deployments.explain.requests.scaling import Scaling
+from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.survey import Key, Survey
 from deployments.telemetry import names
 
 _EXPORT_NS = 5 * 10**9

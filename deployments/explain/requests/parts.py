@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deployments.explain.capture import Capture, Run
-from deployments.explain.device import Device
-from deployments.explain.request import Call, Request, quickest_of
-from deployments.explain.survey import Key
+from deployments.explain.requests.capture import Capture, Run
+from deployments.explain.requests.device import Device
+from deployments.explain.requests.request import Call, Request, quickest_of
+from deployments.explain.traces.survey import Key
 
 Parts = dict[str, float]
 """Milliseconds by part."""

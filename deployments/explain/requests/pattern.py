@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from statistics import fmean, pstdev
 
-from deployments.explain.request import Request, window_of
+from deployments.explain.requests.request import Request, window_of
 
 _NEARLY_ALL, _OFTEN = 0.9, 0.6
 """Of those concerned at least, and of everybody at most, for a value to set them apart."""

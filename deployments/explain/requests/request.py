@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.explain.breakdown import Breakdown, break_down, union, without
-from deployments.explain.device import Interval
-from deployments.explain.otlp import Span
-from deployments.explain.survey import Key, Root
+from deployments.explain.requests.breakdown import Breakdown, break_down, union, without
+from deployments.explain.requests.device import Interval
+from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.survey import Key, Root
 from deployments.telemetry import names
 
 _STAGES = (

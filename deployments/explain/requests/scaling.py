@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deployments.explain.otlp import Span
-from deployments.explain.pattern import clock
-from deployments.explain.request import Request
+from deployments.explain.requests.pattern import clock
+from deployments.explain.requests.request import Request
+from deployments.explain.traces.otlp import Span
 
 _BEFORE_NS = 5 * 10**9
 """How long before a slow request came the policy may have decided on what made it slow."""

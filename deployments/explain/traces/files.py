@@ -18,9 +18,9 @@ from typing import BinaryIO, Protocol
 
 from zstandard import ZstdDecompressor, ZstdError
 
-from deployments.explain.losses import Losses
-from deployments.explain.otlp import Decoder, Span, Wish
-from deployments.explain.survey import Root, Survey
+from deployments.explain.traces.losses import Losses
+from deployments.explain.traces.otlp import Decoder, Span, Wish
+from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
 _ENDINGS = tuple(f".{form}{packed}" for form in ("jsonl", "json") for packed in ("", ".gz", ".zst"))

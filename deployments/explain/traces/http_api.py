@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 
-from deployments.explain.otlp import Span
+from deployments.explain.traces.otlp import Span
 
 _TIMEOUT_S = 30
 LOOKBACK = "1h"

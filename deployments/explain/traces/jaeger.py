@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
-from deployments.explain.http_api import LONGEST_REQUEST_NS, LOOKBACK, Api, Backend, in_windows, window
-from deployments.explain.otlp import Span
-from deployments.explain.survey import Root, Survey
+from deployments.explain.traces.http_api import LONGEST_REQUEST_NS, LOOKBACK, Api, Backend, in_windows, window
+from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
 _INGRESS, _MODEL, _AUTOSCALER = (f"{names.NAMESPACE}.{service}" for service in ("ingress", "model", "autoscaler"))

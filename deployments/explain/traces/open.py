@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deployments.explain.http_api import Api
-from deployments.explain.jaeger import Jaeger
-from deployments.explain.source import Source, TraceFiles
-from deployments.explain.tempo import Tempo
+from deployments.explain.traces.files import Source, TraceFiles
+from deployments.explain.traces.http_api import Api
+from deployments.explain.traces.jaeger import Jaeger
+from deployments.explain.traces.tempo import Tempo
 
 
 def source_at(where: str) -> Source:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from deployments.explain.otlp import Span
+from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 
 Key = tuple[str, str]

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from deployments.explain.http_api import LONGEST_REQUEST_NS, Backend, in_windows, window
-from deployments.explain.otlp import Decoder, Span
-from deployments.explain.survey import Root, Survey
+from deployments.explain.traces.http_api import LONGEST_REQUEST_NS, Backend, in_windows, window
+from deployments.explain.traces.otlp import Decoder, Span
+from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
 

@@ -33,9 +33,9 @@ from deployments import __version__
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
 from deployments.telemetry import names
+from deployments.telemetry.export.sinks import NoSink, SdkSink, SpanSink, StoreSink
+from deployments.telemetry.export.store import JsonLines, JsonLinesMetricExporter
 from deployments.telemetry.names import Service
-from deployments.telemetry.sinks import NoSink, SdkSink, SpanSink, StoreSink
-from deployments.telemetry.store import JsonLines, JsonLinesMetricExporter
 
 Signal = Literal["traces", "metrics"]
 _MB = 1_000_000

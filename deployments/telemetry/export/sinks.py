@@ -10,9 +10,9 @@ from typing import Protocol
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor
 
+from deployments.telemetry.export.otlp_json import JsonEncoder, readable
+from deployments.telemetry.export.store import JsonLines
 from deployments.telemetry.spans import Span
-from deployments.telemetry.store import JsonLines
-from deployments.telemetry.wire import JsonEncoder, readable
 
 _MAX_LINE_SPANS = 512
 _MAX_AGE_S = 1.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deployments.telemetry import names
-from deployments.telemetry.gpu import GpuReader, GpuSample
+from deployments.telemetry.gauges.nvml import GpuReader, GpuSample
+from deployments.telemetry.gauges.process import ProcessUsage, resident_bytes
 from deployments.telemetry.measures import Measures, Reading
-from deployments.telemetry.process import ProcessUsage, resident_bytes
 
 Read = Callable[[GpuSample], float | None]
 

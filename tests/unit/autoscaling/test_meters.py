@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from deployments.batching import AdmissionGate
-from deployments.cutting import GateLimits, Item
-from deployments.load import Forgetting, GateLoad, LoopLoad
+from deployments.autoscaling.meters import Forgetting, GateLoad, LoopLoad
+from deployments.batching.gate import AdmissionGate
+from deployments.batching.planner import GateLimits, Item
 
 
 class Clock:
@@ -123,7 +123,7 @@ def test_an_idle_stage_has_no_demand_and_the_rate_that_it_had(monkeypatch: pytes
     with meter.requests(3):
         sum(range(3_000_000))
         busy = meter.load()
-    monkeypatch.setattr("deployments.load._IDLE_S", -1.0)
+    monkeypatch.setattr("deployments.autoscaling.meters._IDLE_S", -1.0)
     sum(range(1_000_000))
     idle = meter.load()
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve.config import AutoscalingPolicy
 
-from deployments import autoscaling
-from deployments.autoscaling import (
+from deployments.autoscaling import policy as autoscaling
+from deployments.autoscaling.policy import (
     POLICY,
     Announcement,
     Decision,
@@ -28,7 +28,7 @@ from deployments.autoscaling import (
     decide,
 )
 from deployments.errors import ConfigError
-from deployments.replica import check_policy
+from deployments.stages.replica import check_policy
 
 GOAL = Goal(queue_wait_s=0.5, max_replicas=100)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.cost import RunCost
-from deployments.cutting import Item
+from deployments.batching.cost import RunCost
+from deployments.batching.planner import Item
 from deployments.errors import DeadlinePassed, QueueFull
 from tests.support.device import FOREVER, Device, settle, timed_device
 from tests.support.virtual_time import now_ns, virtual

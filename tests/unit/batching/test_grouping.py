@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.cost import RunCost
-from deployments.grouping import with_the_first
+from deployments.batching.cost import RunCost
+from deployments.batching.grouping import with_the_first
 
 lengths = st.lists(st.integers(1, 64), min_size=1, max_size=9)
 costs = st.builds(RunCost, st.floats(1, 1e4), st.floats(1, 1e3))

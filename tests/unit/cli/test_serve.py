@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from deployments.command import main
-from deployments.launch import FAST, environment_for
+from deployments.cli.main import main
+from deployments.cli.serve import FAST, environment_for
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

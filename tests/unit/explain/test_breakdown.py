@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.explain.breakdown import NoRoot, break_down, length, union, without
-from deployments.explain.otlp import Span
+from deployments.explain.requests.breakdown import NoRoot, break_down, length, union, without
+from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 
 SKEW = 3_600_000

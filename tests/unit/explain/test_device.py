@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deployments.explain.device import Device
+from deployments.explain.requests.device import Device
 
 
 def device(*runs: tuple[int, int, int, int]) -> Device:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from deployments.explain.otlp import Span
-from deployments.explain.page import as_html
+from deployments.explain.render.html import as_html
+from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 from tests.support.made import RUN_MS, TOKEN_MS, request, span, window
-from tests.unit.test_why import verdict
+from tests.unit.explain.test_verdict import verdict
 
 
 def drawn(spans: list[Span]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from deployments.command import main
-from deployments.explain.losses import Losses
+from deployments.cli.main import main
+from deployments.explain.traces.losses import Losses
 from tests.support.made import otlp, window
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deployments.explain.pattern import apart
+from deployments.explain.requests.pattern import apart
 from tests.support.made import request
-from tests.unit.test_why import read
+from tests.unit.explain.test_verdict import read
 
 COUNT = 240
 

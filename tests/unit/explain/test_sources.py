@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from deployments.explain.otlp import Decoder
-from deployments.explain.source import TraceFiles
+from deployments.explain.traces.files import TraceFiles
+from deployments.explain.traces.otlp import Decoder
 
 TRACE, OTHER = "ab" * 16, "cd" * 16
 

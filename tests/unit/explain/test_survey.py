@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deployments.explain.survey import FAILED, ORDINARY, Root, survey
+from deployments.explain.traces.survey import FAILED, ORDINARY, Root, survey
 from deployments.telemetry import names
 
 

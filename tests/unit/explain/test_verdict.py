@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from deployments.command import main
-from deployments.explain.capture import Capture, capture
-from deployments.explain.otlp import Span
-from deployments.explain.parts import PARTS, RunFit, fit_runs, parts_of
-from deployments.explain.pattern import clock
-from deployments.explain.survey import Root, survey
+from deployments.cli.main import main
+from deployments.explain.requests.capture import Capture, capture
+from deployments.explain.requests.parts import PARTS, RunFit, fit_runs, parts_of
+from deployments.explain.requests.pattern import clock
+from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.survey import Root, survey
 from deployments.explain.verdict import Verdict, judge
 from deployments.telemetry import names
 from tests.support.made import CASES, RUN_MS, TOKEN_MS, otlp, request, span, window

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deployments.command import main
+from deployments.cli.main import main
 
 TRACE, BATCH = "a" * 32, "b" * 32
 
@@ -107,6 +107,6 @@ def test_nothing_to_show(store: Path, capsys: pytest.CaptureFixture[str], argume
 
 
 def test_neither_ray_nor_torch_is_imported() -> None:
-    code = "import sys, deployments.command; print([m for m in ('ray', 'torch', 'numpy') if m in sys.modules])"
+    code = "import sys, deployments.cli.main; print([m for m in ('ray', 'torch', 'numpy') if m in sys.modules])"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C co
 READ = """
 import dataclasses, json, logging, sys
 logging.basicConfig(stream=sys.stderr)
-from deployments.telemetry.gpu import GpuReader
+from deployments.telemetry.gauges.nvml import GpuReader
 reader = GpuReader({devices!r}, interval_s=0.01)
 print(json.dumps([dataclasses.asdict(s) for s in reader.samples()]))
 reader.close()
@@ -24,7 +24,7 @@ reader.close()
 
 FALLS_OFF = """
 import os, pathlib, json, time
-from deployments.telemetry.gpu import GpuReader
+from deployments.telemetry.gauges.nvml import GpuReader
 lost = pathlib.Path(os.environ["FAKE_NVML_LOST"])
 reader = GpuReader(["0", "1"], interval_s=0.01)
 def until(count):

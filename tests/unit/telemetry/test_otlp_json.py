@@ -15,10 +15,10 @@ from opentelemetry.trace import SpanContext, TraceFlags
 from opentelemetry.trace.span import TraceState
 
 from deployments.telemetry import names
+from deployments.telemetry.export.otlp_json import JsonEncoder, readable
 from deployments.telemetry.records import Fault
 from deployments.telemetry.spans import Event, Span
-from deployments.telemetry.wire import JsonEncoder, readable
-from tests.unit.test_store import with_bytes_ids
+from tests.unit.telemetry.test_store import with_bytes_ids
 
 RESOURCE = Resource({"service.name": "slowlens.model", "host.name": 'a "quoted" name', "process.pid": 5})
 ids = st.integers(1, 2**64 - 1)

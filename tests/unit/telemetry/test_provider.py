@@ -6,7 +6,7 @@ import pytest
 
 from deployments.config import AppConfig, TelemetryConfig
 from deployments.errors import ConfigError
-from deployments.telemetry.provider import ReplicaIdentity, destination, make_resource
+from deployments.telemetry.export.provider import ReplicaIdentity, destination, make_resource
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"

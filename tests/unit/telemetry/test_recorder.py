@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from opentelemetry.trace import INVALID_SPAN_CONTEXT
 from starlette.datastructures import Headers
 
+from deployments.batching.planner import Item
 from deployments.config import AppConfig
-from deployments.cutting import Item
 from deployments.errors import InvalidField
+from deployments.http.server_timing import server_timing
 from deployments.messages import Carrier, Envelope
 from deployments.telemetry import names
 from deployments.telemetry.carrier import from_headers
+from deployments.telemetry.export.provider import ReplicaIdentity
 from deployments.telemetry.names import Service
-from deployments.telemetry.provider import ReplicaIdentity
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import Membership, PostprocessRecord, PredictRecord, RequestRecord, RunInput
-from deployments.timing import server_timing
 from tests.support.otlp import OtlpReceiver
 
 SAMPLED = Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01", "vendor=1")

@@ -20,14 +20,14 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import SpanContext
 
 from deployments.telemetry import names
-from deployments.telemetry.sinks import StoreSink
+from deployments.telemetry.export.sinks import StoreSink
+from deployments.telemetry.export.store import JsonLines, JsonLinesMetricExporter
 from deployments.telemetry.spans import Span
-from deployments.telemetry.store import JsonLines, JsonLinesMetricExporter
 
 WRITER = """
 import sys
 from pathlib import Path
-from deployments.telemetry.store import JsonLines
+from deployments.telemetry.export.store import JsonLines
 lines = JsonLines(Path(sys.argv[1]), "traces", "replica#" + sys.argv[2], 20_000, 100_000)
 print("ready", flush=True)
 for number in range(int(sys.argv[3])):

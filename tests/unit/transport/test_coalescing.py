@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.sharing import MAX_REST_S, PATIENCE_S, Member, Replies, SharedCalls
+from deployments.transport.coalescing import MAX_REST_S, PATIENCE_S, Member, Replies, SharedCalls
 from tests.support.virtual_time import virtual
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.serve.request_router import RequestRouter
 
-from deployments.routing import LeastWorkRouter
+from deployments.transport.routing import LeastWorkRouter
 
 
 def replica(name: str) -> Any:

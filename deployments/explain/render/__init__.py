@@ -1,0 +1,1 @@
+"""A verdict or a trace as text, JSON or HTML."""

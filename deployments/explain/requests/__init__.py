@@ -1,0 +1,1 @@
+"""Spans to requests: what each request spent its time on."""

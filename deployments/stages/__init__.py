@@ -1,0 +1,1 @@
+"""The four Serve deployments, one module each, and what every replica does at its start."""

@@ -1,0 +1,1 @@
+"""What every process shows of itself at each export: CPU, memory, GPUs."""

@@ -1,0 +1,1 @@
+"""Calls from the ingress to the other stages."""
