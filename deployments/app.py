@@ -20,9 +20,9 @@ from deployments.stages.tokenizer import TokenizerStage
 from deployments.telemetry.export.provider import destination
 from deployments.transport.routing import ROUTER
 
-# More than the gate takes (batching.max_queue), so that requests wait, and are refused, where it is traced: in the
+# More than the gate admits (batching.max_queue), so that requests wait, and are refused, where it is traced: in the
 # gate, not in front of the ingress. Serve's default of 5 would starve the batches.
-_MANY = 4000
+_MAX_ONGOING_REQUESTS = 4000
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -47,7 +47,7 @@ def build(args: dict[str, Any]) -> Application:
 def _deployment(name: str, stage: type[Any], *, num_cpus: float, **options: Any) -> Any:
     return serve.deployment(
         name=name,
-        max_ongoing_requests=_MANY,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": num_cpus},
         health_check_period_s=5,
         **options,

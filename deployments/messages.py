@@ -1,13 +1,13 @@
 """What crosses processes. All of it frozen, compact and free of behaviour.
 
-1. A call to a stage carries a tuple of requests, for requests that wait for the same stage share one actor call; each
-   keeps its own envelope, times and outcome. Replies come as a tuple in the same order, or, from the model, as tuples
-   of ``(place, reply)`` as they are ready.
-2. An ``Envelope`` is what every stage needs to know of the request: its trace (the caller's hop span, as W3C text),
+1. A ``Call`` is a request to a stage in its ``Envelope``: the trace it belongs to (the caller's hop span, as W3C text),
    its id for logs, and how much of its time is left.
-3. Every ``Reply`` says how long the stage held the request by its own monotonic clock. The caller's duration less this
+2. An actor call carries a tuple of them, because requests that wait for the same stage share one; each keeps its own
+   times and outcome. Replies come as a tuple in the same order, or, from the model, as tuples of ``(index, reply)`` as
+   they become ready.
+3. Every ``Reply`` says how long the stage held the request by its own monotonic clock. The caller's duration minus this
    one is the cost of the hop; clocks of two machines are never subtracted from each other.
-4. ``cost_us`` says roughly how long a request keeps its stage busy, the model apart, so that large ones travel alone.
+4. ``cost_us`` estimates how long a request keeps its stage busy, the model apart, so that large ones travel alone.
 5. Sequences of token ids are one flat array and their lengths, not lists of numbers.
 """
 
@@ -23,9 +23,10 @@ import numpy.typing as npt
 from deployments.errors import Failure
 
 Ids = npt.NDArray[np.int32]
+Request = TypeVar("Request")
 Result = TypeVar("Result")
 INPUT_COST_US = 50
-"""Of one input in the model's replica, beside the model."""
+"""Cost of one input in the model's replica, the model apart."""
 Task = Literal["embeddings", "text-classification", "token-classification", "fill-mask"]
 
 
@@ -57,6 +58,14 @@ class Envelope(_Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Call(_Message, Generic[Request]):
+    """One request to a stage."""
+
+    envelope: Envelope
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
 class Ragged(_Message):
     """``n`` sequences in one array: ``values`` of shape ``[sum(lengths), ...]``."""
 
@@ -77,7 +86,7 @@ class Ragged(_Message):
 
 @dataclass(frozen=True, slots=True)
 class Reply(_Message, Generic[Result]):
-    """A stage's answer for one request: a result or a failure, and how long the stage had the request."""
+    """What a stage sends back for one request: a result or a failure, and how long the stage had the request."""
 
     held_ns: int
     result: Result | None = None
@@ -89,7 +98,6 @@ class Reply(_Message, Generic[Result]):
 
 @dataclass(frozen=True, slots=True)
 class TokenizeRequest(_Message):
-    envelope: Envelope
     inputs: tuple[str, ...] | tuple[tuple[int, ...], ...]
     """Texts, or token ids that the caller made itself (used as they are, no special tokens added)."""
     truncate: bool
@@ -114,7 +122,6 @@ class Tokenized(_Message):
 
 @dataclass(frozen=True, slots=True)
 class PredictRequest(_Message):
-    envelope: Envelope
     ids: Ragged
     param: str
 
@@ -136,8 +143,8 @@ class Predicted(_Message):
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerOptions(_Message):
-    """How the caller wants the answer. ``route`` decides the shape, the others apply to the tasks that know them."""
+class OutputOptions(_Message):
+    """How the caller wants the predictions. ``route`` decides the shape; the others apply to tasks that know them."""
 
     route: Literal["/v1/embeddings", "/predict"]
     top_k: int | None = None
@@ -147,10 +154,9 @@ class AnswerOptions(_Message):
 
 @dataclass(frozen=True, slots=True)
 class PostprocessRequest(_Message):
-    envelope: Envelope
     tokenized: Tokenized
     outputs: tuple[Any, ...]
-    options: AnswerOptions
+    options: OutputOptions
     texts: tuple[str, ...] = field(default=())
     """Only for token-classification."""
 
@@ -161,6 +167,6 @@ class PostprocessRequest(_Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(_Message):
+class Postprocessed(_Message):
     fragments: tuple[bytes, ...]
     """One JSON object per input. Numbers become text here, in a stage that scales, not in the ingress."""

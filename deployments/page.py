@@ -1,7 +1,7 @@
 """The verdict as a page of the running application: a Serve application of its own, ``/slowlens``.
 
-Off unless ``args.enabled`` says otherwise: no process runs for it then, and who asks is told how to turn it on. It runs
-on the head node, whose local store it reads, and takes nothing from the deployments that serve the model.
+Off unless ``args.enabled`` says otherwise: then no process runs for it, and a request is told how to turn it on. It
+runs on the head node, whose local store it reads, and takes nothing from the deployments that serve the model.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from deployments.explain.render.text import as_json
 from deployments.explain.traces.http_api import SourceError
 from deployments.explain.traces.open import source_at
 from deployments.explain.verdict import Verdict, examine
-from deployments.http.server import Front, error_response
+from deployments.http.server import FastPathApp, error_response
 from deployments.telemetry.export.provider import destination
 
-Wish = TypeVar("Wish")
+Value = TypeVar("Value")
 _FORMS: dict[str, tuple[Callable[[Verdict], str], str]] = {
     "html": (as_html, "text/html"),
     "json": (as_json, "application/json"),
@@ -40,7 +40,7 @@ _HEADERS = {
 }
 
 
-class Lens:
+class DiagnosisPage:
     def __init__(self, config: PageConfig) -> None:
         self._config = config
         self._where = config.source or str(TelemetryConfig().store_directory())
@@ -62,7 +62,7 @@ class Lens:
             return error_response(error, error.body())
 
     async def _verdict(self, wanted: tuple[int, float]) -> Verdict:
-        """One reading at a time; who waited for one with the same wish gets its verdict."""
+        """One reading at a time; a request that waited for one with the same parameters gets its verdict."""
         async with self._reading:
             now = time.monotonic()
             if self._last is not None and self._last[0] == wanted and now < self._last[1] + self._config.max_age_s:
@@ -78,7 +78,9 @@ class Lens:
             raise SourceUnavailable(str(error)) from None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = Front({}, title="slowlens page", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+        app = FastPathApp(
+            {}, title="slowlens page", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+        )
         # With and without a slash behind the route prefix.
         for path in ("", "/"):
             app.router.add_api_route(path, self._page, methods=["GET"])
@@ -96,12 +98,12 @@ def build(args: dict[str, Any]) -> Application:
     replicas: dict[str, Any] = {"num_replicas": 1}
     if not config.enabled:
         replicas = {"autoscaling_config": {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}}
-    lens = serve.deployment(
+    page = serve.deployment(
         name="Page",
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         **replicas,
-    )(serve.ingress()(Lens))
-    bound: Application = lens.bind(config)
+    )(serve.ingress()(DiagnosisPage))
+    bound: Application = page.bind(config)
     return bound
 
 
@@ -111,7 +113,7 @@ def _known_form(name: str) -> tuple[Callable[[Verdict], str], str]:
     return _FORMS[name]
 
 
-def _asked(parse: Callable[[str], Wish], param: str, text: str) -> Wish:
+def _asked(parse: Callable[[str], Value], param: str, text: str) -> Value:
     try:
         return parse(text[:80])
     except ValueError as error:

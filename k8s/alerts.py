@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.telemetry import names
+from deployments.telemetry import metrics, names
 from k8s.dashboards import LOST_SPANS, REFUSED_SPANS
 from k8s.metrics import label, series
 
@@ -13,8 +13,8 @@ OBJECTIVE = 0.999
 """Of the requests that are the server's to answer, which part it answers."""
 _DEPLOYMENT = f"{label('ai.autoscaling.application')}, {label('ai.autoscaling.deployment')}"
 _LOSSES = (
-    series(names.DROPPED_RECORDS),
-    series(names.UNWRITTEN_SPANS),
+    series(metrics.DROPPED_RECORDS),
+    series(metrics.UNWRITTEN_SPANS),
     LOST_SPANS,
     REFUSED_SPANS,
     # The Collector's own metrics; its versions differ on the suffix. One by one: `rate` drops the name.
@@ -63,12 +63,12 @@ def _by_deployment(spec: names.MetricSpec) -> str:
 
 def _burn(window: str) -> str:
     """How many times faster than allowed the error budget is used."""
-    ours = f'{series(names.REQUESTS)}{{outcome=~"error|overloaded|deadline"}}'
-    every = f'{series(names.REQUESTS)}{{outcome!~"invalid|cancelled"}}'
+    ours = f'{series(metrics.REQUESTS)}{{outcome=~"error|overloaded|deadline"}}'
+    every = f'{series(metrics.REQUESTS)}{{outcome!~"invalid|cancelled"}}'
     return f"(sum (rate({ours}[{window}])) / sum (rate({every}[{window}])) / {1 - OBJECTIVE:.4g})"
 
 
-_IS_LATE = f"{_by_deployment(names.SCALING_QUEUE_WAIT)} > {_by_deployment(names.SCALING_TARGET_WAIT)}"
+_IS_LATE = f"{_by_deployment(metrics.SCALING_QUEUE_WAIT)} > {_by_deployment(metrics.SCALING_TARGET_WAIT)}"
 ALERTS = (
     Alert(
         "SlowlensWaitAboveTarget",
@@ -82,7 +82,7 @@ ALERTS = (
     ),
     Alert(
         "SlowlensAtMaxReplicas",
-        f"{_by_deployment(names.SCALING_TARGET)} >= {_by_deployment(names.SCALING_MAX)} "
+        f"{_by_deployment(metrics.SCALING_TARGET)} >= {_by_deployment(metrics.SCALING_MAX)} "
         f"and on ({_DEPLOYMENT}) ({_IS_LATE})",
         "5m",
         "critical",
@@ -92,7 +92,7 @@ ALERTS = (
     ),
     Alert(
         "SlowlensColdStarts",
-        f"count ({series(names.LOADS)} unless {series(names.LOADS)} offset 10m) > 5",
+        f"count ({series(metrics.LOADS)} unless {series(metrics.LOADS)} offset 10m) > 5",
         "0m",
         "warning",
         "{{ $value }} model replicas were loaded within ten minutes",
@@ -102,7 +102,7 @@ ALERTS = (
     ),
     Alert(
         "SlowlensGpuMemoryNearlyFull",
-        f"max by (instance, hw_id) ({series(names.HW_MEMORY_USAGE)} / {series(names.HW_MEMORY_LIMIT)}) > 0.95",
+        f"max by (instance, hw_id) ({series(metrics.HW_MEMORY_USAGE)} / {series(metrics.HW_MEMORY_LIMIT)}) > 0.95",
         "10m",
         "warning",
         "The GPU {{ $labels.hw_id }} of {{ $labels.instance }} uses {{ $value | humanizePercentage }} of its memory",

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.telemetry import names
-from deployments.telemetry.names import MetricSpec
+from deployments.telemetry import metrics
+from deployments.telemetry.metrics import MetricSpec
 from k8s.metrics import label, series
 
 RATE = "$__rate_interval"
@@ -60,14 +60,14 @@ def _quantiles(spec: MetricSpec) -> list[Query]:
 
 def _by_stage() -> Iterator[Query]:
     stages = {
-        "tokenization": names.PREPROCESSING,
-        "queue": names.QUEUE_WAIT,
-        "run of the model": names.MODEL_LATENCY,
-        "postprocessing": names.POSTPROCESSING,
+        "tokenization": metrics.PREPROCESSING,
+        "queue": metrics.QUEUE_WAIT,
+        "run of the model": metrics.MODEL_LATENCY,
+        "postprocessing": metrics.POSTPROCESSING,
     }
     for stage, spec in stages.items():
         yield Query(mean(spec), stage)
-    each = f"sum (rate({series(names.TRANSIT)}_sum[{RATE}])) / sum (rate({series(names.LATENCY)}_count[{RATE}]))"
+    each = f"sum (rate({series(metrics.TRANSIT)}_sum[{RATE}])) / sum (rate({series(metrics.LATENCY)}_count[{RATE}]))"
     yield Query(each, "between the actors")
 
 
@@ -76,7 +76,7 @@ LATENCY_DASHBOARD = (
         "Latency",
         "Whole requests. The dots are exemplars: each leads to its trace.",
         "ms",
-        _quantiles(names.LATENCY),
+        _quantiles(metrics.LATENCY),
     ),
     Panel(
         "Latency by stage",
@@ -90,15 +90,15 @@ LATENCY_DASHBOARD = (
         "From the arrival at the model replica until the batch began, and the wait that the policy is set to.",
         "ms",
         (
-            *_quantiles(names.QUEUE_WAIT),
-            Query(f'max ({series(names.SCALING_TARGET_WAIT)}{{{_DEPLOYMENT}="Model"}})', "accepted"),
+            *_quantiles(metrics.QUEUE_WAIT),
+            Query(f'max ({series(metrics.SCALING_TARGET_WAIT)}{{{_DEPLOYMENT}="Model"}})', "accepted"),
         ),
     ),
     Panel(
         "Requests by outcome",
         "error: on our side; overloaded: the queue was full; deadline: it passed; invalid, cancelled: the caller's.",
         "reqps",
-        (Query(per_second(names.REQUESTS, "outcome"), "{{outcome}}"),),
+        (Query(per_second(metrics.REQUESTS, "outcome"), "{{outcome}}"),),
         stacked=True,
     ),
     Panel(
@@ -106,9 +106,9 @@ LATENCY_DASHBOARD = (
         "Tokens of answered requests, and what one run of the model took (right).",
         "short",
         (
-            Query(f"sum (rate({series(names.TOKENS)}[{RATE}]))", "tokens a second"),
-            Query(quantile(0.5, names.MODEL_LATENCY), "run p50", on_the_right=True),
-            Query(quantile(0.99, names.MODEL_LATENCY), "run p99", exemplars=True, on_the_right=True),
+            Query(f"sum (rate({series(metrics.TOKENS)}[{RATE}]))", "tokens a second"),
+            Query(quantile(0.5, metrics.MODEL_LATENCY), "run p50", on_the_right=True),
+            Query(quantile(0.99, metrics.MODEL_LATENCY), "run p99", exemplars=True, on_the_right=True),
         ),
         right_unit="ms",
     ),
@@ -116,7 +116,7 @@ LATENCY_DASHBOARD = (
         "Between the actors",
         "What each call cost beside the work of its stage.",
         "ms",
-        (Query(quantile(0.99, names.TRANSIT, "stage"), "{{stage}} p99"),),
+        (Query(quantile(0.99, metrics.TRANSIT, "stage"), "{{stage}} p99"),),
     ),
     Panel(
         "Responses",
@@ -124,7 +124,7 @@ LATENCY_DASHBOARD = (
         "reqps",
         (
             Query(
-                f"sum by (http_route, http_response_status_code) (rate({series(names.HTTP_DURATION)}_count[{RATE}]))",
+                f"sum by (http_route, http_response_status_code) (rate({series(metrics.HTTP_DURATION)}_count[{RATE}]))",
                 "{{http_route}} {{http_response_status_code}}",
             ),
         ),
@@ -135,8 +135,8 @@ LATENCY_DASHBOARD = (
         "Records and spans that were lost. A trace that is not there cannot be explained.",
         "cps",
         (
-            Query(f"sum (rate({series(names.DROPPED_RECORDS)}[{RATE}])) or vector(0)", "records dropped"),
-            Query(f"sum (rate({series(names.UNWRITTEN_SPANS)}[{RATE}])) or vector(0)", "spans not written"),
+            Query(f"sum (rate({series(metrics.DROPPED_RECORDS)}[{RATE}])) or vector(0)", "records dropped"),
+            Query(f"sum (rate({series(metrics.UNWRITTEN_SPANS)}[{RATE}])) or vector(0)", "spans not written"),
             Query(f"sum (rate({LOST_SPANS}[{RATE}])) or vector(0)", "spans not delivered"),
             Query(f"sum (rate({REFUSED_SPANS}[{RATE}])) or vector(0)", "spans that found the queue full"),
         ),
@@ -149,10 +149,10 @@ CAPACITY_DASHBOARD = (
         "Inputs that wait in all model replicas; replicas that are warm, ordered, and allowed (right).",
         "short",
         (
-            Query(f"sum ({series(names.QUEUE_DEPTH)})", "inputs waiting"),
-            Query(f"sum ({series(names.REPLICAS_WARM)})", "warm", on_the_right=True),
-            Query(f'max ({series(names.SCALING_TARGET)}{{{_DEPLOYMENT}="Model"}})', "ordered", on_the_right=True),
-            Query(f'max ({series(names.SCALING_MAX)}{{{_DEPLOYMENT}="Model"}})', "allowed", on_the_right=True),
+            Query(f"sum ({series(metrics.QUEUE_DEPTH)})", "inputs waiting"),
+            Query(f"sum ({series(metrics.REPLICAS_WARM)})", "warm", on_the_right=True),
+            Query(f'max ({series(metrics.SCALING_TARGET)}{{{_DEPLOYMENT}="Model"}})', "ordered", on_the_right=True),
+            Query(f'max ({series(metrics.SCALING_MAX)}{{{_DEPLOYMENT}="Model"}})', "allowed", on_the_right=True),
         ),
     ),
     Panel(
@@ -160,9 +160,9 @@ CAPACITY_DASHBOARD = (
         "How long the first waiting input of any replica has waited; warm replicas (right).",
         "ms",
         (
-            Query(f"max ({series(names.QUEUE_AGE)})", "oldest"),
-            Query(f"max ({series(names.SCALING_QUEUE_WAIT)})", "to run all that waits"),
-            Query(f"sum ({series(names.REPLICAS_WARM)})", "warm", on_the_right=True),
+            Query(f"max ({series(metrics.QUEUE_AGE)})", "oldest"),
+            Query(f"max ({series(metrics.SCALING_QUEUE_WAIT)})", "to run all that waits"),
+            Query(f"sum ({series(metrics.REPLICAS_WARM)})", "warm", on_the_right=True),
         ),
     ),
     Panel(
@@ -170,8 +170,8 @@ CAPACITY_DASHBOARD = (
         "Replicas' worth of work that arrives, by deployment, and the replicas that run.",
         "short",
         (
-            Query(f"max by ({_DEPLOYMENT}) ({series(names.SCALING_DEMAND)})", f"{{{{{_DEPLOYMENT}}}}} arriving"),
-            Query(f"max by ({_DEPLOYMENT}) ({series(names.SCALING_RUNNING)})", f"{{{{{_DEPLOYMENT}}}}} running"),
+            Query(f"max by ({_DEPLOYMENT}) ({series(metrics.SCALING_DEMAND)})", f"{{{{{_DEPLOYMENT}}}}} arriving"),
+            Query(f"max by ({_DEPLOYMENT}) ({series(metrics.SCALING_RUNNING)})", f"{{{{{_DEPLOYMENT}}}}} running"),
         ),
     ),
     Panel(
@@ -181,7 +181,7 @@ CAPACITY_DASHBOARD = (
         (
             Query(
                 f"sum by ({_DEPLOYMENT}, {label('ai.autoscaling.reason')}) "
-                f"(increase({series(names.SCALING_DECISIONS)}[{RATE}]))",
+                f"(increase({series(metrics.SCALING_DECISIONS)}[{RATE}]))",
                 f"{{{{{_DEPLOYMENT}}}}} {{{{{label('ai.autoscaling.reason')}}}}}",
             ),
         ),
@@ -191,19 +191,19 @@ CAPACITY_DASHBOARD = (
         "Inputs in a run",
         "Batches grow with load; small ones beside a long queue say that a limit of batching is too low.",
         "short",
-        (Query(mean(names.BATCH_SIZE), "mean"), Query(quantile(0.9, names.BATCH_SIZE), "p90")),
+        (Query(mean(metrics.BATCH_SIZE), "mean"), Query(quantile(0.9, metrics.BATCH_SIZE), "p90")),
     ),
     Panel(
         "Padding",
         "Padding tokens over all tokens of a run.",
         "percentunit",
-        (Query(mean(names.PADDING), "mean"), Query(quantile(0.9, names.PADDING), "p90")),
+        (Query(mean(metrics.PADDING), "mean"), Query(quantile(0.9, metrics.PADDING), "p90")),
     ),
     Panel(
         "Why batches were cut",
         "full and token_budget: there was more; device_idle: all there was; timeout: after max_wait_ms.",
         "short",
-        (Query(per_second(names.DISPATCHES, "reason"), "{{reason}}"),),
+        (Query(per_second(metrics.DISPATCHES, "reason"), "{{reason}}"),),
         stacked=True,
     ),
     Panel(
@@ -212,8 +212,8 @@ CAPACITY_DASHBOARD = (
         "short",
         (
             # A replica's counter begins at 1, which is no increase.
-            Query(f"count ({series(names.LOADS)} unless {series(names.LOADS)} offset 10m) or vector(0)", "loads"),
-            Query(f"sum (increase({series(names.OUT_OF_MEMORY)}[10m])) or vector(0)", "out of memory"),
+            Query(f"count ({series(metrics.LOADS)} unless {series(metrics.LOADS)} offset 10m) or vector(0)", "loads"),
+            Query(f"sum (increase({series(metrics.OUT_OF_MEMORY)}[10m])) or vector(0)", "out of memory"),
         ),
     ),
     Panel(
@@ -221,8 +221,10 @@ CAPACITY_DASHBOARD = (
         "Of each device of each replica, and the p99 of requests (right).",
         "percent",
         (
-            Query(f"max by (instance, gpu_index) ({series(names.GPU_UTILIZATION)})", "{{instance}} GPU {{gpu_index}}"),
-            Query(quantile(0.99, names.LATENCY), "p99", exemplars=True, on_the_right=True),
+            Query(
+                f"max by (instance, gpu_index) ({series(metrics.GPU_UTILIZATION)})", "{{instance}} GPU {{gpu_index}}"
+            ),
+            Query(quantile(0.99, metrics.LATENCY), "p99", exemplars=True, on_the_right=True),
         ),
         right_unit="ms",
     ),
@@ -232,10 +234,10 @@ CAPACITY_DASHBOARD = (
         "percentunit",
         (
             Query(
-                f"max by (instance, hw_id) ({series(names.HW_MEMORY_USAGE)} / {series(names.HW_MEMORY_LIMIT)})",
+                f"max by (instance, hw_id) ({series(metrics.HW_MEMORY_USAGE)} / {series(metrics.HW_MEMORY_LIMIT)})",
                 "{{instance}} {{hw_id}}",
             ),
-            Query(quantile(0.99, names.LATENCY), "p99", exemplars=True, on_the_right=True),
+            Query(quantile(0.99, metrics.LATENCY), "p99", exemplars=True, on_the_right=True),
         ),
         right_unit="ms",
     ),
@@ -244,9 +246,9 @@ CAPACITY_DASHBOARD = (
         "Of each device of each replica; temperature on the right.",
         "watt",
         (
-            Query(f"max by (instance, hw_id) ({series(names.HW_POWER)})", "{{instance}} {{hw_id}}"),
+            Query(f"max by (instance, hw_id) ({series(metrics.HW_POWER)})", "{{instance}} {{hw_id}}"),
             Query(
-                f"max by (instance, hw_id) ({series(names.HW_TEMPERATURE)})",
+                f"max by (instance, hw_id) ({series(metrics.HW_TEMPERATURE)})",
                 "{{instance}} {{hw_id}}",
                 on_the_right=True,
             ),
@@ -258,8 +260,8 @@ CAPACITY_DASHBOARD = (
         "Processor time of each replica, as a part of its machine, and resident memory (right).",
         "percentunit",
         (
-            Query(f"max by (job, instance) ({series(names.PROCESS_CPU)})", "{{job}} {{instance}}"),
-            Query(f"sum by (job) ({series(names.PROCESS_MEMORY)})", "{{job}}", on_the_right=True),
+            Query(f"max by (job, instance) ({series(metrics.PROCESS_CPU)})", "{{job}} {{instance}}"),
+            Query(f"sum by (job) ({series(metrics.PROCESS_MEMORY)})", "{{job}}", on_the_right=True),
         ),
         right_unit="bytes",
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from deployments.telemetry.names import MetricSpec
+from deployments.telemetry.metrics import MetricSpec
 
 _UNITS = {
     "ms": "milliseconds",

@@ -12,7 +12,8 @@ from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from simulation import Seen, Setup
 
-from deployments.autoscaling.policy import Goal, Load, Memory, Sight, decide
+from deployments.autoscaling.decide import Goal, Memory, Observation, decide
+from deployments.autoscaling.report import LoadReport
 
 
 class QueueWait:
@@ -25,7 +26,7 @@ class QueueWait:
 
     def replicas(self, seen: Seen, setup: Setup) -> int:
         loads = tuple(
-            Load(
+            LoadReport(
                 queue_depth=queued,
                 queue_wait_ms=queued / setup.rate * 1e3,
                 demand=arriving / setup.rate,
@@ -44,9 +45,9 @@ class QueueWait:
             min_replicas=setup.min_replicas,
             max_replicas=setup.max_replicas,
         )
-        made = decide(Sight(seen.at_s, seen.running, seen.target, loads), self._memory, goal)
+        made = decide(Observation(seen.at_s, seen.running, seen.target, loads), self._memory, goal)
         self._memory = made.memory
-        return made.replicas
+        return made.to_replicas
 
 
 @dataclass

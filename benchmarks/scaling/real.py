@@ -25,7 +25,7 @@ import yaml
 from policies import QueueWait
 from simulation import Setup, simulate
 
-from deployments.autoscaling.policy import POLICY
+from deployments.autoscaling.settings import POLICY
 from deployments.telemetry import names
 from deployments.transport.routing import ROUTER
 

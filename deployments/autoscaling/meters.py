@@ -1,4 +1,4 @@
-"""What a replica reports of its load, for the autoscaling policy: measured where the work is, read twice a second."""
+"""Meters of a replica's load: what it reports to the autoscaling policy, measured where the work is."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from deployments.autoscaling.policy import Load
+from deployments.autoscaling.report import LoadReport
 from deployments.batching.gate import AdmissionGate
 
 _MEMORY_S, _NOW_S = 5.0, 1.0
 _IDLE_S = 2.0
-"""So long after the last request, what the process does is not for requests."""
+"""This long after the last request, what the process does is not for requests."""
 
 
-class Forgetting:
-    """An amount per second; what came ``memory_s`` ago counts 1/e of what comes now."""
+class DecayingRate:
+    """An amount per second; what was added ``memory_s`` ago counts 1/e of what is added now."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, memory_s: float = _MEMORY_S) -> None:
         self._clock, self._memory_s = clock, memory_s
@@ -25,25 +25,25 @@ class Forgetting:
         self._sum = 0.0
 
     def add(self, amount: float) -> None:
-        self._forget()
+        self._decay()
         self._sum += amount
 
     def per_second(self) -> float:
-        """Of as much time as there has been: right from the start, though of little."""
-        self._forget()
+        """Over the time that there has been, so that it is right from the start."""
+        self._decay()
         weight = 1 - math.exp(-max(self._at_s - self._since_s, self._memory_s / 10) / self._memory_s)
         return self._sum / (self._memory_s * weight)
 
-    def _forget(self) -> None:
+    def _decay(self) -> None:
         now_s = self._clock()
         self._sum *= math.exp((self._at_s - now_s) / self._memory_s)
         self._at_s = now_s
 
 
-class LoopLoad:
-    """Of a stage whose work is done in its event loop, or in threads beside it.
+class EventLoopMeter:
+    """The load of a stage whose work is done in its event loop, or in threads beside it.
 
-    The loop's thread is one processor at most: its share is how much of that it used. ``load`` must be called in it.
+    The loop's thread is one processor at most: its share is how much of that it used. ``report`` must be called in it.
 
     Args:
         started_s: when the constructor of the stage began, by ``time.monotonic``.
@@ -51,10 +51,10 @@ class LoopLoad:
 
     def __init__(self, started_s: float) -> None:
         self._start_ms = (time.monotonic() - started_s) * 1e3
-        self._requests = Forgetting()
-        self._work_s, self._work_now_s = Forgetting(), Forgetting(memory_s=_NOW_S)
+        self._requests = DecayingRate()
+        self._work_s, self._work_now_s = DecayingRate(), DecayingRate(memory_s=_NOW_S)
         self._calls: dict[int, tuple[float, int]] = {}
-        self.in_hand = 0
+        self.in_progress = 0
         self._next = 0
         self._loop_s: float | None = None
         self._each_s = 0.0
@@ -62,21 +62,21 @@ class LoopLoad:
 
     @contextmanager
     def requests(self, count: int) -> Iterator[None]:
-        """Around the handling of so many requests."""
+        """Around the handling of ``count`` requests."""
         self.arrive(count)
         self._next += 1
         key = self._next
         self._calls[key] = time.monotonic(), count
-        self.in_hand += count
+        self.in_progress += count
         try:
             yield
         finally:
-            self.in_hand -= count
+            self.in_progress -= count
             del self._calls[key]
             self._last_s = time.monotonic()
 
     def arrive(self, count: int) -> None:
-        """So many requests arrive."""
+        """``count`` requests arrive."""
         self._requests.add(count)
         self._last_s = time.monotonic()
 
@@ -105,17 +105,17 @@ class LoopLoad:
         self._work_s.add(seconds)
         self._work_now_s.add(seconds)
 
-    def load(self) -> Load:
+    def report(self) -> LoadReport:
         share, arriving = self.share(), self.arriving()
         now_s = time.monotonic()
-        is_idle = self.in_hand == 0 and now_s - self._last_s > _IDLE_S
+        is_idle = self.in_progress == 0 and now_s - self._last_s > _IDLE_S
         if not is_idle:
             self._each_s = share / arriving if arriving > 0 else 0.0
         oldest_s = min((since_s for since_s, _ in self._calls.values()), default=now_s)
-        return Load(
-            queue_depth=self.in_hand,
+        return LoadReport(
+            queue_depth=self.in_progress,
             oldest_age_ms=(now_s - oldest_s) * 1e3,
-            queue_wait_ms=self.in_hand * self._each_s * 1e3,
+            queue_wait_ms=self.in_progress * self._each_s * 1e3,
             demand=0.0 if is_idle else share,
             demand_now=0.0 if is_idle else self._work_now_s.per_second(),
             throughput=1 / self._each_s if self._each_s > 0 else 0.0,
@@ -123,36 +123,36 @@ class LoopLoad:
         )
 
 
-class GateLoad:
-    """Of the model: what waits in its gate and what arrives there, at the rate of full batches.
+class BatchQueueMeter:
+    """The load of the model: what waits in its gate and what arrives there, at the rate of full batches.
 
     ``a + b * padded tokens`` is what a run costs (see ``cost``), so a device that is always busy with small batches can
-    take more: how busy it is says little. What arrives is therefore put against the rate that it has with full batches.
+    take more: how busy it is says little. So what arrives is compared with the rate of full batches.
     """
 
     def __init__(self, gate: AdmissionGate[Any], started_s: float) -> None:
-        self._gate, self._loop = gate, LoopLoad(started_s)
-        self._tokens = Forgetting()
-        self._tokens_now = Forgetting(memory_s=_NOW_S)
+        self._gate, self._loop = gate, EventLoopMeter(started_s)
+        self._tokens = DecayingRate()
+        self._tokens_now = DecayingRate(memory_s=_NOW_S)
 
     def arrive(self, lengths: tuple[int, ...]) -> None:
-        """Inputs of so many tokens arrive, whether they are admitted or not."""
-        tokens = sum(map(self._gate.cutter.rounded, lengths))
+        """Inputs of these lengths in tokens arrive, whether they are admitted or not."""
+        tokens = sum(map(self._gate.planner.rounded, lengths))
         self._loop.arrive(len(lengths))
         self._tokens.add(tokens)
         self._tokens_now.add(tokens)
 
-    def load(self) -> Load:
+    def report(self) -> LoadReport:
         gate = self._gate
         inputs, tokens = self._loop.arriving(), self._tokens.per_second()
         mean = tokens / inputs if inputs > 0 and tokens > 0 else 1.0
-        rate = gate.cutter.tokens_per_second(mean)
-        of_loop = self._loop.load()
-        return Load(
+        rate = gate.planner.tokens_per_second(mean)
+        of_loop = self._loop.report()
+        return LoadReport(
             queue_depth=gate.depth,
             oldest_age_ms=gate.oldest_age_ms,
             queue_wait_ms=gate.waiting_tokens / rate * 1e3,
-            # Whichever of the two it has less of: the device, or its own processor.
+            # Whichever is scarcer: the device, or the processor of its event loop.
             demand=max(tokens / rate, of_loop.demand),
             demand_now=max(self._tokens_now.per_second() / rate, of_loop.demand_now),
             throughput=rate / mean,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _STEP = 0.2
-_HOPE = 0.95
+_REJECTION_DECAY = 0.95
 
 
 class RunCost:
@@ -35,18 +35,30 @@ class RunCost:
 
     def fit(self, runs: Sequence[tuple[int, float]]) -> None:
         """Start from ``(padded tokens, nanoseconds)`` of a warm-up: least squares of the relative errors."""
-        s0 = sx = sxx = sy = sxy = 0.0
-        for tokens, took in runs:
-            weight = 1 / max(took, 1.0) ** 2
-            s0, sx, sxx = s0 + weight, sx + weight * tokens, sxx + weight * tokens**2
-            sy, sxy = sy + weight * took, sxy + weight * tokens * took
-        determinant = s0 * sxx - sx**2
-        if determinant <= 1e-9 * s0 * sxx:
+        if len({tokens for tokens, _ in runs}) < 2:
             return
-        self.token_ns = max(1.0, (s0 * sxy - sx * sy) / determinant)
-        self.run_ns = max(1_000.0, (sy - self.token_ns * sx) / s0)
+        weights = [1 / max(took, 1.0) ** 2 for _, took in runs]
+        run_ns, self.token_ns = fit_line(runs, weights, least_slope=1.0)
+        self.run_ns = max(1_000.0, run_ns)
 
-    def hope(self) -> None:
+    def decay_after_rejection(self) -> None:
         """Called for each input refused on the estimate: one that is wrong must not refuse for ever."""
-        self.run_ns *= _HOPE
-        self.token_ns *= _HOPE
+        self.run_ns *= _REJECTION_DECAY
+        self.token_ns *= _REJECTION_DECAY
+
+
+def fit_line(
+    points: Sequence[tuple[float, float]], weights: Sequence[float], *, least_slope: float = 0.0
+) -> tuple[float, float]:
+    """``(a, b)`` of ``y = a + b x`` through ``(x, y)`` by weighted least squares, ``b`` at least ``least_slope``.
+
+    Where all ``x`` are alike, ``b`` is ``least_slope``.
+    """
+    s0 = sx = sxx = sy = sxy = 0.0
+    for (x, y), weight in zip(points, weights, strict=True):
+        s0, sx, sxx = s0 + weight, sx + weight * x, sxx + weight * x**2
+        sy, sxy = sy + weight * y, sxy + weight * x * y
+    determinant = s0 * sxx - sx**2
+    slope = (s0 * sxy - sx * sy) / determinant if determinant > 1e-9 * s0 * sxx else least_slope
+    slope = max(least_slope, slope)
+    return (sy - slope * sx) / s0, slope

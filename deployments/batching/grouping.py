@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from deployments.batching.cost import RunCost
 
 
-def with_the_first(lengths: Sequence[int], cost: RunCost, max_size: int, max_tokens: int) -> list[int]:
+def group_with_oldest(lengths: Sequence[int], cost: RunCost, max_size: int, max_tokens: int) -> list[int]:
     """The places of the inputs that run with ``lengths[0]`` when all are split into runs at the least cost.
 
     Args:
@@ -24,7 +24,7 @@ def with_the_first(lengths: Sequence[int], cost: RunCost, max_size: int, max_tok
     Returns:
         Places in order of arrival, 0 among them.
     """
-    count = front(lengths, max_size, max_tokens)
+    count = fifo_prefix(lengths, max_size, max_tokens)
     waste = max(lengths[:count]) * count - sum(lengths[:count])
     if cost.token_ns * waste <= cost.run_ns:
         # Another run costs more than all the padding that it could save.
@@ -38,7 +38,7 @@ def with_the_first(lengths: Sequence[int], cost: RunCost, max_size: int, max_tok
     return sorted(order[starts[end] : end])
 
 
-def front(lengths: Sequence[int], max_size: int, max_tokens: int) -> int:
+def fifo_prefix(lengths: Sequence[int], max_size: int, max_tokens: int) -> int:
     """How many fit into a run in order of arrival."""
     longest = 0
     for count, length in enumerate(lengths[:max_size]):

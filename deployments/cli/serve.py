@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from deployments.autoscaling.policy import POLICY, Settings
+from deployments.autoscaling.settings import POLICY, PolicySettings
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ConfigError
@@ -91,7 +91,7 @@ def _check_policies(deployments: list[Any]) -> None:
         if isinstance(policy, dict) and policy.get("policy_function") == POLICY:
             given = policy.get("policy_kwargs") or {}
             try:
-                Settings.parse(given if isinstance(given, dict) else {})
+                PolicySettings.parse(given if isinstance(given, dict) else {})
             except ValueError as error:
                 raise ConfigError(f"deployments.{deployment.get('name')}.{error}") from None
 

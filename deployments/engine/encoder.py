@@ -46,7 +46,7 @@ class _Collated:
     """When the copy to the GPU is done."""
 
 
-class TransformersEngine:
+class EncoderEngine:
     """See ``engine.base.Engine``.
 
     Args:

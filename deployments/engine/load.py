@@ -5,12 +5,12 @@ from __future__ import annotations
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.fake import FakeEngine
-from deployments.engine.protocol import Engine
+from deployments.engine.protocol import BatchEngine
 
 
-def load_engine(config: AppConfig, card: ModelCard, *, has_gpu: bool, cpus: float) -> Engine:
+def load_engine(config: AppConfig, card: ModelCard, *, has_gpu: bool, cpus: float) -> BatchEngine:
     if config.model.engine == "fake":
         return FakeEngine(config.model.fake)
-    from deployments.engine.encoder import TransformersEngine
+    from deployments.engine.encoder import EncoderEngine
 
-    return TransformersEngine(config.model, card, config.batching, has_gpu=has_gpu, cpus=cpus)
+    return EncoderEngine(config.model, card, config.batching, has_gpu=has_gpu, cpus=cpus)

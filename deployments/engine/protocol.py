@@ -1,4 +1,9 @@
-"""What the stages ask of a tokenizer and of an engine."""
+"""What the stages ask of a tokenizer and of an engine.
+
+Every engine loads, warms up and reports the state of its device (``Engine``). How it computes is a protocol of its
+own: a ``BatchEngine`` runs a batch from beginning to end, as encoders do, and is driven by ``stages.batch_runner``. An
+engine that advances many sequences a step at a time extends ``Engine`` beside it, with a runner of its own.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,7 @@ class Encoded:
 
     ids: Ids
     full_length: int
-    """Tokens before cutting; more than ``len(ids)`` only if tokens were cut."""
+    """Tokens before truncation; more than ``len(ids)`` only if tokens were truncated."""
     offsets: list[tuple[int, int]] | None = None
     """Start and end character of each token; ``(-1, -1)`` for special tokens."""
 
@@ -43,7 +48,7 @@ class Tokenizer(Protocol):
     mask_token_id: int | None
 
     def encode(self, texts: Sequence[str], *, with_offsets: bool) -> list[Encoded]:
-        """Tokenize, cutting at the model's ``max_length``. Thread-safe. Holds the GIL only to build the result."""
+        """Tokenize, truncating at the model's ``max_length``. Thread-safe. Holds the GIL only to build the result."""
         ...
 
 
@@ -80,15 +85,26 @@ class Memory:
 
 
 class Engine(Protocol):
+    """What every engine has."""
+
     device: str
-    pad_to_multiple_of: int
-    """Inputs are padded to the longest, rounded up to this."""
     broken: str | None
     """Why no further run can succeed in this process; the replica must then be replaced."""
 
     def load(self, phase: Phase) -> WarmUp:
         """Load weights, move them to the device, warm up: each inside ``with phase(name)``. Blocks."""
         ...
+
+    def memory(self) -> Memory | None:
+        """GPU memory that this process holds, or None on a CPU."""
+        ...
+
+
+class BatchEngine(Engine, Protocol):
+    """An engine that runs a batch from beginning to end."""
+
+    pad_to_multiple_of: int
+    """Inputs are padded to the longest, rounded up to this."""
 
     def collate(self, batch: Sequence[Ids]) -> Any:
         """Pad ``batch`` (each ``[tokens]``) and send it to the device. May overlap a run, in another thread."""
@@ -99,8 +115,4 @@ class Engine(Protocol):
 
         May raise anything, OutOfMemory among it; the caller isolates the input that caused it.
         """
-        ...
-
-    def memory(self) -> Memory | None:
-        """GPU memory that this process holds, or None on a CPU."""
         ...

@@ -1,4 +1,4 @@
-"""The HTTP bodies: what callers may send, checked field by field, and how answers are framed."""
+"""The HTTP bodies: what callers may send, checked field by field, and how responses are framed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deployments.config import LimitsConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.protocol import MAX_FILLS
 from deployments.errors import InvalidField, InvalidJson, ModelNotFound, TooLarge
-from deployments.messages import AnswerOptions
+from deployments.messages import OutputOptions
 
 Body = TypeVar("Body", bound="_Body")
 _SHOWN_CHARS = 80
@@ -61,7 +61,7 @@ class ParsedRequest:
     inputs: Inputs
     param: str
     truncate: bool
-    options: AnswerOptions
+    options: OutputOptions
     model: str
 
     @property
@@ -83,7 +83,7 @@ def parse_embeddings(body: bytes, card: ModelCard, limits: LimitsConfig) -> Pars
             f"dimensions must be at most {card.hidden_size}, the size of the embeddings; got {parsed.dimensions}",
             param="dimensions",
         )
-    options = AnswerOptions("/v1/embeddings", dimensions=parsed.dimensions, base64=parsed.encoding_format == "base64")
+    options = OutputOptions("/v1/embeddings", dimensions=parsed.dimensions, base64=parsed.encoding_format == "base64")
     return ParsedRequest(_inputs(parsed.input, "input", limits, tokens_allowed=True), "input", True, options, card.name)
 
 
@@ -98,7 +98,7 @@ def parse_predict(body: bytes, card: ModelCard, limits: LimitsConfig) -> ParsedR
         )
     inputs = _inputs(parsed.inputs, "inputs", limits, tokens_allowed=False)
     return ParsedRequest(
-        inputs, "inputs", parsed.parameters.truncate, AnswerOptions("/predict", top_k=top_k), card.name
+        inputs, "inputs", parsed.parameters.truncate, OutputOptions("/predict", top_k=top_k), card.name
     )
 
 
@@ -157,7 +157,7 @@ def _inputs(value: Any, param: str, limits: LimitsConfig, *, tokens_allowed: boo
         value = [value]
     if len(value) > limits.max_inputs:
         raise TooLarge(
-            f"{param} has {len(value)} inputs; at most {limits.max_inputs} are taken in one request",
+            f"{param} has {len(value)} inputs; at most {limits.max_inputs} are allowed in one request",
             param=param,
         )
     if tokens_allowed and isinstance(value[0], list):
@@ -172,7 +172,7 @@ def _text(text: Any, where: str, param: str, rule: str, limits: LimitsConfig) ->
         raise InvalidField(f"{where} must not be an empty string", param=param)
     if len(text) > limits.max_input_chars:
         raise InvalidField(
-            f"{where} has {len(text)} characters; at most {limits.max_input_chars} are taken", param=param
+            f"{where} has {len(text)} characters; at most {limits.max_input_chars} are allowed", param=param
         )
     return text
 
@@ -181,7 +181,9 @@ def _token_ids(ids: Any, where: str, param: str, limits: LimitsConfig) -> tuple[
     if not isinstance(ids, list) or not ids:
         raise InvalidField(f"{where} must be a list of token ids, not empty; got {_kind(ids)}", param=param)
     if len(ids) > limits.max_input_chars:
-        raise InvalidField(f"{where} has {len(ids)} token ids; at most {limits.max_input_chars} are taken", param=param)
+        raise InvalidField(
+            f"{where} has {len(ids)} token ids; at most {limits.max_input_chars} are allowed", param=param
+        )
     for position, token in enumerate(ids):
         if not _is_integer(token):
             raise InvalidField(f"{where}[{position}] must be a token id; got {_kind(token)}", param=param)

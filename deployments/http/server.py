@@ -1,4 +1,4 @@
-"""HTTP around the way of a request: the application, bodies in, answers and errors out."""
+"""HTTP around an inference request: the ASGI application, request bodies, responses and errors."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from deployments.errors import ApiError, Cancelled, DeadlinePassed, InternalErro
 _logger = logging.getLogger("slowlens.ingress")
 
 
-class Front(FastAPI):
-    """The application, with a straight way to the inference routes.
+class FastPathApp(FastAPI):
+    """A FastAPI application that calls the endpoints of the inference routes directly.
 
-    FastAPI's middlewares, dependencies and response models cost more than all that we do with a request in this
-    process, and an inference route uses none of them.
+    FastAPI's middlewares, dependencies and response models cost more than all that this process does with a request,
+    and an inference route uses none of them. They are routes of the application all the same, for its OpenAPI document.
     """
 
-    def __init__(self, straight: Mapping[str, Callable[[Request], Awaitable[Response]]], **settings: Any) -> None:
+    def __init__(self, fast_path: Mapping[str, Callable[[Request], Awaitable[Response]]], **settings: Any) -> None:
         super().__init__(**settings)
-        self._straight = straight
+        self._fast_path = fast_path
         self.add_exception_handler(HTTPException, _http_error)
         self.add_exception_handler(Exception, _unforeseen)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            endpoint = self._straight.get(scope["path"].removeprefix(scope.get("root_path", "")))
+            endpoint = self._fast_path.get(scope["path"].removeprefix(scope.get("root_path", "")))
         if endpoint is None:
             await super().__call__(scope, receive, send)
             return
@@ -48,17 +48,17 @@ class Front(FastAPI):
 
 
 async def read_body(http: Request, limit: int, deadline_ns: int) -> bytes:
-    """The body. Raises TooLarge as soon as it is known to be, DeadlinePassed where it comes too slowly."""
+    """The body. Raises TooLarge as soon as that is known, DeadlinePassed where it arrives too slowly."""
     announced = http.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
-        raise TooLarge(f"the body has {announced} bytes; at most {limit} are taken")
+        raise TooLarge(f"the body has {announced} bytes; at most {limit} are allowed")
     parts, size = [], 0
     try:
         async with asyncio.timeout((deadline_ns - time.monotonic_ns()) / 1e9):
             async for part in http.stream():
                 size += len(part)
                 if size > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes, the most that are taken")
+                    raise TooLarge(f"the body has more than {limit} bytes, the most that are allowed")
                 parts.append(part)
     except ClientDisconnect:
         raise Cancelled("the client hung up") from None
@@ -79,7 +79,7 @@ def error_response(error: ApiError, body: Any) -> Response:
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
-    """404 of an unknown path and 405, in the shape of all our errors."""
+    """404 for an unknown path and 405, in the shape of all errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     body = {"error": {"message": error.detail, "type": "invalid_request_error", "param": None, "code": code}}
@@ -89,7 +89,7 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _unforeseen(_: Request, error: Exception) -> Response:
-    """A fault of ours outside the way of an inference request."""
-    _logger.error("an answer failed", exc_info=error)
-    answer = InternalError("internal error")
-    return error_response(answer, answer.body())
+    """An error of ours outside the path of an inference request."""
+    _logger.error("a response failed", exc_info=error)
+    internal = InternalError("internal error")
+    return error_response(internal, internal.body())

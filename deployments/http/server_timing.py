@@ -6,7 +6,7 @@ from deployments.telemetry.records import RequestRecord
 
 
 def server_timing(record: RequestRecord) -> str:
-    """Milliseconds by stage; all but ``total`` add up to ``total`` but for the microseconds of framing the answer.
+    """Milliseconds by stage; together they are ``total``, but for the microseconds that framing the response takes.
 
     ``queue`` and ``forward`` are the model replica's time, ``transit`` what the hops cost beside the stages' own time.
     A request that failed in the model replica has its time there under ``queue``.

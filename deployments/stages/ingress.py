@@ -1,24 +1,26 @@
-"""Stage 1: HTTP in, the stages in order, answer out.
+"""Stage 1: HTTP in, the stages in order, the response out.
 
-``_serve`` is the way of every request, top to bottom. The root span begins at its first line and ends with its answer.
+``_serve`` is the path of every request, top to bottom. The root span begins at its first line and ends with its
+response.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 
 from deployments import __version__
-from deployments.autoscaling.meters import LoopLoad
+from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig, LimitsConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ApiError, InvalidField, ModelNotFound, NoReplicaReady
@@ -31,35 +33,34 @@ from deployments.http.schemas import (
     parse_embeddings,
     parse_predict,
 )
-from deployments.http.server import Front, error_response, json_response, read_body
+from deployments.http.server import FastPathApp, error_response, json_response, read_body
 from deployments.http.server_timing import server_timing
 from deployments.messages import (
     INPUT_COST_US,
-    Answer,
-    Envelope,
+    Postprocessed,
     PostprocessRequest,
     Predicted,
     PredictRequest,
     Tokenized,
     TokenizeRequest,
 )
-from deployments.stages.replica import placement
+from deployments.stages.replica import Placement, prepare_replica
 from deployments.telemetry.carrier import traceparent
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import RequestRecord
 from deployments.transport.readiness import Readiness, running_replicas
-from deployments.transport.stage_client import MAX_COST_US, Hop
+from deployments.transport.stage_client import MAX_COST_US, StageClient
 
 _logger = logging.getLogger("slowlens.ingress")
-_CONTROLLER_PATIENCE_S = 5.0
-_TOKENIZER_REST = 2.0
+_CONTROLLER_TIMEOUT_S = 5.0
+_TOKENIZER_COOLDOWN = 2.0
 _MAX_REQUEST_ID, _MAX_ADDRESS = 256, 64
-"""Characters of them that telemetry keeps."""
+"""Characters that telemetry keeps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One inference path: how its body is read and its answer framed."""
+    """One inference route: how its body is parsed and its response framed."""
 
     path: str
     operation: str
@@ -72,7 +73,24 @@ EMBEDDINGS = Route("/v1/embeddings", "embeddings", EmbeddingsBody, parse_embeddi
 PREDICT = Route("/predict", "predict", PredictBody, parse_predict, frame_predict)
 
 
+class _Common(TypedDict):
+    """What the clients of all stages have in common."""
+
+    telemetry: Telemetry
+    readiness: Readiness
+    no_replica_wait_ms: float
+
+
 class IngressStage:
+    """One replica of the ingress.
+
+    Args:
+        config: the application's configuration.
+        tokenizer, model, postprocessor: handles of the other deployments.
+        created_unix_s: when the application was built, for ``/v1/models``.
+        placement: where this replica runs; by default Ray is asked.
+    """
+
     def __init__(
         self,
         config: AppConfig,
@@ -80,34 +98,48 @@ class IngressStage:
         model: DeploymentHandle[Any],
         postprocessor: DeploymentHandle[Any],
         created_unix_s: int,
+        *,
+        placement: Placement | None = None,
     ) -> None:
         started_s = time.monotonic()
-        place = placement()
+        placement = placement or prepare_replica()
         self._config, self._limits = config, config.limits
         self._card = ModelCard.load(config.model)
         self._created_unix_s = created_unix_s
-        self._telemetry = Telemetry("ingress", config, self._card.name, place.identity)
+        self._telemetry = Telemetry("ingress", config, self._card.name, placement.identity)
         self._readiness = Readiness(
-            lambda: running_replicas(place.app_name),
+            functools.partial(running_replicas, placement.app_name),
             {
                 "tokenizer": tokenizer.deployment_name,
                 "model": model.deployment_name,
                 "postprocessor": postprocessor.deployment_name,
             },
         )
-        wait_ms = config.limits.no_replica_wait_ms
-        way = (self._telemetry, self._readiness, wait_ms)
-        self._load = LoopLoad(started_s)
-        # Requests that leave the first stage together go on together, so that it is enough for one stage to rest.
-        self._tokenizer = Hop(
-            "tokenizer", tokenizer, "tokenize", *way, rest=_TOKENIZER_REST, is_busy=lambda: self._load.in_hand > 1
+        self._meter = EventLoopMeter(started_s)
+        common: _Common = {
+            "telemetry": self._telemetry,
+            "readiness": self._readiness,
+            "no_replica_wait_ms": config.limits.no_replica_wait_ms,
+        }
+        # Requests that leave the first stage together stay together, so a cooldown at one stage is enough.
+        self._tokenizer: StageClient[TokenizeRequest, Tokenized] = StageClient(
+            "tokenizer",
+            tokenizer,
+            "tokenize",
+            **common,
+            cooldown_factor=_TOKENIZER_COOLDOWN,
+            is_busy=lambda: self._meter.in_progress > 1,
         )
-        # Not more than one run has: what is beyond it would wait in that replica, whatever the others have to do.
+        # No more than fits one run: the rest would wait in that replica, however little the others have to do.
         batch_us = min(MAX_COST_US, INPUT_COST_US * config.batching.max_batch_size)
-        self._model = Hop("model", model, "predict", *way, replies_as_ready=True, max_cost_us=batch_us)
-        self._postprocessor = Hop("postprocessor", postprocessor, "postprocess", *way)
+        self._model: StageClient[PredictRequest, Predicted] = StageClient(
+            "model", model, "predict", **common, replies_as_ready=True, max_cost_us=batch_us
+        )
+        self._postprocessor: StageClient[PostprocessRequest, Postprocessed] = StageClient(
+            "postprocessor", postprocessor, "postprocess", **common
+        )
 
-    # --- the way of a request ---
+    # --- the path of a request ---
 
     async def _serve(self, http: Request, route: Route) -> Response:
         request_id = _request_id(http.headers)
@@ -135,43 +167,25 @@ class IngressStage:
 
     async def _infer(self, http: Request, route: Route, record: RequestRecord) -> bytes:
         with self._telemetry.interval(record, "validate"):
-            deadline_ns = record.started_ns + int(self._timeout_ms(http.headers) * 1e6)
+            record.deadline_ns = record.started_ns + int(self._timeout_ms(http.headers) * 1e6)
             record.operation = route.operation
-            body = await read_body(http, self._limits.max_body_bytes, deadline_ns)
+            body = await read_body(http, self._limits.max_body_bytes, record.deadline_ns)
             request = route.parse(body, self._card, self._limits)
             self._describe(record, request)
 
-        tokenized = await self._tokenizer.call(
-            record,
-            deadline_ns,
-            lambda envelope: TokenizeRequest(envelope, request.inputs, request.truncate, request.param),
-            Tokenized,
-        )
+        tokenized = await self._tokenizer.call(record, TokenizeRequest(request.inputs, request.truncate, request.param))
         record.tokens = sum(tokenized.ids.lengths)
 
-        predicted = await self._model.call(
-            record,
-            deadline_ns,
-            lambda envelope: PredictRequest(envelope, tokenized.ids, request.param),
-            Predicted,
-        )
+        predicted = await self._model.call(record, PredictRequest(tokenized.ids, request.param))
         record.device, record.forward_ns = predicted.device, predicted.forward_ns
 
-        answer = await self._postprocessor.call(
-            record,
-            deadline_ns,
-            lambda envelope: self._postprocess_request(envelope, request, tokenized, predicted),
-            Answer,
+        texts = request.texts if self._card.task == "token-classification" else ()
+        postprocessed = await self._postprocessor.call(
+            record, PostprocessRequest(tokenized, predicted.outputs, request.options, texts)
         )
 
         with self._telemetry.interval(record, "respond"):
-            return route.frame(answer.fragments, self._card, record.tokens)
-
-    def _postprocess_request(
-        self, envelope: Envelope, request: ParsedRequest, tokenized: Tokenized, predicted: Predicted
-    ) -> PostprocessRequest:
-        texts = request.texts if self._card.task == "token-classification" else ()
-        return PostprocessRequest(envelope, tokenized, predicted.outputs, request.options, texts)
+            return route.frame(postprocessed.fragments, self._card, record.tokens)
 
     def _describe(self, record: RequestRecord, request: ParsedRequest) -> None:
         record.requested_model = request.model
@@ -197,15 +211,15 @@ class IngressStage:
         return timeout_ms
 
     def _failed(self, record: RequestRecord, error: Exception) -> Response:
-        answer = self._telemetry.fail(record, error)
+        told = self._telemetry.fail(record, error)
         if not isinstance(error, ApiError):
             _logger.exception("request %s failed", record.request_id)
-        body = answer.body()
-        if answer.status == 500:
+        body = told.body()
+        if told.status == 500:
             trace_id = f"{record.context.trace_id:032x}"
-            if trace_id not in answer.message:
-                body["error"]["message"] = f"{answer.message}; its trace id is {trace_id}"
-        return error_response(answer, body)
+            if trace_id not in told.message:
+                body["error"]["message"] = f"{told.message}; its trace id is {trace_id}"
+        return error_response(told, body)
 
     # --- everything else over HTTP ---
 
@@ -231,11 +245,11 @@ class IngressStage:
         return json_response(self._models()[0])
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve, for the autoscaling policy. What the ingress has in hand waits for others, not for it."""
-        return replace(self._load.load(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0).stats()
+        """Asked by Serve, for the autoscaling policy. Requests in the ingress wait for other stages, not for it."""
+        return replace(self._meter.report(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0).stats()
 
     async def _healthz(self) -> Response:
-        missing = await self._readiness.missing(_CONTROLLER_PATIENCE_S)
+        missing = await self._readiness.missing(_CONTROLLER_TIMEOUT_S)
         if missing == []:
             return json_response({"status": "ok"})
         problem = "Serve's controller does not say which replicas are ready"
@@ -246,7 +260,7 @@ class IngressStage:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes. Serve calls this once, after the constructor."""
-        app = Front(
+        app = FastPathApp(
             {route.path: self._endpoint(route) for route in (EMBEDDINGS, PREDICT)},
             title="slowlens",
             version=__version__,
@@ -269,7 +283,7 @@ class IngressStage:
 
     def _endpoint(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            with self._load.requests(1):
+            with self._meter.requests(1):
                 return await self._serve(request, route)
 
         return endpoint
@@ -280,12 +294,12 @@ class IngressStage:
 
 
 def _request_id(headers: Mapping[str, str]) -> str:
-    """The caller's X-Request-ID, or the one that Serve gave the request. Serve itself puts it on every answer."""
+    """The caller's X-Request-ID, or the one that Serve gave the request. Serve itself puts it on every response."""
     return headers.get("x-request-id", "")[:_MAX_REQUEST_ID] or uuid.uuid4().hex
 
 
 def _client(http: Request) -> str:
-    """The address of the client: what the first intermediary says of it, or the peer's."""
+    """The client's address: as the first proxy forwarded it, or the peer's."""
     forwarded = http.headers.get("x-forwarded-for", "").partition(",")[0].strip()
     return (forwarded or (http.client.host if http.client is not None else ""))[:_MAX_ADDRESS]
 

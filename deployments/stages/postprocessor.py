@@ -1,56 +1,58 @@
-"""Stage 4: model output to the JSON of the answer."""
+"""Stage 4: model output to the JSON of the predictions."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 
-from deployments.autoscaling.meters import LoopLoad
+from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
-from deployments.engine.answers import AnswerBuilder
 from deployments.engine.card import ModelCard
+from deployments.engine.predictions import PredictionBuilder
 from deployments.engine.tokenizers import load_pretrained_tokenizer
-from deployments.messages import Answer, PostprocessRequest, Reply
-from deployments.stages.replica import placement
+from deployments.messages import Call, Postprocessed, PostprocessRequest, Reply
+from deployments.stages.replica import Placement, prepare_replica
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import PostprocessRecord
 
 
 class PostprocessorStage:
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, *, placement: Placement | None = None) -> None:
         started_s = time.monotonic()
+        placement = placement or prepare_replica()
         card = ModelCard.load(config.model)
-        answers_in_words = card.task in ("token-classification", "fill-mask")
-        pretrained = load_pretrained_tokenizer(config.model, card) if answers_in_words else None
+        predicts_words = card.task in ("token-classification", "fill-mask")
+        pretrained = load_pretrained_tokenizer(config.model, card) if predicts_words else None
         # Decoding a sequence for each candidate would hold up the replica's other requests.
         self._takes_long = card.task == "fill-mask"
-        self._answers = AnswerBuilder(card, pretrained)
-        self._telemetry = Telemetry("postprocessor", config, card.name, placement().identity)
-        self._load = LoopLoad(started_s)
+        self._predictions = PredictionBuilder(card, pretrained)
+        self._telemetry = Telemetry("postprocessor", config, card.name, placement.identity)
+        self._meter = EventLoopMeter(started_s)
 
-    async def postprocess(self, requests: tuple[PostprocessRequest, ...]) -> tuple[Reply[Answer], ...]:
-        with self._load.requests(len(requests)):
+    async def postprocess(self, calls: tuple[Call[PostprocessRequest], ...]) -> tuple[Reply[Postprocessed], ...]:
+        with self._meter.requests(len(calls)):
             if not self._takes_long:
-                return self._postprocess(requests)
-            with self._load.in_thread():
-                return await asyncio.to_thread(self._postprocess, requests)
+                return self._postprocess(calls)
+            with self._meter.in_thread():
+                return await asyncio.to_thread(self._postprocess, calls)
 
-    def _postprocess(self, requests: tuple[PostprocessRequest, ...]) -> tuple[Reply[Answer], ...]:
-        records = [PostprocessRecord(request.envelope) for request in requests]
-        answers: list[Answer | None] = [None] * len(requests)
+    def _postprocess(self, calls: tuple[Call[PostprocessRequest], ...]) -> tuple[Reply[Postprocessed], ...]:
+        records = [PostprocessRecord(call.envelope) for call in calls]
+        results: list[Postprocessed | None] = [None] * len(calls)
         with self._telemetry.stages(records):
-            for i, (request, record) in enumerate(zip(requests, records, strict=True)):
+            for i, (call, record) in enumerate(zip(calls, records, strict=True)):
                 with self._telemetry.part(record):
-                    fragments = self._answers.fragments(
+                    request = call.request
+                    fragments = self._predictions.fragments(
                         request.tokenized, request.outputs, request.options, request.texts
                     )
                     record.output_length = sum(map(len, fragments))
-                    answers[i] = Answer(fragments)
-        return tuple(record.reply(answer) for record, answer in zip(records, answers, strict=True))
+                    results[i] = Postprocessed(fragments)
+        return tuple(record.reply(result) for record, result in zip(records, results, strict=True))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Serve, for the autoscaling policy."""
-        return self._load.load().stats()
+        return self._meter.report().stats()
 
     def __del__(self) -> None:
         if hasattr(self, "_telemetry"):

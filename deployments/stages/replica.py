@@ -1,4 +1,4 @@
-"""Who and where this replica is, asked of Ray once, at start."""
+"""What every stage does first: check the settings that Serve has of it, tune the process, ask Ray where it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import ray
 from ray import serve
 from ray.serve.context import ReplicaContext
 
-from deployments.autoscaling.policy import POLICY, Settings
+from deployments.autoscaling.settings import POLICY, PolicySettings
 from deployments.errors import ConfigError
 from deployments.telemetry.export.provider import ReplicaIdentity
 
@@ -29,35 +29,46 @@ class Placement:
     """Its GPUs as CUDA_VISIBLE_DEVICES names them: indices or UUIDs."""
 
 
-def placement() -> Placement:
-    """Ask Ray, and set up garbage collection for serving. Only inside a replica.
-
-    Raises ConfigError where the deployment is scaled by our policy and its settings are wrong.
-    """
-    # A request allocates some hundred objects and leaves no cycles: looking for them every 700 costs 5 % of a replica.
-    gc.set_threshold(_GC_THRESHOLD)
-    serve_context = serve.get_replica_context()
-    check_policy(serve_context)
-    ray_context = ray.get_runtime_context()
-    return Placement(
-        identity=ReplicaIdentity(
-            serve_context.replica_id.to_full_id_str(), ray_context.get_node_id(), dict(_scheduling(serve_context))
-        ),
-        app_name=serve_context.app_name,
-        cpus=float(ray_context.get_assigned_resources().get("CPU", 1.0)),  # type: ignore[no-untyped-call]
-        gpus=tuple(str(device) for device in ray_context.get_accelerator_ids().get("GPU", ())),
-    )
+def prepare_replica() -> Placement:
+    """Everything above, in a replica. Raises ConfigError."""
+    context = serve.get_replica_context()
+    check_policy(context)
+    tune_garbage_collector()
+    return placement_of(context)
 
 
 def check_policy(context: ReplicaContext) -> None:
-    """Raises ConfigError, naming the key: Serve's controller only gets the policy, and cannot refuse it."""
+    """Raises ConfigError, naming the key, where the deployment is scaled by our policy and its settings are wrong.
+
+    Serve's controller only gets the policy, and cannot refuse it.
+    """
     config: Any = getattr(context, "_deployment_config", None)
     policy = getattr(getattr(config, "autoscaling_config", None), "policy", None)
     if policy is not None and policy.policy_function == POLICY:
         try:
-            Settings.parse(policy.policy_kwargs)
+            PolicySettings.parse(policy.policy_kwargs)
         except ValueError as error:
             raise ConfigError(f"deployments.{context.deployment}.{error}") from None
+
+
+def tune_garbage_collector() -> None:
+    """Look for cycles seldom: a request allocates some hundred objects and leaves none.
+
+    At the default of 700 the search costs 5 % of a replica.
+    """
+    gc.set_threshold(_GC_THRESHOLD)
+
+
+def placement_of(context: ReplicaContext) -> Placement:
+    ray_context = ray.get_runtime_context()
+    return Placement(
+        identity=ReplicaIdentity(
+            context.replica_id.to_full_id_str(), ray_context.get_node_id(), dict(_scheduling(context))
+        ),
+        app_name=context.app_name,
+        cpus=float(ray_context.get_assigned_resources().get("CPU", 1.0)),  # type: ignore[no-untyped-call]
+        gpus=tuple(str(device) for device in ray_context.get_accelerator_ids().get("GPU", ())),
+    )
 
 
 def _scheduling(context: ReplicaContext) -> Iterator[tuple[str, float]]:

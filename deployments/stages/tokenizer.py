@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from deployments.autoscaling.meters import LoopLoad
+from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.protocol import MAX_MASKS, Encoded
 from deployments.engine.tokenizers import load_tokenizer
 from deployments.errors import InvalidField
-from deployments.messages import Ragged, Reply, Tokenized, TokenizeRequest
-from deployments.stages.replica import placement
+from deployments.messages import Call, Ragged, Reply, Tokenized, TokenizeRequest
+from deployments.stages.replica import Placement, prepare_replica
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import TokenizeRecord
 
@@ -25,21 +25,23 @@ _INLINE_CHARS = 4_000
 
 
 class TokenizerStage:
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, *, placement: Placement | None = None) -> None:
         started_s = time.monotonic()
+        placement = placement or prepare_replica()
         self._config = config
         self._card = ModelCard.load(config.model)
         self._tokenizer = load_tokenizer(config.model, self._card)
         self._with_offsets = self._card.task == "token-classification"
         self._cache = _Cache(config.tokenizer.cache_entries, config.tokenizer.cache_max_chars)
-        self._telemetry = Telemetry("tokenizer", config, self._card.name, placement().identity)
-        self._load = LoopLoad(started_s)
+        self._telemetry = Telemetry("tokenizer", config, self._card.name, placement.identity)
+        self._meter = EventLoopMeter(started_s)
 
-    async def tokenize(self, requests: tuple[TokenizeRequest, ...]) -> tuple[Reply[Tokenized], ...]:
+    async def tokenize(self, calls: tuple[Call[TokenizeRequest], ...]) -> tuple[Reply[Tokenized], ...]:
         slow_ms = self._config.tokenizer.slow_ms
-        records = [TokenizeRecord(request.envelope, slow_ms=slow_ms) for request in requests]
+        records = [TokenizeRecord(call.envelope, slow_ms=slow_ms) for call in calls]
+        requests = [call.request for call in calls]
         results: list[Tokenized | None] = [None] * len(requests)
-        with self._load.requests(len(requests)), self._telemetry.stages(records):
+        with self._meter.requests(len(requests)), self._telemetry.stages(records):
             texts = [text for request in requests for text in _texts(request)]
             cached = {text: encoded for text in texts if (encoded := self._cache.get(text)) is not None}
             made = await self._encode_together([text for text in texts if text not in cached])
@@ -49,14 +51,14 @@ class TokenizerStage:
         return tuple(record.reply(result) for record, result in zip(records, results, strict=True))
 
     async def _encode_together(self, texts: Sequence[str]) -> dict[str, Encoded]:
-        """All in one call of the tokenizer. Empty if one of them makes it raise: each request then tries its own."""
+        """All in one call of the tokenizer. Empty where one of them makes it raise: each request then tries its own."""
         if not texts:
             return {}
         try:
             if sum(map(len, texts)) <= _INLINE_CHARS:
                 made = self._tokenizer.encode(texts, with_offsets=self._with_offsets)
             else:
-                with self._load.in_thread():
+                with self._meter.in_thread():
                     made = await asyncio.to_thread(self._tokenizer.encode, texts, with_offsets=self._with_offsets)
         except Exception:
             return {}
@@ -78,7 +80,7 @@ class TokenizerStage:
             encoded = [cached.get(text) or made.get(text) or self._encode_alone(text) for text in texts]
         else:
             encoded = [self._check_ids(value, i, request.param) for i, value in enumerate(request.inputs)]  # type: ignore[arg-type]
-        encoded = [self._cut(value, i, request) for i, value in enumerate(encoded)]
+        encoded = [self._truncate(value, i, request) for i, value in enumerate(encoded)]
         result = _result(encoded, with_offsets=self._with_offsets)
         record.token_count = sum(result.ids.lengths)
         record.was_truncated = any(result.truncated)
@@ -99,8 +101,8 @@ class TokenizerStage:
             )
         return Encoded(array.astype(np.int32), len(array))
 
-    def _cut(self, encoded: Encoded, index: int, request: TokenizeRequest) -> Encoded:
-        """Refuse what the model cannot take, and cut token ids that are too long (texts are cut already)."""
+    def _truncate(self, encoded: Encoded, index: int, request: TokenizeRequest) -> Encoded:
+        """Refuse what the model cannot take, and truncate token ids (texts are truncated already)."""
         longest = self._card.max_length
         if encoded.full_length == 0:
             raise InvalidField(f"{request.param}[{index}] has no tokens", param=request.param)
@@ -133,7 +135,7 @@ class TokenizerStage:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Serve, for the autoscaling policy."""
-        return self._load.load().stats()
+        return self._meter.report().stats()
 
     def __del__(self) -> None:
         if hasattr(self, "_telemetry"):

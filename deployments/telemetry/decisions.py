@@ -4,45 +4,39 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import SpanContext, TraceFlags
 
 from deployments.config import AppConfig, TelemetryConfig
-from deployments.telemetry import names
+from deployments.telemetry import metrics, names
 from deployments.telemetry.export.provider import Provider, ReplicaIdentity
+from deployments.telemetry.export.span import Span
 from deployments.telemetry.gauges.instruments import show_process
 from deployments.telemetry.measures import Measures
-from deployments.telemetry.names import MetricSpec
-from deployments.telemetry.spans import Span
+from deployments.telemetry.metrics import MetricSpec
+
+Stated = Mapping[str, str | float]
+"""What a decision was made on and what it decided: the attributes of its span, without their prefix."""
+_PREFIX = "ai.autoscaling."
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingRecord:
-    """One decision on one deployment. Times are Unix nanoseconds."""
+    """One decision on one deployment. Times are Unix nanoseconds.
+
+    Attributes:
+        stated: what ``span_specs`` lists for the span; only some of it is read here.
+    """
 
     application: str
     deployment: str
     seen_unix_ns: int
     """When the newest report that it was made on was taken."""
     decided_unix_ns: int
-    reason: str
-    from_replicas: int
-    to_replicas: int
-    needed_replicas: int
-    """Without bounds."""
-    max_replicas: int
-    running_replicas: int
-    reports: int
-    demand: float
-    queue_depth: float
-    queue_wait_ms: float
-    target_queue_wait_ms: float
-    oldest_age_ms: float
-    throughput: float
-    start_ms: float
+    stated: Stated
 
 
 class DecisionTelemetry:
@@ -56,12 +50,12 @@ class DecisionTelemetry:
         self._latest: dict[tuple[str, str], ScalingRecord] = {}
         self._lock = threading.Lock()
         show_process(self._measures)
-        self._show(names.SCALING_TARGET, lambda record: record.to_replicas)
-        self._show(names.SCALING_RUNNING, lambda record: record.running_replicas)
-        self._show(names.SCALING_MAX, lambda record: record.max_replicas)
-        self._show(names.SCALING_DEMAND, lambda record: record.demand)
-        self._show(names.SCALING_QUEUE_WAIT, lambda record: record.queue_wait_ms)
-        self._show(names.SCALING_TARGET_WAIT, lambda record: record.target_queue_wait_ms)
+        self._show(metrics.SCALING_TARGET, "to_replicas")
+        self._show(metrics.SCALING_RUNNING, "running_replicas")
+        self._show(metrics.SCALING_MAX, "max_replicas")
+        self._show(metrics.SCALING_DEMAND, "demand")
+        self._show(metrics.SCALING_QUEUE_WAIT, "queue_wait_ms")
+        self._show(metrics.SCALING_TARGET_WAIT, "target_queue_wait_ms")
 
     def take(self, record: ScalingRecord, is_news: bool) -> None:
         """Show it, and if it is a change of mind keep it. From any thread."""
@@ -69,9 +63,9 @@ class DecisionTelemetry:
             self._latest[record.application, record.deployment] = record
             if is_news:
                 self._provider.sink.take(_span(record, self._ids))
-                self._measures.raw_count(
-                    names.SCALING_DECISIONS, {**_attributes_of(record), "ai.autoscaling.reason": record.reason}
-                )
+                reason = {names.AI_AUTOSCALING_REASON: str(record.stated["reason"])}
+                self._measures.count(metrics.SCALING_DECISIONS, 1, {**_deployment_of(record), **reason})
+                self._measures.flush()
             self._provider.sink.tick()
 
     def forget(self, application: str, deployment: str) -> None:
@@ -82,9 +76,11 @@ class DecisionTelemetry:
     def close(self) -> None:
         self._provider.close()
 
-    def _show(self, spec: MetricSpec, read: Callable[[ScalingRecord], float]) -> None:
+    def _show(self, spec: MetricSpec, name: str) -> None:
+        """A gauge of what the latest decisions state under this name."""
         self._measures.gauge(
-            spec, lambda: [(read(record), _attributes_of(record)) for record in list(self._latest.values())]
+            spec,
+            lambda: [(float(record.stated[name]), _deployment_of(record)) for record in list(self._latest.values())],
         )
 
 
@@ -98,8 +94,11 @@ def decision_telemetry(directory: str | None, node_id: str) -> DecisionTelemetry
         return _decision_telemetry(directory, node_id)
 
 
-def _attributes_of(record: ScalingRecord) -> dict[str, str]:
-    return {"ai.autoscaling.application": record.application, "ai.autoscaling.deployment": record.deployment}
+def _deployment_of(record: ScalingRecord) -> dict[str, str]:
+    return {
+        names.AI_AUTOSCALING_APPLICATION: record.application,
+        names.AI_AUTOSCALING_DEPLOYMENT: record.deployment,
+    }
 
 
 def _span(record: ScalingRecord, ids: RandomIdGenerator) -> Span:
@@ -108,30 +107,8 @@ def _span(record: ScalingRecord, ids: RandomIdGenerator) -> Span:
         name=names.SCALING_DECISION,
         trace=own,
         span_id=own.span_id,
-        parent_id=0,
-        parent_is_remote=False,
         # The two clocks may belong to two machines.
         started_unix_ns=min(record.seen_unix_ns, record.decided_unix_ns),
         ended_unix_ns=record.decided_unix_ns,
-        attributes={
-            "ai.autoscaling.application": record.application,
-            "ai.autoscaling.deployment": record.deployment,
-            "ai.autoscaling.reason": record.reason,
-            "ai.autoscaling.from_replicas": record.from_replicas,
-            "ai.autoscaling.to_replicas": record.to_replicas,
-            "ai.autoscaling.needed_replicas": record.needed_replicas,
-            "ai.autoscaling.max_replicas": record.max_replicas,
-            "ai.autoscaling.running_replicas": record.running_replicas,
-            "ai.autoscaling.reports": record.reports,
-            "ai.autoscaling.demand": record.demand,
-            "ai.autoscaling.queue_depth": int(record.queue_depth),
-            "ai.autoscaling.queue_wait_ms": record.queue_wait_ms,
-            "ai.autoscaling.target_queue_wait_ms": record.target_queue_wait_ms,
-            "ai.autoscaling.oldest_age_ms": record.oldest_age_ms,
-            "ai.autoscaling.throughput": record.throughput,
-            "ai.autoscaling.start_ms": record.start_ms,
-        },
-        fault=None,
-        links=(),
-        events=(),
+        attributes={**_deployment_of(record), **{f"{_PREFIX}{name}": value for name, value in record.stated.items()}},
     )

@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.trace import NonRecordingSpan, SpanContext, set_span_in_context
 
-from deployments.telemetry import names
+from deployments.telemetry import metrics, names
 from deployments.telemetry.carrier import from_carrier
-from deployments.telemetry.names import MetricSpec, Service
+from deployments.telemetry.metrics import MetricSpec
+from deployments.telemetry.names import Service
 from deployments.telemetry.records import (
     BatchRecord,
-    LoadRecord,
+    ModelLoadRecord,
     PostprocessRecord,
     PredictRecord,
     RequestRecord,
@@ -25,6 +26,7 @@ from deployments.telemetry.records import (
     TokenizeRecord,
 )
 
+_NONE: Mapping[str, str | int] = {}
 Reading = Callable[[], Iterable[tuple[float, dict[str, Any]]]]
 """What a gauge shows: values with their attributes."""
 
@@ -36,10 +38,10 @@ class Measures:
         self._meter, self.model = meter, model
         self._instruments: dict[str, Any] = {
             spec.name: self._create(spec)
-            for spec in names.METRICS
+            for spec in metrics.METRICS
             if spec.kind != "gauge" and spec.service in (service, "every")
         }
-        self._counts: Counter[tuple[str, str, str]] = Counter()
+        self._counts: Counter[tuple[MetricSpec, tuple[tuple[str, str | int], ...]]] = Counter()
         self._lock = threading.Lock()
 
     def _create(self, spec: MetricSpec) -> Any:
@@ -58,31 +60,28 @@ class Measures:
     def measure(self, record: object) -> None:
         _measure(record, self)
 
-    def record(self, spec: MetricSpec, value: float, exemplar: Context, **attributes: str | int) -> None:
-        self.raw(spec, value, exemplar, {"model": self.model, **attributes})
+    def record(
+        self, spec: MetricSpec, value: float, exemplar: Context, attributes: Mapping[str, str | int] = _NONE
+    ) -> None:
+        """One value of a histogram. The model's name is added where the metric has it."""
+        self._instruments[spec.name].record(value, self._complete(spec, attributes), context=exemplar)
 
-    def raw(self, spec: MetricSpec, value: float, exemplar: Context, attributes: dict[str, Any]) -> None:
-        self._instruments[spec.name].record(value, attributes, context=exemplar)
+    def count(self, spec: MetricSpec, amount: int = 1, attributes: Mapping[str, str | int] = _NONE) -> None:
+        """Add to a counter, from any thread.
 
-    def count(self, spec: MetricSpec, amount: int, attribute: str = "", value: str = "") -> None:
-        """Counted together, and given to the SDK by ``flush``: each of its measurements costs as much as a span."""
+        Added up here, and given to the SDK by ``flush``: each measurement of the SDK costs as much as a span.
+        """
         with self._lock:
-            self._counts[spec.name, attribute, value] += amount
+            self._counts[spec, tuple(attributes.items())] += amount
 
     def flush(self) -> None:
         with self._lock:
             counts, self._counts = self._counts, Counter()
-        for (name, attribute, value), amount in counts.items():
-            attributes = {"model": self.model, attribute: value} if attribute else {"model": self.model}
-            self._instruments[name].add(amount, attributes)
+        for (spec, attributes), amount in counts.items():
+            self._instruments[spec.name].add(amount, self._complete(spec, dict(attributes)))
 
-    def raw_count(self, spec: MetricSpec, attributes: dict[str, Any]) -> None:
-        """For what happens seldom."""
-        self._instruments[spec.name].add(1, attributes)
-
-    def count_lost(self, spec: MetricSpec, amount: int) -> None:
-        """Telemetry that this process lost, of whatever model."""
-        self._instruments[spec.name].add(amount, {})
+    def _complete(self, spec: MetricSpec, attributes: Mapping[str, str | int]) -> Mapping[str, str | int]:
+        return {"model": self.model, **attributes} if "model" in spec.attributes else attributes
 
 
 @functools.singledispatch
@@ -94,23 +93,22 @@ def _measure(record: object, _: Measures) -> None:
 def _(record: RequestRecord, measures: Measures) -> None:
     exemplar = _exemplar(record.context)
     latency_ns = record.ended_ns - record.started_ns
-    measures.record(names.LATENCY, latency_ns / 1e6, exemplar, outcome=record.outcome)
-    http = {
-        "http.request.method": record.method,
-        "http.route": record.route,
-        "http.response.status_code": record.status,
-        "url.scheme": record.scheme,
+    measures.record(metrics.LATENCY, latency_ns / 1e6, exemplar, {"outcome": record.outcome})
+    http: dict[str, str | int] = {
+        names.HTTP_REQUEST_METHOD: record.method,
+        names.HTTP_ROUTE: record.route,
+        names.HTTP_RESPONSE_STATUS_CODE: record.status,
+        names.URL_SCHEME: record.scheme,
     }
     if record.fault is not None:
-        http["error.type"] = record.fault.error_type
-    measures.raw(names.HTTP_DURATION, latency_ns / 1e9, exemplar, http)
+        http[names.ERROR_TYPE] = record.fault.error_type
+    measures.record(metrics.HTTP_DURATION, latency_ns / 1e9, exemplar, http)
     for stage, hop in record.hops.items():
-        if not hop.answered:
-            continue
-        measures.record(names.TRANSIT, hop.transit_ns / 1e6, exemplar, stage=stage)
-    measures.count(names.REQUESTS, 1, "outcome", record.outcome)
+        if hop.has_reply:
+            measures.record(metrics.TRANSIT, hop.transit_ns / 1e6, exemplar, {"stage": stage})
+    measures.count(metrics.REQUESTS, 1, {"outcome": record.outcome})
     if record.fault is None:
-        measures.count(names.TOKENS, record.tokens)
+        measures.count(metrics.TOKENS, record.tokens)
 
 
 def _exemplar(context: SpanContext) -> Context:
@@ -124,36 +122,35 @@ def _of_caller(record: StageRecord) -> Context:
 
 @_measure.register
 def _(record: TokenizeRecord, measures: Measures) -> None:
-    measures.record(names.PREPROCESSING, record.held_ns / 1e6, _of_caller(record))
+    measures.record(metrics.PREPROCESSING, record.held_ns / 1e6, _of_caller(record))
 
 
 @_measure.register
 def _(record: PredictRecord, measures: Measures) -> None:
     exemplar = _of_caller(record)
     for membership in record.memberships:
-        waited_ns = membership.busy_wait_ns + membership.fill_wait_ns
-        measures.record(names.QUEUE_WAIT, waited_ns / 1e6, exemplar)
+        measures.record(metrics.QUEUE_WAIT, membership.wait_ns / 1e6, exemplar)
     if record.unfinished is not None:
         waited_ns = record.unfinished.ended_ns - record.unfinished.started_ns
-        measures.record(names.QUEUE_WAIT, waited_ns / 1e6, exemplar)
+        measures.record(metrics.QUEUE_WAIT, waited_ns / 1e6, exemplar)
 
 
 @_measure.register
 def _(record: BatchRecord, measures: Measures) -> None:
     exemplar = _exemplar(record.context)
-    measures.record(names.MODEL_LATENCY, (record.ended_ns - record.started_ns) / 1e6, exemplar)
-    measures.record(names.BATCH_SIZE, record.size, exemplar)
+    measures.record(metrics.MODEL_LATENCY, (record.ended_ns - record.started_ns) / 1e6, exemplar)
+    measures.record(metrics.BATCH_SIZE, record.size, exemplar)
     if record.padded_tokens:
-        measures.record(names.PADDING, record.padding_ratio, exemplar)
-    measures.count(names.DISPATCHES, 1, "reason", record.reason)
+        measures.record(metrics.PADDING, record.padding_ratio, exemplar)
+    measures.count(metrics.DISPATCHES, 1, {"reason": record.reason})
 
 
 @_measure.register
 def _(record: PostprocessRecord, measures: Measures) -> None:
-    measures.record(names.POSTPROCESSING, record.held_ns / 1e6, _of_caller(record))
+    measures.record(metrics.POSTPROCESSING, record.held_ns / 1e6, _of_caller(record))
 
 
 @_measure.register
-def _(record: LoadRecord, measures: Measures) -> None:
+def _(record: ModelLoadRecord, measures: Measures) -> None:
     if record.fault is None:
-        measures.count(names.LOADS, 1, "load_type", "cold")
+        measures.count(metrics.LOADS, 1, {"load_type": "cold"})

@@ -1,14 +1,17 @@
-"""Every public name of our telemetry, as data: spans with their attributes, metrics with units and buckets."""
+"""Every name in our traces: services, spans, their attributes and events. Data only.
+
+``span_specs`` says which span carries what; ``metrics`` has the names of metrics.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 SCOPE = "slowlens"
 NAMESPACE = "slowlens"
 SETTING = "slowlens."
 """Prefix of resource attributes that say how the process is configured: behind it, the key in serve_config.yaml."""
+Service = Literal["ingress", "tokenizer", "model", "postprocessor", "autoscaler"]
 
 # --- spans -----------------------------------------------------------------------------------------------------------
 
@@ -33,348 +36,77 @@ SCALING_DECISION = "ai.autoscaling.decision"
 EVENT_SLOW_TOKENIZATION = "slow_tokenization"
 EVENT_MODEL_LOADED = "model_loaded"
 
-SpanKindName = Literal["SERVER", "CLIENT", "INTERNAL"]
-Service = Literal["ingress", "tokenizer", "model", "postprocessor", "autoscaler"]
+# --- attributes -------------------------------------------------------------------------------------------------------
 
+AI_DEVICE = "ai.device"
+AI_INPUT_COUNT = "ai.input_count"
+AI_INPUT_LENGTH = "ai.input_length"
+AI_INPUT_TEXT = "ai.input_text"
+AI_REQUEST_ID = "ai.request_id"
+AI_TOTAL_LATENCY_MS = "ai.total_latency_ms"
+AI_AUTOSCALING_APPLICATION = "ai.autoscaling.application"
+AI_AUTOSCALING_DEMAND = "ai.autoscaling.demand"
+AI_AUTOSCALING_DEPLOYMENT = "ai.autoscaling.deployment"
+AI_AUTOSCALING_FROM_REPLICAS = "ai.autoscaling.from_replicas"
+AI_AUTOSCALING_MAX_REPLICAS = "ai.autoscaling.max_replicas"
+AI_AUTOSCALING_NEEDED_REPLICAS = "ai.autoscaling.needed_replicas"
+AI_AUTOSCALING_OLDEST_AGE_MS = "ai.autoscaling.oldest_age_ms"
+AI_AUTOSCALING_QUEUE_DEPTH = "ai.autoscaling.queue_depth"
+AI_AUTOSCALING_QUEUE_WAIT_MS = "ai.autoscaling.queue_wait_ms"
+AI_AUTOSCALING_REASON = "ai.autoscaling.reason"
+AI_AUTOSCALING_REPORTS = "ai.autoscaling.reports"
+AI_AUTOSCALING_RUNNING_REPLICAS = "ai.autoscaling.running_replicas"
+AI_AUTOSCALING_START_MS = "ai.autoscaling.start_ms"
+AI_AUTOSCALING_TARGET_QUEUE_WAIT_MS = "ai.autoscaling.target_queue_wait_ms"
+AI_AUTOSCALING_THROUGHPUT = "ai.autoscaling.throughput"
+AI_AUTOSCALING_TO_REPLICAS = "ai.autoscaling.to_replicas"
+AI_BATCH_ACTUAL_SIZE = "ai.batch.actual_size"
+AI_BATCH_AVG_WAIT_MS = "ai.batch.avg_wait_ms"
+AI_BATCH_DISPATCH_REASON = "ai.batch.dispatch_reason"
+AI_BATCH_INFERENCE_MS = "ai.batch.inference_ms"
+AI_BATCH_MAX_SIZE = "ai.batch.max_size"
+AI_BATCH_MAX_WAIT_MS = "ai.batch.max_wait_ms"
+AI_BATCH_PADDED_TOKENS = "ai.batch.padded_tokens"
+AI_BATCH_PADDING_RATIO = "ai.batch.padding_ratio"
+AI_BATCH_QUEUE_BEHIND = "ai.batch.queue_behind"
+AI_BATCH_TIMEOUT_MS = "ai.batch.timeout_ms"
+AI_BATCH_TOKENS = "ai.batch.tokens"
+AI_BATCH_WAIT_TIME_MS = "ai.batch.wait_time_ms"
+AI_FORWARD_PASS_DURATION_MS = "ai.forward_pass.duration_ms"
+AI_FORWARD_PASS_OUTPUT_SHAPE = "ai.forward_pass.output_shape"
+AI_GPU_MEMORY_ALLOCATED_GB = "ai.gpu.memory_allocated_gb"
+AI_GPU_MEMORY_FREE_GB = "ai.gpu.memory_free_gb"
+AI_GPU_MEMORY_RESERVED_GB = "ai.gpu.memory_reserved_gb"
+AI_GPU_PEAK_MEMORY_GB = "ai.gpu.peak_memory_gb"
+AI_GPU_UTILIZATION_POST = "ai.gpu.utilization_post"
+AI_GPU_UTILIZATION_PRE = "ai.gpu.utilization_pre"
+AI_HOP_GROUP_SIZE = "ai.hop.group_size"
+AI_HOP_TRANSIT_MS = "ai.hop.transit_ms"
+AI_MODEL_ALREADY_LOADED = "ai.model.already_loaded"
+AI_MODEL_LOAD_TIME_MS = "ai.model.load_time_ms"
+AI_MODEL_LOAD_TYPE = "ai.model.load_type"
+AI_MODEL_NAME = "ai.model.name"
+AI_POSTPROCESS_DURATION_MS = "ai.postprocess.duration_ms"
+AI_POSTPROCESS_OUTPUT_LENGTH = "ai.postprocess.output_length"
+AI_PREPROCESS_CACHE_HITS = "ai.preprocess.cache_hits"
+AI_PREPROCESS_DURATION_MS = "ai.preprocess.duration_ms"
+AI_PREPROCESS_INPUT_CHARS = "ai.preprocess.input_chars"
+AI_PREPROCESS_TOKEN_COUNT = "ai.preprocess.token_count"
+AI_PREPROCESS_WAS_TRUNCATED = "ai.preprocess.was_truncated"
+AI_QUEUE_DEPTH_ON_ARRIVAL = "ai.queue.depth_on_arrival"
+AI_QUEUE_DEVICE_BUSY_MS = "ai.queue.device_busy_ms"
+AI_QUEUE_FILL_WAIT_MS = "ai.queue.fill_wait_ms"
+CLIENT_ADDRESS = "client.address"
+ERROR_TYPE = "error.type"
+GEN_AI_OPERATION_NAME = "gen_ai.operation.name"
+GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
+GEN_AI_USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
+HTTP_REQUEST_METHOD = "http.request.method"
+HTTP_RESPONSE_STATUS_CODE = "http.response.status_code"
+HTTP_ROUTE = "http.route"
+URL_PATH = "url.path"
+URL_SCHEME = "url.scheme"
 
-@dataclass(frozen=True, slots=True)
-class SpanSpec:
-    name: str
-    kind: SpanKindName
-    service: Service
-    parent: str
-    attributes: tuple[str, ...]
-
-
-_HOP_ATTRIBUTES = ("ai.hop.transit_ms", "ai.hop.group_size")
-
-SPANS: tuple[SpanSpec, ...] = (
-    SpanSpec(
-        PREDICT,
-        "SERVER",
-        "ingress",
-        "the caller's",
-        (
-            "ai.request_id",
-            "ai.input_count",
-            "ai.input_length",
-            "ai.input_text",
-            "ai.device",
-            "ai.model.name",
-            "ai.total_latency_ms",
-            "http.request.method",
-            "http.route",
-            "http.response.status_code",
-            "url.path",
-            "url.scheme",
-            "client.address",
-            "error.type",
-            "gen_ai.operation.name",
-            "gen_ai.request.model",
-            "gen_ai.usage.input_tokens",
-        ),
-    ),
-    SpanSpec(VALIDATE, "INTERNAL", "ingress", PREDICT, ()),
-    SpanSpec(HOP_TOKENIZER, "CLIENT", "ingress", PREDICT, _HOP_ATTRIBUTES),
-    SpanSpec(
-        PREPROCESS,
-        "SERVER",
-        "tokenizer",
-        HOP_TOKENIZER,
-        (
-            "ai.preprocess.token_count",
-            "ai.preprocess.input_chars",
-            "ai.preprocess.duration_ms",
-            "ai.preprocess.was_truncated",
-            "ai.preprocess.cache_hits",
-        ),
-    ),
-    SpanSpec(HOP_MODEL, "CLIENT", "ingress", PREDICT, _HOP_ATTRIBUTES),
-    SpanSpec(
-        BATCHED_PREDICT,
-        "SERVER",
-        "model",
-        HOP_MODEL,
-        (
-            "ai.batch.max_size",
-            "ai.batch.timeout_ms",
-            "ai.batch.wait_time_ms",
-            "ai.model.load_type",
-        ),
-    ),
-    SpanSpec(
-        QUEUE,
-        "INTERNAL",
-        "model",
-        BATCHED_PREDICT,
-        (
-            "ai.queue.depth_on_arrival",
-            "ai.queue.device_busy_ms",
-            "ai.queue.fill_wait_ms",
-            "ai.queue.load_wait_ms",
-        ),
-    ),
-    SpanSpec(
-        FORWARD_PASS,
-        "INTERNAL",
-        "model",
-        BATCHED_PREDICT,
-        ("ai.forward_pass.duration_ms", "ai.batch.actual_size", "ai.batch.padding_ratio", "ai.model.name"),
-    ),
-    SpanSpec(
-        BATCH_FORWARD,
-        "INTERNAL",
-        "model",
-        "none",
-        (
-            "ai.batch.actual_size",
-            "ai.batch.max_wait_ms",
-            "ai.batch.avg_wait_ms",
-            "ai.batch.inference_ms",
-            "ai.batch.tokens",
-            "ai.batch.padded_tokens",
-            "ai.batch.padding_ratio",
-            "ai.batch.dispatch_reason",
-            "ai.batch.queue_behind",
-            "ai.model.name",
-            "ai.device",
-            "ai.forward_pass.output_shape",
-            "ai.gpu.utilization_pre",
-            "ai.gpu.utilization_post",
-            "ai.gpu.memory_free_gb",
-            "ai.gpu.peak_memory_gb",
-        ),
-    ),
-    SpanSpec(HOP_POSTPROCESSOR, "CLIENT", "ingress", PREDICT, _HOP_ATTRIBUTES),
-    SpanSpec(
-        POSTPROCESS,
-        "SERVER",
-        "postprocessor",
-        HOP_POSTPROCESSOR,
-        ("ai.postprocess.duration_ms", "ai.postprocess.output_length"),
-    ),
-    SpanSpec(RESPOND, "INTERNAL", "ingress", PREDICT, ()),
-    SpanSpec(
-        MODEL_LOAD,
-        "INTERNAL",
-        "model",
-        "none",
-        (
-            "ai.model.load_type",
-            "ai.model.load_time_ms",
-            "ai.model.already_loaded",
-            "ai.model.name",
-            "ai.device",
-            "ai.gpu.memory_allocated_gb",
-            "ai.gpu.memory_reserved_gb",
-        ),
-    ),
-    SpanSpec(LOAD_WEIGHTS, "INTERNAL", "model", MODEL_LOAD, ()),
-    SpanSpec(LOAD_DEVICE_MOVE, "INTERNAL", "model", MODEL_LOAD, ()),
-    SpanSpec(LOAD_WARM_UP, "INTERNAL", "model", MODEL_LOAD, ()),
-    SpanSpec(
-        SCALING_DECISION,
-        "INTERNAL",
-        "autoscaler",
-        "none",
-        (
-            "ai.autoscaling.application",
-            "ai.autoscaling.deployment",
-            "ai.autoscaling.reason",
-            "ai.autoscaling.from_replicas",
-            "ai.autoscaling.to_replicas",
-            "ai.autoscaling.needed_replicas",
-            "ai.autoscaling.max_replicas",
-            "ai.autoscaling.running_replicas",
-            "ai.autoscaling.reports",
-            "ai.autoscaling.demand",
-            "ai.autoscaling.queue_depth",
-            "ai.autoscaling.queue_wait_ms",
-            "ai.autoscaling.target_queue_wait_ms",
-            "ai.autoscaling.oldest_age_ms",
-            "ai.autoscaling.throughput",
-            "ai.autoscaling.start_ms",
-        ),
-    ),
-)
-
-# --- metrics ---------------------------------------------------------------------------------------------------------
-
-# Milliseconds, from a hop within one machine to a cold start.
-MS_BUCKETS = (0.5, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000)
-# The semantic conventions' advice for http.server.request.duration.
-S_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
-SIZE_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
-RATIO_BUCKETS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    name: str
-    kind: Literal["histogram", "counter", "gauge"]
-    unit: str
-    service: str
-    description: str
-    attributes: tuple[str, ...] = ()
-    buckets: tuple[float, ...] | None = None
-
-
-LATENCY = MetricSpec(
-    "ai.inference.latency", "histogram", "ms", "ingress", "Whole request", ("model", "outcome"), MS_BUCKETS
-)
-HTTP_DURATION = MetricSpec(
-    "http.server.request.duration",
-    "histogram",
-    "s",
-    "ingress",
-    "Whole request, as the semantic conventions name it",
-    ("http.request.method", "http.route", "http.response.status_code", "url.scheme", "error.type"),
-    S_BUCKETS,
-)
-TRANSIT = MetricSpec(
-    "ai.inference.transit",
-    "histogram",
-    "ms",
-    "ingress",
-    "What one hop cost beside the stage's own time",
-    ("model", "stage"),
-    MS_BUCKETS,
-)
-REQUESTS = MetricSpec(
-    "ai.inference.requests",
-    "counter",
-    "{request}",
-    "ingress",
-    "Requests by how they ended",
-    ("model", "outcome"),
-)
-TOKENS = MetricSpec(
-    "ai.inference.tokens", "counter", "{token}", "ingress", "Input tokens of answered requests", ("model",)
-)
-PREPROCESSING = MetricSpec(
-    "ai.inference.preprocessing.latency",
-    "histogram",
-    "ms",
-    "tokenizer",
-    "Tokenization",
-    ("model",),
-    MS_BUCKETS,
-)
-QUEUE_WAIT = MetricSpec(
-    "ai.inference.queue.wait_time",
-    "histogram",
-    "ms",
-    "model",
-    "Arrival at the replica until the batch began",
-    ("model",),
-    MS_BUCKETS,
-)
-MODEL_LATENCY = MetricSpec(
-    "ai.inference.model.latency", "histogram", "ms", "model", "One run of the model", ("model",), MS_BUCKETS
-)
-BATCH_SIZE = MetricSpec("ai.batch.size", "histogram", "{input}", "model", "Inputs in one run", ("model",), SIZE_BUCKETS)
-PADDING = MetricSpec(
-    "ai.batch.padding_ratio",
-    "histogram",
-    "1",
-    "model",
-    "Padding tokens over all tokens of a run",
-    ("model",),
-    RATIO_BUCKETS,
-)
-DISPATCHES = MetricSpec(
-    "ai.batch.dispatches", "counter", "{batch}", "model", "Batches by why they were cut", ("model", "reason")
-)
-OUT_OF_MEMORY = MetricSpec(
-    "ai.model.out_of_memory", "counter", "{run}", "model", "Runs that did not fit the device's memory", ("model",)
-)
-LOADS = MetricSpec("ai.model.loads", "counter", "{load}", "model", "Model loads", ("model", "load_type"))
-POSTPROCESSING = MetricSpec(
-    "ai.inference.postprocessing.latency",
-    "histogram",
-    "ms",
-    "postprocessor",
-    "Model output to answer",
-    ("model",),
-    MS_BUCKETS,
-)
-QUEUE_DEPTH = MetricSpec("ai.queue.depth", "gauge", "{input}", "model", "Inputs waiting in the replica", ("model",))
-QUEUE_AGE = MetricSpec(
-    "ai.queue.oldest_age_ms", "gauge", "ms", "model", "How long the first of them has waited", ("model",)
-)
-REPLICAS_WARM = MetricSpec(
-    "ai.model.replicas_warm",
-    "gauge",
-    "{replica}",
-    "model",
-    "1 per loaded and warm replica; sum them",
-    ("model",),
-)
-_BY_DEPLOYMENT = ("ai.autoscaling.application", "ai.autoscaling.deployment")
-SCALING_TARGET = MetricSpec(
-    "ai.autoscaling.target_replicas", "gauge", "{replica}", "autoscaler", "Replicas that are ordered", _BY_DEPLOYMENT
-)
-SCALING_RUNNING = MetricSpec(
-    "ai.autoscaling.running_replicas", "gauge", "{replica}", "autoscaler", "Replicas that run", _BY_DEPLOYMENT
-)
-SCALING_MAX = MetricSpec(
-    "ai.autoscaling.max_replicas", "gauge", "{replica}", "autoscaler", "Replicas that there may be", _BY_DEPLOYMENT
-)
-SCALING_DEMAND = MetricSpec(
-    "ai.autoscaling.demand", "gauge", "{replica}", "autoscaler", "Replicas' worth of work that arrives", _BY_DEPLOYMENT
-)
-SCALING_QUEUE_WAIT = MetricSpec(
-    "ai.autoscaling.queue_wait_ms",
-    "gauge",
-    "ms",
-    "autoscaler",
-    "How long the running replicas need for all that waits",
-    _BY_DEPLOYMENT,
-)
-SCALING_TARGET_WAIT = MetricSpec(
-    "ai.autoscaling.target_queue_wait_ms",
-    "gauge",
-    "ms",
-    "autoscaler",
-    "The wait that the operator accepts",
-    _BY_DEPLOYMENT,
-)
-SCALING_DECISIONS = MetricSpec(
-    "ai.autoscaling.decisions",
-    "counter",
-    "{decision}",
-    "autoscaler",
-    "Changes of the number of replicas",
-    (*_BY_DEPLOYMENT, "ai.autoscaling.reason"),
-)
-GPU_UTILIZATION = MetricSpec(
-    "ai.gpu.utilization_percent", "gauge", "%", "model", "Of one device of the replica", ("gpu.index",)
-)
-GPU_MEMORY = MetricSpec("ai.gpu.memory_used_gb", "gauge", "GB", "model", "Of one device of the replica", ("gpu.index",))
-HW_UTILIZATION = MetricSpec("hw.gpu.utilization", "gauge", "1", "model", "Of one device of the replica", ("hw.id",))
-HW_MEMORY_USAGE = MetricSpec("hw.gpu.memory.usage", "gauge", "By", "model", "Of one device of the replica", ("hw.id",))
-HW_MEMORY_LIMIT = MetricSpec("hw.gpu.memory.limit", "gauge", "By", "model", "Of one device of the replica", ("hw.id",))
-HW_POWER = MetricSpec("hw.power", "gauge", "W", "model", "Of one device of the replica", ("hw.id", "hw.type"))
-HW_TEMPERATURE = MetricSpec(
-    "hw.temperature", "gauge", "Cel", "model", "Of one device of the replica", ("hw.id", "hw.type")
-)
-PROCESS_CPU = MetricSpec(
-    "process.cpu.utilization",
-    "gauge",
-    "1",
-    "every",
-    "CPU time over elapsed time and CPUs of the machine, since the last export",
-)
-PROCESS_MEMORY = MetricSpec("process.memory.usage", "gauge", "By", "every", "Resident memory of the replica's process")
-DROPPED_RECORDS = MetricSpec(
-    "ai.telemetry.dropped_records",
-    "counter",
-    "{record}",
-    "every",
-    "Records lost because the telemetry thread fell behind",
-)
-UNWRITTEN_SPANS = MetricSpec(
-    "ai.telemetry.unwritten_spans", "counter", "{span}", "every", "Spans that the local store could not write"
-)
-
-METRICS: tuple[MetricSpec, ...] = tuple(value for value in list(vars().values()) if isinstance(value, MetricSpec))
+EXCEPTION_TYPE = "exception.type"
+EXCEPTION_MESSAGE = "exception.message"
+EXCEPTION_STACKTRACE = "exception.stacktrace"

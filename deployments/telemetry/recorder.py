@@ -12,30 +12,32 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags, set_span_in_context
 
+from deployments.batching.entry import Batch, BatchEntry
 from deployments.config import AppConfig
 from deployments.errors import ApiError, InternalError
 from deployments.messages import Carrier
-from deployments.telemetry import names
+from deployments.telemetry import metrics, names
 from deployments.telemetry.carrier import child_of, from_carrier, from_headers, is_sampled, to_carrier
 from deployments.telemetry.export.provider import Provider, ReplicaIdentity
 from deployments.telemetry.gauges.instruments import show_gpus, show_process
 from deployments.telemetry.gauges.nvml import GpuReader
 from deployments.telemetry.measures import Measures, Reading
-from deployments.telemetry.names import MetricSpec, Service
+from deployments.telemetry.metrics import MetricSpec
+from deployments.telemetry.names import Service
 from deployments.telemetry.records import (
     BatchRecord,
     Fault,
     HopRecord,
     Interval,
-    LoadRecord,
     Membership,
+    ModelLoadRecord,
     PostprocessRecord,
     PredictRecord,
     Record,
@@ -43,7 +45,7 @@ from deployments.telemetry.records import (
     RunInput,
     StageRecord,
     TokenizeRecord,
-    named,
+    translate_cancellation,
 )
 from deployments.telemetry.spans import SpanFactory
 
@@ -53,27 +55,6 @@ _MAX_RECORDS = 20_000
 _DRAIN_INTERVAL_S = 0.1
 _RECORDS_AT_ONCE = 8
 _logger = logging.getLogger("slowlens.telemetry")
-
-
-class QueuedInput(Protocol):
-    """What a batch's telemetry needs to know of one input in it; the gate's items are this."""
-
-    @property
-    def payload(self) -> RunInput: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def depth_on_arrival(self) -> int: ...
-    @property
-    def wait_ns(self) -> int: ...
-    @property
-    def busy_wait_ns(self) -> int: ...
-    @property
-    def fill_wait_ns(self) -> int: ...
-    @property
-    def reason(self) -> str | None: ...
-    @property
-    def queue_behind(self) -> int: ...
 
 
 class Telemetry:
@@ -113,7 +94,7 @@ class Telemetry:
         """Hand everything recorded so far to the exporters and stop."""
         self._stopped.set()
         self._thread.join(timeout=5)
-        self._drain()
+        self.flush()
         self.gpu.close()
         self._provider.close()
 
@@ -151,8 +132,8 @@ class Telemetry:
             self._emit(record)
 
     def fail(self, record: RequestRecord, error: BaseException) -> ApiError:
-        """Note why a request failed, and return what its caller is told."""
-        error = named(error)
+        """Note why a request failed, and return the error that its client gets."""
+        error = translate_cancellation(error)
         record.fault = Fault.of(error)
         trace_id = f"{record.context.trace_id:032x}"
         answer = error if isinstance(error, ApiError) else InternalError(f"internal error; its trace id is {trace_id}")
@@ -175,7 +156,7 @@ class Telemetry:
         try:
             yield interval
         except BaseException as error:
-            interval.fault = Fault.of(named(error))
+            interval.fault = Fault.of(translate_cancellation(error))
             raise
         finally:
             interval.ended_ns = time.monotonic_ns()
@@ -228,39 +209,45 @@ class Telemetry:
 
     # --- one batch ---
 
-    def batch_begins(self, items: Sequence[QueuedInput], started_ns: int) -> dict[int, Membership]:
-        """Note, in each request with an input in this batch, that its inputs run from now on. Keyed by ``id``."""
-        memberships: dict[int, Membership] = {}
-        for item in items:
-            record = item.payload.record
-            if id(record) not in memberships:
-                membership = Membership(
+    def batch_begins(self, batch: Batch[RunInput]) -> None:
+        """Note, in each request with an input in this batch, that its inputs run from now on."""
+        memberships: dict[PredictRecord, Membership] = {}
+        for entry in batch.present:
+            record = entry.payload.record
+            if record not in memberships:
+                memberships[record] = Membership(
                     self._child_of(record),
-                    started_ns,
-                    item.depth_on_arrival,
-                    item.busy_wait_ns,
-                    item.fill_wait_ns,
+                    batch.started_ns,
+                    entry.depth_on_arrival,
+                    entry.busy_wait_ns,
+                    entry.fill_wait_ns,
                 )
-                memberships[id(record)] = membership
-                record.memberships.append(membership)
-        return memberships
+                record.memberships.append(memberships[record])
+            entry.payload.membership = memberships[record]
 
     def run_begins(
-        self, items: Sequence[QueuedInput], memberships: Mapping[int, Membership], padded_tokens: int, started_ns: int
+        self,
+        batch: Batch[RunInput],
+        entries: Sequence[BatchEntry[RunInput]],
+        padded_tokens: int,
+        started_ns: int,
     ) -> BatchRecord:
-        """One run of the model, linked with every request that has an input in it. ``run_ends`` must follow."""
-        records = dict.fromkeys(id(item.payload.record) for item in items)
-        members = [memberships[record] for record in records if record in memberships]
+        """One run of the model on these entries of a batch, linked with every request that has an input among them.
+
+        ``run_ends`` must follow.
+        """
+        joined = dict.fromkeys(entry.payload.membership for entry in entries)
+        members = [membership for membership in joined if membership is not None]
         sampled = any(member.context.trace_flags.sampled for member in members)
         record = BatchRecord(
             context=self._own_trace(TraceFlags(TraceFlags.SAMPLED if sampled else TraceFlags.DEFAULT)),
             started_ns=started_ns,
-            size=len(items),
-            tokens=sum(item.tokens for item in items),
+            size=len(entries),
+            tokens=sum(entry.tokens for entry in entries),
             padded_tokens=padded_tokens,
-            reason=items[0].reason or "",
-            queue_behind=items[0].queue_behind,
-            waits_ns=[item.wait_ns for item in items],
+            reason=batch.reason,
+            queue_behind=batch.queue_behind,
+            waits_ns=[entry.wait_ns for entry in entries],
             members=members,
         )
         for member in members:
@@ -288,9 +275,9 @@ class Telemetry:
     # --- the load of the model ---
 
     @contextmanager
-    def model_load(self) -> Iterator[LoadRecord]:
+    def model_load(self) -> Iterator[ModelLoadRecord]:
         context = self._root_context(None)
-        record = LoadRecord(context, time.monotonic_ns())
+        record = ModelLoadRecord(context, time.monotonic_ns())
         try:
             yield record
         except BaseException as error:
@@ -301,7 +288,7 @@ class Telemetry:
             self._emit(record)
 
     @contextmanager
-    def load_phase(self, record: LoadRecord, name: str) -> Iterator[None]:
+    def load_phase(self, record: ModelLoadRecord, name: str) -> Iterator[None]:
         started_ns = time.monotonic_ns()
         try:
             yield
@@ -330,9 +317,10 @@ class Telemetry:
 
     def _work(self) -> None:
         while not self._stopped.wait(_DRAIN_INTERVAL_S):
-            self._drain()
+            self.flush()
 
-    def _drain(self) -> None:
+    def flush(self) -> None:
+        """Make spans and measurements of everything recorded so far, in the calling thread."""
         with self._drain_lock:
             factory = SpanFactory(
                 ids=self._ids,
@@ -346,15 +334,15 @@ class Telemetry:
                 if number % _RECORDS_AT_ONCE == 0:
                     # Let the event loop have the GIL now, not only at the interpreter's next switch.
                     time.sleep(0)
-            self._measures.flush()
             self._provider.sink.tick()
             unwritten = self._provider.sink.unwritten
             if unwritten > self._unwritten:
-                self._measures.count_lost(names.UNWRITTEN_SPANS, unwritten - self._unwritten)
+                self._measures.count(metrics.UNWRITTEN_SPANS, unwritten - self._unwritten)
                 self._unwritten = unwritten
             if self._lost:
                 lost, self._lost = self._lost, 0
-                self._measures.count_lost(names.DROPPED_RECORDS, lost)
+                self._measures.count(metrics.DROPPED_RECORDS, lost)
+            self._measures.flush()
 
     def _export(self, record: Record, factory: SpanFactory) -> None:
         try:

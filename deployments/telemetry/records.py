@@ -22,8 +22,8 @@ Result = TypeVar("Result")
 _MESSAGE_LIMIT = 500
 
 
-def named(error: BaseException) -> BaseException:
-    """The error as we speak of it: asyncio's cancellation is a client that hung up."""
+def translate_cancellation(error: BaseException) -> BaseException:
+    """The same error, but that asyncio's cancellation becomes ``Cancelled``: a client that hung up."""
     if isinstance(error, asyncio.CancelledError):
         return Cancelled("the client hung up").with_traceback(error.__traceback__)
     return error
@@ -50,7 +50,7 @@ class Fault:
         return cls(name, name, "", frames)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class StageRecord:
     """One request in one stage behind the ingress."""
 
@@ -78,7 +78,7 @@ class StageRecord:
         self.ended_ns = time.monotonic_ns()
         if error is None:
             return
-        error = named(error)
+        error = translate_cancellation(error)
         if isinstance(error, Cancelled) and self._past_deadline():
             passed = DeadlinePassed("the deadline passed while this stage had the request")
             error = passed.with_traceback(error.__traceback__)
@@ -96,7 +96,7 @@ class StageRecord:
         return Reply(self.held_ns, result)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class TokenizeRecord(StageRecord):
     input_chars: int = 0
     token_count: int = 0
@@ -105,7 +105,7 @@ class TokenizeRecord(StageRecord):
     slow_ms: float = 50.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PostprocessRecord(StageRecord):
     output_length: int = 0
 
@@ -154,6 +154,11 @@ class Membership:
     fault: Fault | None = None
 
     @property
+    def wait_ns(self) -> int:
+        """In the queue, before the batch started."""
+        return self.busy_wait_ns + self.fill_wait_ns
+
+    @property
     def is_over(self) -> bool:
         """Whether its runs have ended; a request can end before, by a hang-up or its deadline."""
         return all(run.ended_ns for run in self.runs)
@@ -174,7 +179,7 @@ class UnfinishedWait:
     fill_wait_ns: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PredictRecord(StageRecord):
     memberships: list[Membership] = field(default_factory=list)
     load: SpanContext | None = None
@@ -195,16 +200,18 @@ class PredictRecord(StageRecord):
         return min(total, self.held_ns)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class RunInput:
     """One input of a request, as the model gets it."""
 
     record: PredictRecord
     ids: Ids
+    membership: Membership | None = None
+    """The request's part in the batch that this input is in."""
 
 
 @dataclass(slots=True)
-class LoadRecord:
+class ModelLoadRecord:
     """Loading the model: its own trace, with the phases as children."""
 
     context: SpanContext
@@ -231,8 +238,8 @@ class Interval:
 class HopRecord(Interval):
     span_id: int = 0
     held_ns: int = 0
-    """What the stage reported; 0 where no answer came."""
-    answered: bool = False
+    """What the stage reported; 0 where no reply came."""
+    has_reply: bool = False
     group_size: int = 1
 
     @property
@@ -242,7 +249,7 @@ class HopRecord(Interval):
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One HTTP request, from its first byte to its answer.
+    """One HTTP request, from its first byte to its response.
 
     Its intervals follow each other without a gap: each begins where the one before ended.
     """
@@ -257,6 +264,8 @@ class RequestRecord:
     client: str
     """Its address; empty where it is not known."""
     started_ns: int
+    deadline_ns: int = 0
+    """On this process's monotonic clock."""
     ended_ns: int = 0
     intervals: list[Interval] = field(default_factory=list)
     input_count: int = 0
@@ -281,4 +290,4 @@ class RequestRecord:
         return {i.name: i for i in self.intervals if isinstance(i, HopRecord)}  # type: ignore[misc]
 
 
-Record = RequestRecord | TokenizeRecord | PredictRecord | PostprocessRecord | BatchRecord | LoadRecord
+Record = RequestRecord | TokenizeRecord | PredictRecord | PostprocessRecord | BatchRecord | ModelLoadRecord

@@ -1,58 +1,63 @@
-"""Records to spans. Runs in the telemetry thread only; one function per record, in the order of a request."""
+"""Records to spans. Runs in the telemetry thread only; one function per record, in the order of a request.
+
+What each span is, ``span_specs`` says; here it gets its values.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import SpanContext
 
 from deployments.telemetry import names
-from deployments.telemetry.carrier import from_carrier, is_sampled
+from deployments.telemetry.carrier import child_of, from_carrier, is_sampled
+from deployments.telemetry.export.span import Attributes, Event, Span
 from deployments.telemetry.records import (
     BatchRecord,
     Fault,
     HopRecord,
-    LoadRecord,
     Membership,
+    ModelLoadRecord,
     PostprocessRecord,
     PredictRecord,
     RequestRecord,
+    StageRecord,
     TokenizeRecord,
     UnfinishedWait,
 )
 
-Value = str | bool | int | float | Sequence[str]
-Attributes = Mapping[str, Value | None]
 _TEXT_LIMIT = 1000
+_INTERVAL_SPANS = {
+    "validate": names.VALIDATE,
+    "tokenizer": names.HOP_TOKENIZER,
+    "model": names.HOP_MODEL,
+    "postprocessor": names.HOP_POSTPROCESSOR,
+    "respond": names.RESPOND,
+}
+_PHASE_SPANS = {
+    "weights": names.LOAD_WEIGHTS,
+    "device_move": names.LOAD_DEVICE_MOVE,
+    "warm_up": names.LOAD_WARM_UP,
+}
 
 
-@dataclass(slots=True, eq=False)
-class Event:
-    name: str
-    unix_ns: int
-    attributes: Attributes
+class Timed(Protocol):
+    """What begins and ends, on this process's monotonic clock."""
+
+    @property
+    def started_ns(self) -> int: ...
+    @property
+    def ended_ns(self) -> int: ...
 
 
-@dataclass(slots=True, eq=False)
-class Span:
-    """A span as plain values: what ``telemetry.wire`` makes OTLP of. An attribute that is None is not there."""
-
-    name: str
-    trace: SpanContext
-    """Of any span of the trace: its id, its flags and its state are the trace's."""
-    span_id: int
-    parent_id: int
-    """0 where there is none."""
-    parent_is_remote: bool
-    started_unix_ns: int
-    ended_unix_ns: int
-    attributes: Attributes
-    fault: Fault | None
-    links: Sequence[SpanContext]
-    events: Sequence[Event]
+@dataclass(frozen=True, slots=True)
+class Between:
+    started_ns: int
+    ended_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,34 +80,81 @@ class SpanFactory:
         """All spans of a record; none if its trace is not sampled."""
         return _spans_of(record, self)
 
-    def make(
+    def root(
         self,
         name: str,
-        trace: SpanContext,
-        span_id: int,
-        parent_id: int,
-        started_ns: int,
-        ended_ns: int,
+        context: SpanContext,
+        time: Timed,
         attributes: Attributes,
+        *,
+        parent: SpanContext | None = None,
         fault: Fault | None = None,
         links: Sequence[SpanContext] = (),
         events: Sequence[Event] = (),
-        *,
-        parent_is_remote: bool = False,
     ) -> Span:
-        offset = self.wall_offset_ns
+        """The span that ``context`` is of; ``parent``, if any, is another process's."""
         return Span(
-            name,
-            trace,
-            span_id,
-            parent_id,
-            parent_is_remote,
-            offset + started_ns,
-            offset + ended_ns,
-            attributes,
-            fault,
-            links,
-            events,
+            name=name,
+            trace=context,
+            span_id=context.span_id,
+            parent_id=parent.span_id if parent is not None else 0,
+            parent_is_remote=parent is not None,
+            started_unix_ns=self.wall_offset_ns + time.started_ns,
+            ended_unix_ns=self.wall_offset_ns + time.ended_ns,
+            attributes=attributes,
+            fault=fault,
+            links=links,
+            events=events,
+        )
+
+    def child(
+        self,
+        name: str,
+        parent: SpanContext,
+        time: Timed,
+        attributes: Attributes,
+        *,
+        span_id: int = 0,
+        fault: Fault | None = None,
+        links: Sequence[SpanContext] = (),
+    ) -> Span:
+        """A span below one of this process, with a new id unless one is given."""
+        return Span(
+            name=name,
+            trace=parent,
+            span_id=span_id or self.new_id(),
+            parent_id=parent.span_id,
+            started_unix_ns=self.wall_offset_ns + time.started_ns,
+            ended_unix_ns=self.wall_offset_ns + time.ended_ns,
+            attributes=attributes,
+            fault=fault,
+            links=links,
+        )
+
+    def stage(
+        self,
+        name: str,
+        record: StageRecord,
+        attributes: Attributes,
+        *,
+        span_id: int = 0,
+        links: Sequence[SpanContext] = (),
+        events: Sequence[Event] = (),
+    ) -> Span:
+        """The span of a stage, below the hop of its caller."""
+        hop = from_carrier(record.carrier)
+        return Span(
+            name=name,
+            trace=hop,
+            span_id=span_id or self.new_id(),
+            parent_id=hop.span_id,
+            parent_is_remote=True,
+            started_unix_ns=self.wall_offset_ns + record.started_ns,
+            ended_unix_ns=self.wall_offset_ns + record.ended_ns,
+            attributes=attributes,
+            fault=record.fault,
+            links=links,
+            events=events,
         )
 
     def new_id(self) -> int:
@@ -120,62 +172,37 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
     if not root.trace_flags.sampled:
         return
     for interval in record.intervals:
-        hop = interval if isinstance(interval, HopRecord) else None
-        yield make.make(
-            _INTERVAL_SPANS[interval.name],
-            root,
-            hop.span_id if hop is not None else make.new_id(),
-            root.span_id,
-            interval.started_ns,
-            interval.ended_ns,
-            _hop_attributes(hop) if hop is not None else {},
-            interval.fault,
-        )
-    yield make.make(
-        names.PREDICT,
-        root,
-        root.span_id,
-        record.parent.span_id if record.parent is not None else 0,
-        record.started_ns,
-        record.ended_ns,
-        _root_attributes(record, make.model),
-        record.fault,
-        parent_is_remote=record.parent is not None,
-    )
+        name = _INTERVAL_SPANS[interval.name]
+        if isinstance(interval, HopRecord):
+            hop = _hop_attributes(interval)
+            yield make.child(name, root, interval, hop, span_id=interval.span_id, fault=interval.fault)
+        else:
+            yield make.child(name, root, interval, {}, fault=interval.fault)
+    attributes: Attributes = {
+        names.AI_REQUEST_ID: record.request_id,
+        names.AI_INPUT_COUNT: record.input_count,
+        names.AI_INPUT_LENGTH: record.input_length,
+        names.AI_INPUT_TEXT: [text[:_TEXT_LIMIT] for text in record.texts] if record.texts is not None else None,
+        names.AI_DEVICE: record.device or None,
+        names.AI_MODEL_NAME: make.model,
+        names.AI_TOTAL_LATENCY_MS: _ms(record.ended_ns - record.started_ns),
+        names.HTTP_REQUEST_METHOD: record.method,
+        names.HTTP_ROUTE: record.route,
+        names.HTTP_RESPONSE_STATUS_CODE: record.status or None,
+        names.URL_PATH: record.path,
+        names.URL_SCHEME: record.scheme,
+        names.CLIENT_ADDRESS: record.client or None,
+        names.GEN_AI_OPERATION_NAME: record.operation or None,
+        names.GEN_AI_REQUEST_MODEL: record.requested_model or None,
+        names.GEN_AI_USAGE_INPUT_TOKENS: record.tokens,
+    }
+    yield make.root(names.PREDICT, root, record, attributes, parent=record.parent, fault=record.fault)
 
 
-_INTERVAL_SPANS = {
-    "validate": names.VALIDATE,
-    "tokenizer": names.HOP_TOKENIZER,
-    "model": names.HOP_MODEL,
-    "postprocessor": names.HOP_POSTPROCESSOR,
-    "respond": names.RESPOND,
-}
-
-
-def _hop_attributes(hop: HopRecord) -> dict[str, Value | None]:
-    transit_ms = _ms(hop.transit_ns) if hop.answered else None
-    return {"ai.hop.transit_ms": transit_ms, "ai.hop.group_size": hop.group_size}
-
-
-def _root_attributes(record: RequestRecord, model: str) -> dict[str, Value | None]:
+def _hop_attributes(hop: HopRecord) -> Attributes:
     return {
-        "ai.request_id": record.request_id,
-        "ai.input_count": record.input_count,
-        "ai.input_length": record.input_length,
-        "ai.input_text": [text[:_TEXT_LIMIT] for text in record.texts] if record.texts is not None else None,
-        "ai.device": record.device or None,
-        "ai.model.name": model,
-        "ai.total_latency_ms": _ms(record.ended_ns - record.started_ns),
-        "http.request.method": record.method,
-        "http.route": record.route,
-        "http.response.status_code": record.status or None,
-        "url.path": record.path,
-        "url.scheme": record.scheme,
-        "client.address": record.client or None,
-        "gen_ai.operation.name": record.operation or None,
-        "gen_ai.request.model": record.requested_model or None,
-        "gen_ai.usage.input_tokens": record.tokens,
+        names.AI_HOP_TRANSIT_MS: _ms(hop.transit_ns) if hop.has_reply else None,
+        names.AI_HOP_GROUP_SIZE: hop.group_size,
     }
 
 
@@ -183,113 +210,75 @@ def _root_attributes(record: RequestRecord, model: str) -> dict[str, Value | Non
 def _(record: TokenizeRecord, make: SpanFactory) -> Iterator[Span]:
     if not is_sampled(record.carrier):
         return
-    hop = from_carrier(record.carrier)
     duration_ms = _ms(record.held_ns)
+    attributes: Attributes = {
+        names.AI_PREPROCESS_TOKEN_COUNT: record.token_count,
+        names.AI_PREPROCESS_INPUT_CHARS: record.input_chars,
+        names.AI_PREPROCESS_DURATION_MS: duration_ms,
+        names.AI_PREPROCESS_WAS_TRUNCATED: record.was_truncated,
+        names.AI_PREPROCESS_CACHE_HITS: record.cache_hits,
+    }
     slow = Event(
         names.EVENT_SLOW_TOKENIZATION,
         make.wall_offset_ns + record.ended_ns,
         {"duration_ms": duration_ms, "input_length": record.input_chars},
     )
-    yield make.make(
-        names.PREPROCESS,
-        hop,
-        make.new_id(),
-        hop.span_id,
-        record.started_ns,
-        record.ended_ns,
-        {
-            "ai.preprocess.token_count": record.token_count,
-            "ai.preprocess.input_chars": record.input_chars,
-            "ai.preprocess.duration_ms": duration_ms,
-            "ai.preprocess.was_truncated": record.was_truncated,
-            "ai.preprocess.cache_hits": record.cache_hits,
-        },
-        record.fault,
-        events=[slow] if duration_ms > record.slow_ms else [],
-        parent_is_remote=True,
-    )
+    yield make.stage(names.PREPROCESS, record, attributes, events=[slow] if duration_ms > record.slow_ms else [])
 
 
 @_spans_of.register
 def _(record: PredictRecord, make: SpanFactory) -> Iterator[Span]:
     if not is_sampled(record.carrier):
         return
-    hop = from_carrier(record.carrier)
-    own = make.new_id()
+    own = child_of(from_carrier(record.carrier), make.new_id())
     last_ns = max((membership.ended_ns for membership in record.memberships), default=0)
     for membership in record.memberships:
-        yield _queue_span(membership, hop, own, make)
-        last = membership.runs[-1]
-        # The last run, as the request lived it, is over when it has its result: a busy loop hands it out later.
+        queued = Between(membership.started_ns - membership.wait_ns, membership.started_ns)
+        yield make.child(names.QUEUE, own, queued, _queue_attributes(membership))
+        # The last run, as the request lived it, is over when it has its result: a busy loop delivers it later.
         is_last = not membership.is_over or membership.ended_ns == last_ns
-        ended_ns = record.ended_ns if is_last else membership.ended_ns
-        yield make.make(
-            names.FORWARD_PASS,
-            hop,
-            membership.context.span_id,
-            own,
-            membership.started_ns,
-            ended_ns,
-            {
-                "ai.forward_pass.duration_ms": _ms(ended_ns - membership.started_ns),
-                "ai.batch.actual_size": last.size,
-                "ai.batch.padding_ratio": last.padding_ratio,
-                "ai.model.name": make.model,
-            },
-            membership.fault if membership.is_over else record.fault,
-            links=[run.context for run in membership.runs],
-        )
-    waits = [m.busy_wait_ns + m.fill_wait_ns for m in record.memberships]
+        yield _forward_pass(membership, record, own, record.ended_ns if is_last else membership.ended_ns, make)
+    waits_ns = [membership.wait_ns for membership in record.memberships]
     if record.unfinished is not None:
-        yield _unfinished_queue_span(record.unfinished, record.fault, hop, own, make)
-        waits.append(record.unfinished.ended_ns - record.unfinished.started_ns)
-    waited_ns = max(waits, default=0)
-    yield make.make(
-        names.BATCHED_PREDICT,
-        hop,
-        own,
-        hop.span_id,
-        record.started_ns,
-        record.ended_ns,
-        {
-            "ai.batch.max_size": make.max_batch_size,
-            "ai.batch.timeout_ms": make.max_wait_ms,
-            "ai.batch.wait_time_ms": _ms(waited_ns),
-            "ai.model.load_type": "cold" if record.load is not None else "warm",
-        },
-        record.fault,
-        links=[record.load] if record.load is not None else [],
-        parent_is_remote=True,
-    )
+        wait = record.unfinished
+        yield make.child(names.QUEUE, own, wait, _queue_attributes(wait), fault=record.fault)
+        waits_ns.append(wait.ended_ns - wait.started_ns)
+    attributes: Attributes = {
+        names.AI_BATCH_MAX_SIZE: make.max_batch_size,
+        names.AI_BATCH_TIMEOUT_MS: make.max_wait_ms,
+        names.AI_BATCH_WAIT_TIME_MS: _ms(max(waits_ns, default=0)),
+        names.AI_MODEL_LOAD_TYPE: "cold" if record.load is not None else "warm",
+    }
+    links = [record.load] if record.load is not None else []
+    yield make.stage(names.BATCHED_PREDICT, record, attributes, span_id=own.span_id, links=links)
 
 
-def _queue_span(membership: Membership, trace: SpanContext, parent_id: int, make: SpanFactory) -> Span:
-    waited_ns = membership.busy_wait_ns + membership.fill_wait_ns
-    return make.make(
-        names.QUEUE,
-        trace,
-        make.new_id(),
-        parent_id,
-        membership.started_ns - waited_ns,
-        membership.started_ns,
-        _queue_attributes(membership),
-    )
-
-
-def _unfinished_queue_span(
-    wait: UnfinishedWait, fault: Fault | None, trace: SpanContext, parent_id: int, make: SpanFactory
+def _forward_pass(
+    membership: Membership, record: PredictRecord, own: SpanContext, ended_ns: int, make: SpanFactory
 ) -> Span:
-    attributes = _queue_attributes(wait)
-    return make.make(names.QUEUE, trace, make.new_id(), parent_id, wait.started_ns, wait.ended_ns, attributes, fault)
+    last = membership.runs[-1]
+    attributes: Attributes = {
+        names.AI_FORWARD_PASS_DURATION_MS: _ms(ended_ns - membership.started_ns),
+        names.AI_BATCH_ACTUAL_SIZE: last.size,
+        names.AI_BATCH_PADDING_RATIO: last.padding_ratio,
+        names.AI_MODEL_NAME: make.model,
+    }
+    return make.child(
+        names.FORWARD_PASS,
+        own,
+        Between(membership.started_ns, ended_ns),
+        attributes,
+        span_id=membership.context.span_id,
+        fault=membership.fault if membership.is_over else record.fault,
+        links=[run.context for run in membership.runs],
+    )
 
 
-def _queue_attributes(wait: Membership | UnfinishedWait) -> dict[str, Value | None]:
+def _queue_attributes(wait: Membership | UnfinishedWait) -> Attributes:
     return {
-        "ai.queue.depth_on_arrival": wait.depth_on_arrival,
-        "ai.queue.device_busy_ms": _ms(wait.busy_wait_ns),
-        "ai.queue.fill_wait_ms": _ms(wait.fill_wait_ns),
-        # The model is loaded before a replica takes its first call, so nothing waits for it here.
-        "ai.queue.load_wait_ms": 0.0,
+        names.AI_QUEUE_DEPTH_ON_ARRIVAL: wait.depth_on_arrival,
+        names.AI_QUEUE_DEVICE_BUSY_MS: _ms(wait.busy_wait_ns),
+        names.AI_QUEUE_FILL_WAIT_MS: _ms(wait.fill_wait_ns),
     }
 
 
@@ -298,92 +287,58 @@ def _(record: BatchRecord, make: SpanFactory) -> Iterator[Span]:
     members = [member.context for member in record.members if member.context.trace_flags.sampled]
     if not members:
         return
-    pre, post = record.gpu_utilization
-    yield make.make(
-        names.BATCH_FORWARD,
-        record.context,
-        record.context.span_id,
-        0,
-        record.started_ns,
-        record.ended_ns,
-        {
-            "ai.batch.actual_size": record.size,
-            "ai.batch.max_wait_ms": _ms(max(record.waits_ns)),
-            "ai.batch.avg_wait_ms": _ms(sum(record.waits_ns) // len(record.waits_ns)),
-            "ai.batch.inference_ms": record.inference_ms,
-            "ai.batch.tokens": record.tokens,
-            "ai.batch.padded_tokens": record.padded_tokens,
-            "ai.batch.padding_ratio": record.padding_ratio,
-            "ai.batch.dispatch_reason": record.reason,
-            "ai.batch.queue_behind": record.queue_behind,
-            "ai.model.name": make.model,
-            "ai.device": record.device,
-            "ai.forward_pass.output_shape": str(list(record.output_shape)),
-            "ai.gpu.utilization_pre": pre,
-            "ai.gpu.utilization_post": post,
-            "ai.gpu.memory_free_gb": record.gpu_memory_free_gb,
-            "ai.gpu.peak_memory_gb": record.peak_memory_gb,
-        },
-        record.fault,
-        links=members,
-    )
+    before, after = record.gpu_utilization
+    attributes: Attributes = {
+        names.AI_BATCH_ACTUAL_SIZE: record.size,
+        names.AI_BATCH_MAX_WAIT_MS: _ms(max(record.waits_ns)),
+        names.AI_BATCH_AVG_WAIT_MS: _ms(sum(record.waits_ns) // len(record.waits_ns)),
+        names.AI_BATCH_INFERENCE_MS: record.inference_ms,
+        names.AI_BATCH_TOKENS: record.tokens,
+        names.AI_BATCH_PADDED_TOKENS: record.padded_tokens,
+        names.AI_BATCH_PADDING_RATIO: record.padding_ratio,
+        names.AI_BATCH_DISPATCH_REASON: record.reason,
+        names.AI_BATCH_QUEUE_BEHIND: record.queue_behind,
+        names.AI_MODEL_NAME: make.model,
+        names.AI_DEVICE: record.device,
+        names.AI_FORWARD_PASS_OUTPUT_SHAPE: str(list(record.output_shape)),
+        names.AI_GPU_UTILIZATION_PRE: before,
+        names.AI_GPU_UTILIZATION_POST: after,
+        names.AI_GPU_MEMORY_FREE_GB: record.gpu_memory_free_gb,
+        names.AI_GPU_PEAK_MEMORY_GB: record.peak_memory_gb,
+    }
+    yield make.root(names.BATCH_FORWARD, record.context, record, attributes, fault=record.fault, links=members)
 
 
 @_spans_of.register
 def _(record: PostprocessRecord, make: SpanFactory) -> Iterator[Span]:
     if not is_sampled(record.carrier):
         return
-    hop = from_carrier(record.carrier)
-    yield make.make(
-        names.POSTPROCESS,
-        hop,
-        make.new_id(),
-        hop.span_id,
-        record.started_ns,
-        record.ended_ns,
-        {
-            "ai.postprocess.duration_ms": _ms(record.held_ns),
-            "ai.postprocess.output_length": record.output_length,
-        },
-        record.fault,
-        parent_is_remote=True,
-    )
+    attributes: Attributes = {
+        names.AI_POSTPROCESS_DURATION_MS: _ms(record.held_ns),
+        names.AI_POSTPROCESS_OUTPUT_LENGTH: record.output_length,
+    }
+    yield make.stage(names.POSTPROCESS, record, attributes)
 
 
 @_spans_of.register
-def _(record: LoadRecord, make: SpanFactory) -> Iterator[Span]:
+def _(record: ModelLoadRecord, make: SpanFactory) -> Iterator[Span]:
     own = record.context
     if not own.trace_flags.sampled:
         return
     for name, started_ns, ended_ns in record.phases:
-        yield make.make(_PHASE_SPANS[name], own, make.new_id(), own.span_id, started_ns, ended_ns, {})
+        yield make.child(_PHASE_SPANS[name], own, Between(started_ns, ended_ns), {})
+    attributes: Attributes = {
+        names.AI_MODEL_LOAD_TYPE: "cold",
+        names.AI_MODEL_LOAD_TIME_MS: _ms(record.ended_ns - record.started_ns),
+        names.AI_MODEL_ALREADY_LOADED: False,
+        names.AI_MODEL_NAME: make.model,
+        names.AI_DEVICE: record.device,
+        names.AI_GPU_MEMORY_ALLOCATED_GB: record.memory_allocated_gb,
+        names.AI_GPU_MEMORY_RESERVED_GB: record.memory_reserved_gb,
+    }
     loaded = Event(names.EVENT_MODEL_LOADED, make.wall_offset_ns + record.ended_ns, {"device": record.device})
-    yield make.make(
-        names.MODEL_LOAD,
-        own,
-        own.span_id,
-        0,
-        record.started_ns,
-        record.ended_ns,
-        {
-            "ai.model.load_type": "cold",
-            "ai.model.load_time_ms": _ms(record.ended_ns - record.started_ns),
-            "ai.model.already_loaded": False,
-            "ai.model.name": make.model,
-            "ai.device": record.device,
-            "ai.gpu.memory_allocated_gb": record.memory_allocated_gb,
-            "ai.gpu.memory_reserved_gb": record.memory_reserved_gb,
-        },
-        record.fault,
-        events=[loaded] if record.fault is None else [],
-    )
-
-
-_PHASE_SPANS = {
-    "weights": names.LOAD_WEIGHTS,
-    "device_move": names.LOAD_DEVICE_MOVE,
-    "warm_up": names.LOAD_WARM_UP,
-}
+    events = [loaded] if record.fault is None else []
+    yield make.root(names.MODEL_LOAD, own, record, attributes, fault=record.fault, events=events)
 
 
 def _ms(nanoseconds: int) -> float:

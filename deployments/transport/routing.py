@@ -1,12 +1,12 @@
 """Which model replica a call goes to: the one with the least work.
 
-Serve's own router compares calls in hand. A call carries one request or many, of a few tokens or thousands, so that the
-replica with fewer calls may be the one with more to do.
+Serve's own router compares the number of outstanding calls. A call carries one request or many, of a few tokens or
+thousands, so the replica with fewer calls may be the one with more to do.
 
-1. The work of a call is the tokens of its requests. A caller knows what it has sent and what is not answered yet. That
-   is never stale; what replicas report once a second is, and callers that follow it run from one replica to the next.
-   A call counts from when it is sent, as one of the usual size until the replica has taken it.
-2. Out of a few replicas drawn at random, the one with the least to do; callers that all have nothing under way would
+1. The work of a call is the tokens of its requests. A caller knows what it has sent and what has no reply yet. That is
+   never stale; what replicas report once a second is, and callers that follow it swing from one replica to the next.
+   A call counts from when it is sent, at the usual size until the replica has taken it.
+2. Out of a few replicas sampled at random, the one with the least work; callers that all have nothing outstanding would
    otherwise all go to the same one.
 """
 
@@ -25,16 +25,18 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from deployments.messages import Call, PredictRequest
+
 ROUTER = "deployments.transport.routing:LeastWorkRouter"
-_DRAWN = 8
+_SAMPLED = 8
 _WEIGHT = 0.1
-"""Of the newest call in what is usual."""
-_EACH = 16
-"""Tokens' worth of work that every request is, beside its tokens."""
+"""Of the newest call in the usual size."""
+_TOKENS_PER_REQUEST = 16
+"""Work of a request beside its tokens, in tokens."""
 
 
 class LeastWorkRouter(FIFOMixin, RequestRouter):
-    """For calls whose first argument is a tuple of requests with ``ids`` (``messages.PredictRequest``).
+    """For actor calls whose first argument is a tuple of ``Call[PredictRequest]``.
 
     Calls of other methods of the deployment are no work.
     """
@@ -42,7 +44,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
     def initialize_state(self, **_: Any) -> None:
         self._sent: dict[tuple[ReplicaID, str], int] = {}
         self._own: Counter[ReplicaID] = Counter()
-        self._on_their_way: Counter[ReplicaID] = Counter()
+        self._sent_not_taken: Counter[ReplicaID] = Counter()
         self._usual = 0.0
 
     async def choose_replicas(
@@ -50,26 +52,26 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,  # noqa: ARG002 - Serve's signature
     ) -> list[list[RunningReplica]]:
-        drawn = random.sample(candidate_replicas, min(_DRAWN, len(candidate_replicas)))
-        drawn.sort(key=lambda replica: self.work(replica.replica_id))
+        sampled = random.sample(candidate_replicas, min(_SAMPLED, len(candidate_replicas)))
+        sampled.sort(key=lambda replica: self.work(replica.replica_id))
         # One by one: Serve takes the first that has room.
-        return [[replica] for replica in drawn]
+        return [[replica] for replica in sampled]
 
     def work(self, replica_id: ReplicaID) -> float:
-        """Tokens that were sent to the replica from here and are not answered."""
-        return self._own[replica_id] + self._usual * self._on_their_way[replica_id]
+        """Tokens that were sent to the replica from here and have no reply yet."""
+        return self._own[replica_id] + self._usual * self._sent_not_taken[replica_id]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve when replicas come or go."""
         there = {replica.replica_id for replica in replicas}
-        for counted in (self._own, self._on_their_way):
+        for counted in (self._own, self._sent_not_taken):
             for gone in counted.keys() - there:
                 del counted[gone]
         super().update_replicas(replicas)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)
-        self._on_their_way[replica_id] += 1
+        self._sent_not_taken[replica_id] += 1
 
     def on_request_routed(
         self,
@@ -86,7 +88,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         self._own[replica_id] += work
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """The call is answered; or, where it never was taken, refused."""
+        """The call has its reply; or, where it was never taken, was refused."""
         work = self._sent.pop((replica_id, internal_request_id), None)
         if work is None:
             self._arrived(replica_id)
@@ -94,10 +96,11 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
             self._own[replica_id] -= work
 
     def _arrived(self, replica_id: ReplicaID) -> None:
-        self._on_their_way[replica_id] = max(0, self._on_their_way[replica_id] - 1)
+        self._sent_not_taken[replica_id] = max(0, self._sent_not_taken[replica_id] - 1)
 
 
 def _work(args: Sequence[Any]) -> int:
-    requests = args[0] if args and isinstance(args[0], tuple) else ()
-    lengths: list[int] = [length for request in requests if hasattr(request, "ids") for length in request.ids.lengths]
-    return sum(lengths) + _EACH * len(lengths)
+    calls = args[0] if args and isinstance(args[0], tuple) else ()
+    requests = [call.request for call in calls if isinstance(call, Call) and isinstance(call.request, PredictRequest)]
+    lengths = [length for request in requests for length in request.ids.lengths]
+    return sum(lengths) + _TOKENS_PER_REQUEST * len(lengths)

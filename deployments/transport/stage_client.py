@@ -1,4 +1,4 @@
-"""A hop: one actor call from the ingress to a stage, shared by the requests that wait for the same stage."""
+"""The client of one stage: a call to it is awaited like an HTTP request, and its failures are raised."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledError
 from ray.serve.exceptions import (
@@ -18,35 +18,44 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from deployments.errors import Cancelled, DeadlinePassed, NoReplicaReady, QueueFull, ReplicaDied
-from deployments.messages import Envelope, Reply
+from deployments.messages import Call, Envelope, Reply
 from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import HopRecord, RequestRecord
 from deployments.transport.coalescing import Replies, SharedCalls
 from deployments.transport.readiness import Readiness
 
-_CONTROLLER_PATIENCE_S = 1.0
+_CONTROLLER_TIMEOUT_S = 1.0
 _GRACE_S = 0.1
 MAX_COST_US = 5_000
-"""Of a shared call, in the stage: how long one request may have to wait for the others. A larger one goes alone."""
-Result = TypeVar("Result")
+"""Of a shared call, in the stage: how long one request may have to wait for the others. A larger one is sent alone."""
 _logger = logging.getLogger("slowlens.ingress")
 
 
-class Hop:
-    """The way to one stage.
+class StageRequest(Protocol):
+    @property
+    def cost_us(self) -> int:
+        """How long the request keeps the stage busy, roughly."""
+
+
+Request = TypeVar("Request", bound=StageRequest)
+Result = TypeVar("Result")
+
+
+class StageClient(Generic[Request, Result]):
+    """Sends requests to one stage.
 
     Args:
         stage: its name.
         handle: the deployment's handle.
-        method: its method. It takes a tuple of requests (each with ``cost_us``) and returns a tuple of replies. With
-            ``replies_as_ready`` it yields tuples of ``(place of the request, reply)``, and the deployment has a method
-            ``forget`` that takes a tuple of traceparents.
+        method: its method. It takes a tuple of calls and returns a tuple of replies. With ``replies_as_ready`` it
+            yields tuples of ``(index of the call, reply)``, and the deployment has a method ``forget`` that takes a
+            tuple of traceparents.
         telemetry: for the hop's span.
-        readiness: whether the stage has a replica, asked only of calls that wait for one.
+        readiness: whether the stage has a replica, asked only for calls that wait for one.
         no_replica_wait_ms: how long a call may wait for a first replica.
-        max_cost_us: of one call.
-        rest, is_busy: see ``SharedCalls``.
+        max_cost_us: of one actor call.
+        cooldown_factor, is_busy: see ``SharedCalls``.
     """
 
     def __init__(
@@ -54,13 +63,13 @@ class Hop:
         stage: Service,
         handle: DeploymentHandle[Any],
         method: str,
+        *,
         telemetry: Telemetry,
         readiness: Readiness,
         no_replica_wait_ms: float,
-        *,
         replies_as_ready: bool = False,
         max_cost_us: int = MAX_COST_US,
-        rest: float = 0.0,
+        cooldown_factor: float = 0.0,
         is_busy: Callable[[], bool] = lambda: True,
     ) -> None:
         self._stage, self._telemetry, self._replies_as_ready = stage, telemetry, replies_as_ready
@@ -77,54 +86,46 @@ class Hop:
             self._exchange,
             max_cost_us,
             pipelined=replies_as_ready,
-            rest=rest,
+            cooldown_factor=cooldown_factor,
             is_busy=is_busy,
             forget=self._forget if replies_as_ready else None,
         )
 
-    async def call(
-        self,
-        record: RequestRecord,
-        deadline_ns: int,
-        request: Callable[[Envelope], Any],
-        result: type[Result],
-    ) -> Result:
-        """Send ``request(envelope)`` and return the stage's result.
+    async def call(self, record: RequestRecord, request: Request) -> Result:
+        """Send ``request`` on behalf of the HTTP request that ``record`` is of, and return the stage's result.
 
         Raises:
             ApiError: the stage's own failure, or 504 (deadline), 503 (no replica), 429 (queue before the stage full).
             asyncio.CancelledError: the client hung up; the request is withdrawn from the stage too.
         """
         with self._telemetry.hop(record, self._stage) as hop:
-            remaining_s = (deadline_ns - time.monotonic_ns()) / 1e9
+            remaining_s = (record.deadline_ns - time.monotonic_ns()) / 1e9
             if remaining_s <= 0:
                 raise DeadlinePassed(f"the deadline passed before the {self._stage}")
-            envelope = Envelope(
-                self._telemetry.carrier_of(record, hop), record.request_id, remaining_s * 1e3, time.time_ns()
-            )
-            message = request(envelope)
+            carrier = self._telemetry.carrier_of(record, hop)
+            envelope = Envelope(carrier, record.request_id, remaining_s * 1e3, time.time_ns())
             # The stage keeps the deadline itself and says where the time went; it has a moment to say so.
-            member = self._calls.enter(message, message.cost_us, remaining_s + _GRACE_S)
+            pending = self._calls.submit(Call(envelope, request), request.cost_us, remaining_s + _GRACE_S)
             try:
-                reply = await member.answer
+                reply: Reply[Result] = await pending.reply
             except TimeoutError:
                 raise DeadlinePassed(f"the deadline passed at the {self._stage}") from None
             finally:
-                self._calls.leave(member)
-                hop.group_size = member.group_size
-            return self._open(reply, hop, result)
+                self._calls.withdraw(pending)
+                hop.group_size = pending.group_size
+            return self._result(reply, hop)
 
-    def _open(self, reply: Reply[Any], hop: HopRecord, result: type[Result]) -> Result:
-        hop.held_ns, hop.answered = reply.held_ns, True
+    def _result(self, reply: Reply[Result], hop: HopRecord) -> Result:
+        hop.held_ns, hop.has_reply = reply.held_ns, True
         if reply.failure is not None:
             raise reply.failure.error()
-        assert isinstance(reply.result, result)
+        assert reply.result is not None
         return reply.result
 
     # --- the shared call ---
 
-    async def _exchange(self, requests: tuple[Any, ...]) -> AsyncIterator[Replies]:
-        response: Any = self._handle.remote(requests)
+    async def _exchange(self, calls: tuple[Any, ...]) -> AsyncIterator[Replies]:
+        response: Any = self._handle.remote(calls)
         replies = self._replies(response)
         first = asyncio.ensure_future(anext(replies))
         try:
@@ -163,13 +164,13 @@ class Hop:
             yield tuple(enumerate(await response))
 
     async def _has_replica(self) -> bool:
-        """Whether to wait on. A controller that does not answer says nothing about replicas."""
-        missing = await self._readiness.missing(_CONTROLLER_PATIENCE_S)
+        """Whether to keep waiting. A controller that does not answer says nothing about replicas."""
+        missing = await self._readiness.missing(_CONTROLLER_TIMEOUT_S)
         return missing is None or self._stage not in missing
 
-    async def _forget(self, request: Any) -> None:
+    async def _forget(self, call: Call[Request]) -> None:
         """Tell every replica, for Serve does not say which one has the request."""
-        response = self._handle.broadcast("forget", (request.envelope.carrier.traceparent,))
+        response = self._handle.broadcast("forget", (call.envelope.carrier.traceparent,))
         try:
             await response.results_async(return_exceptions=True)
         except Exception as error:

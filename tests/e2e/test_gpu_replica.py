@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deployments.telemetry import names
+from deployments.telemetry import metrics, names
 from tests.support.http import call
 from tests.support.nvml import FIRST, SECOND, compile_nvml
 from tests.support.otlp import OtlpReceiver
@@ -58,15 +58,15 @@ def receiver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OtlpReceiver]
 
 def test_gauges_are_of_the_one_device_of_the_replica(receiver: OtlpReceiver) -> None:
     expected = {
-        (names.GPU_UTILIZATION.name, "gpu.index", "0"): 40.0,
-        (names.GPU_MEMORY.name, "gpu.index", "0"): 1.0,
-        (names.HW_UTILIZATION.name, "hw.id", FIRST): 0.4,
-        (names.HW_MEMORY_USAGE.name, "hw.id", FIRST): 1_000_000_000,
-        (names.HW_MEMORY_LIMIT.name, "hw.id", FIRST): 80_000_000_000,
-        (names.HW_POWER.name, "hw.id", FIRST): 300.5,
-        (names.HW_TEMPERATURE.name, "hw.id", FIRST): 50.0,
+        (metrics.GPU_UTILIZATION.name, "gpu.index", "0"): 40.0,
+        (metrics.GPU_MEMORY.name, "gpu.index", "0"): 1.0,
+        (metrics.HW_UTILIZATION.name, "hw.id", FIRST): 0.4,
+        (metrics.HW_MEMORY_USAGE.name, "hw.id", FIRST): 1_000_000_000,
+        (metrics.HW_MEMORY_LIMIT.name, "hw.id", FIRST): 80_000_000_000,
+        (metrics.HW_POWER.name, "hw.id", FIRST): 300.5,
+        (metrics.HW_TEMPERATURE.name, "hw.id", FIRST): 50.0,
     }
-    receiver.metric_points(names.HW_TEMPERATURE.name)
+    receiver.metric_points(metrics.HW_TEMPERATURE.name)
     found = {}
     for service, metric, point in receiver.metrics():
         if metric.name.startswith(("ai.gpu.", "hw.")):

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.autoscaling.policy import POLICY
-from deployments.telemetry import names
+from deployments.autoscaling.settings import POLICY
+from deployments.telemetry import metrics
 from k8s.dashboards import DASHBOARDS, dashboard
 from k8s.metrics import series
 from tests.support.http import call
@@ -231,7 +231,7 @@ def test_every_query_of_every_panel_has_data(expr: str, server: Prometheus) -> N
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake libnvidia-ml")
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="the real NVML is found here first")
 def test_exemplars_lead_to_traces(server: Prometheus) -> None:
-    name = f"{series(names.LATENCY)}_bucket"
+    name = f"{series(metrics.LATENCY)}_bucket"
     server.wait_for(name)
     now = time.time()
     found = server.ask("query_exemplars", query=name, start=str(now - 300), end=str(now))

@@ -11,16 +11,16 @@ import torch
 
 from deployments.config import BatchingConfig, ModelConfig
 from deployments.engine.card import ModelCard
-from deployments.engine.encoder import TransformersEngine
+from deployments.engine.encoder import EncoderEngine
 from deployments.telemetry.gauges.nvml import GpuReader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 TEXT_IDS = [np.arange(1000, 1000 + length, dtype=np.int32) for length in (3, 17, 64, 200)]
 
 
-def engine(**config: str) -> TransformersEngine:
+def engine(**config: str) -> EncoderEngine:
     model = ModelConfig(**config)  # type: ignore[arg-type]
-    built = TransformersEngine(model, ModelCard.load(model), BatchingConfig(), has_gpu=True, cpus=1)
+    built = EncoderEngine(model, ModelCard.load(model), BatchingConfig(), has_gpu=True, cpus=1)
     phases: list[str] = []
 
     class Phase:

@@ -18,7 +18,7 @@ import yaml
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from deployments.autoscaling.policy import POLICY
+from deployments.autoscaling.settings import POLICY
 from deployments.telemetry import names
 from tests.support.http import Answer, call
 from tests.support.otlp import OtlpReceiver

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from deployments.telemetry import names
+from deployments.telemetry import metrics, names
 from tests.support.http import Answer, call, new_traceparent
 from tests.support.otlp import OtlpReceiver
 from tests.support.process import ROOT, serve_run
@@ -158,5 +158,5 @@ def test_the_examples_of_the_readme_run(running: Running) -> None:
 
 
 def test_metrics_arrive_too(running: Running) -> None:
-    assert running.receiver.metric_points(names.LATENCY.name)
-    assert running.receiver.metric_points(names.BATCH_SIZE.name)
+    assert running.receiver.metric_points(metrics.LATENCY.name)
+    assert running.receiver.metric_points(metrics.BATCH_SIZE.name)

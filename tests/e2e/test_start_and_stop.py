@@ -7,7 +7,6 @@ from collections import defaultdict
 from pathlib import Path
 
 from deployments.cli.serve import FAST
-from deployments.telemetry import names
 from tests.support.http import call
 from tests.support.process import ROOT, serve_run
 from tests.support.traces import WHOLE_TRACE
@@ -35,7 +34,7 @@ def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path:
     assert (page.status, page.error["code"]) == (404, "not_found")
     assert "args.enabled of the application slowlens-page turns it on" in page.error["message"]
     assert [WHOLE_TRACE - found[answer.trace_id] for answer in answers] == [set()] * len(answers)
-    assert {names.LATENCY.name, names.BATCH_SIZE.name, names.QUEUE_DEPTH.name} <= metrics
+    assert {metrics.LATENCY.name, metrics.BATCH_SIZE.name, metrics.QUEUE_DEPTH.name} <= metrics
 
 
 def test_slowlens_serve_starts_the_same_with_the_fast_front_and_the_page(tmp_path: Path) -> None:

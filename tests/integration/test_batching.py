@@ -16,7 +16,7 @@ import pytest
 from ray import serve
 
 from deployments.messages import Carrier, Envelope, Predicted, PredictRequest, Ragged
-from deployments.telemetry import names
+from deployments.telemetry import metrics, names
 from tests.support.cluster import run_together, wait_for_depth
 from tests.support.http import Answer, call, new_traceparent
 from tests.support.otlp import OtlpReceiver
@@ -174,7 +174,7 @@ def batches_of_all(receiver: OtlpReceiver, forwards: list[Span]) -> list[Span]:
 
 
 def out_of_memory_count(receiver: OtlpReceiver) -> int:
-    counts = [point.as_int for _, metric, point in receiver.metrics() if metric.name == names.OUT_OF_MEMORY.name]
+    counts = [point.as_int for _, metric, point in receiver.metrics() if metric.name == metrics.OUT_OF_MEMORY.name]
     return max(counts, default=0)
 
 

@@ -91,11 +91,11 @@ BAD_FIELDS = [
     ({"input": [[1, True]]}, "input", "input[0][1] must be a token id; got a boolean"),
     ({"input": [1, "a"]}, "input", "input[0][1] must be a token id; got a string"),
     ({"input": [1, 30_000]}, "input", "input[0][1] must be a token id from 0 to 29999; got 30000"),
-    ({"input": [1] * 101}, "input", "input[0] has 101 token ids; at most 100 are taken"),
+    ({"input": [1] * 101}, "input", "input[0] has 101 token ids; at most 100 are allowed"),
     ({"input": "a", "k" * 999: 1}, "k" * 80, "k is not a field of this request"),
     ({"input": [-1]}, "input", "input[0][0] must be a token id of the vocabulary; got -1"),
     ({"input": [10**30]}, "input", "must be a token id of the vocabulary"),
-    ({"input": "x" * 101}, "input", "input[0] has 101 characters; at most 100 are taken"),
+    ({"input": "x" * 101}, "input", "input[0] has 101 characters; at most 100 are allowed"),
     ({"input": "a", "encoding_format": "int8"}, "encoding_format", "'float' or 'base64'"),
     ({"input": "a", "dimensions": 0}, "dimensions", "greater than or equal to 1"),
     ({"input": "a", "dimensions": 5}, "dimensions", "dimensions must be at most 4"),
@@ -163,7 +163,7 @@ def test_413_for_too_many_inputs(port: int) -> None:
     answer = embed(port, input=["a"] * 5)
 
     assert answer.status == 413
-    assert answer.error["message"] == "input has 5 inputs; at most 4 are taken in one request"
+    assert answer.error["message"] == "input has 5 inputs; at most 4 are allowed in one request"
 
 
 def test_404_for_another_model(port: int) -> None:

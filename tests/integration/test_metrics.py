@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from deployments.telemetry import names
-from deployments.telemetry.names import METRICS, MetricSpec
+from deployments.telemetry import metrics
+from deployments.telemetry.metrics import METRICS, MetricSpec
 from tests.support.http import Answer, call
 from tests.support.otlp import OtlpReceiver
 
 NEVER_WITHOUT_GPU = {m.name for m in METRICS if m.name.startswith(("ai.gpu.", "hw."))}
-ONLY_WHEN_SOMETHING_IS_WRONG = {names.DROPPED_RECORDS.name, names.UNWRITTEN_SPANS.name, names.OUT_OF_MEMORY.name}
+ONLY_WHEN_SOMETHING_IS_WRONG = {metrics.DROPPED_RECORDS.name, metrics.UNWRITTEN_SPANS.name, metrics.OUT_OF_MEMORY.name}
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +69,13 @@ def test_every_metric_of_the_table_arrives_with_its_attributes(answers: list[Ans
 def test_outcomes_tokens_and_sizes_are_counted(answers: list[Answer], receiver: OtlpReceiver) -> None:
     by_outcome = {
         attributes(p)["outcome"]: p.as_int
-        for p in points(receiver, names.REQUESTS, lambda found: sum(p.as_int for p in found) == 4)
+        for p in points(receiver, metrics.REQUESTS, lambda found: sum(p.as_int for p in found) == 4)
     }
-    (tokens,) = points(receiver, names.TOKENS, lambda found: bool(found) and found[0].as_int == 3 * 7)
-    (sizes,) = points(receiver, names.BATCH_SIZE, lambda found: bool(found) and found[0].count == 3)
-    (loads,) = points(receiver, names.LOADS)
-    dispatches = points(receiver, names.DISPATCHES, lambda found: sum(p.as_int for p in found) == 3)
-    (warm,) = points(receiver, names.REPLICAS_WARM)
+    (tokens,) = points(receiver, metrics.TOKENS, lambda found: bool(found) and found[0].as_int == 3 * 7)
+    (sizes,) = points(receiver, metrics.BATCH_SIZE, lambda found: bool(found) and found[0].count == 3)
+    (loads,) = points(receiver, metrics.LOADS)
+    dispatches = points(receiver, metrics.DISPATCHES, lambda found: sum(p.as_int for p in found) == 3)
+    (warm,) = points(receiver, metrics.REPLICAS_WARM)
 
     assert by_outcome == {"ok": 3, "invalid": 1}
     assert attributes(tokens) == {"model": "fake-model"}
@@ -86,9 +86,9 @@ def test_outcomes_tokens_and_sizes_are_counted(answers: list[Answer], receiver: 
 
 
 def test_latencies_carry_the_trace_as_exemplar(answers: list[Answer], receiver: OtlpReceiver) -> None:
-    points(receiver, names.LATENCY, lambda found: sum(p.count for p in found) == 4)
+    points(receiver, metrics.LATENCY, lambda found: sum(p.count for p in found) == 4)
     # Those of every export: each has the exemplars since the one before.
-    of_all = [point for _, metric, point in receiver.metrics() if metric.name == names.LATENCY.name]
+    of_all = [point for _, metric, point in receiver.metrics() if metric.name == metrics.LATENCY.name]
     exemplars = {e.trace_id.hex() for point in of_all for e in point.exemplars}
 
     assert exemplars <= {answer.trace_id for answer in answers}
@@ -96,7 +96,7 @@ def test_latencies_carry_the_trace_as_exemplar(answers: list[Answer], receiver: 
 
 
 def test_server_duration_has_the_conventions_attributes(answers: list[Answer], receiver: OtlpReceiver) -> None:
-    found = points(receiver, names.HTTP_DURATION, lambda found: sum(p.count for p in found) == 4)
+    found = points(receiver, metrics.HTTP_DURATION, lambda found: sum(p.count for p in found) == 4)
     ok, invalid = sorted((attributes(point) for point in found), key=lambda a: a["http.response.status_code"])
 
     expected = {"http.request.method": "POST", "http.route": "/v1/embeddings", "url.scheme": "http"}
@@ -105,9 +105,11 @@ def test_server_duration_has_the_conventions_attributes(answers: list[Answer], r
 
 
 def test_processes_report_their_own_use(answers: list[Answer], receiver: OtlpReceiver) -> None:
-    receiver.wait_for(lambda _: len({s for s, m, _ in receiver.metrics() if m.name == names.PROCESS_MEMORY.name}) == 4)
-    memory = [p.as_int for _, m, p in receiver.metrics() if m.name == names.PROCESS_MEMORY.name]
-    cpu = [p.as_double for _, m, p in receiver.metrics() if m.name == names.PROCESS_CPU.name]
+    receiver.wait_for(
+        lambda _: len({s for s, m, _ in receiver.metrics() if m.name == metrics.PROCESS_MEMORY.name}) == 4
+    )
+    memory = [p.as_int for _, m, p in receiver.metrics() if m.name == metrics.PROCESS_MEMORY.name]
+    cpu = [p.as_double for _, m, p in receiver.metrics() if m.name == metrics.PROCESS_CPU.name]
 
     assert min(memory) > 10e6
     assert all(0 <= value <= 1.5 for value in cpu)

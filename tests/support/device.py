@@ -3,62 +3,88 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from deployments.batching.cost import RunCost
+from deployments.batching.entry import Batch, BatchEntry
 from deployments.batching.gate import AdmissionGate
-from deployments.batching.planner import GateLimits, Item
+from deployments.batching.planner import GateLimits
 from tests.support.virtual_time import now_ns
 
 FOREVER = 2**62
+_WORKERS = 2
+"""As the replica has: one runs its batch, one holds the batch that is ready to follow."""
 
 
 class Device:
-    """Runs what the gate releases; each run lasts until the test ends it."""
+    """Pulls what the gate releases; each run lasts until the test ends it."""
 
-    def __init__(self, **limits: float) -> None:
+    def __init__(self, *, clock: Callable[[], int] | None = None, **limits: float) -> None:
         self.now_ns = 0
         values = {"max_batch_size": 4, "max_batch_tokens": 100, "max_wait_ms": 0, "max_queue": 100} | limits
-        self.gate: AdmissionGate[str] = AdmissionGate(GateLimits(**values), self._execute, lambda: self.now_ns)  # type: ignore[arg-type]
-        self.runs: list[list[Item[str]]] = []
-        self._arrived: list[tuple[Item[str], asyncio.Future[str]]] = []
+        self.gate: AdmissionGate[str] = AdmissionGate(
+            GateLimits(**values),  # type: ignore[arg-type]
+            clock or (lambda: self.now_ns),
+        )
+        self.runs: list[Batch[str]] = []
+        self._pulled: list[Batch[str]] = []
+        self._idle_workers = _WORKERS
 
-    async def _execute(self, item: Item[str]) -> str:
-        done = asyncio.get_running_loop().create_future()
-        self._arrived.append((item, done))
-        return await done
+    def _pull(self) -> None:
+        """Let the idle workers ask for a batch."""
+        while self._idle_workers:
+            self._idle_workers -= 1
+            asyncio.ensure_future(self.gate.next_batch()).add_done_callback(self._take)
+
+    def _take(self, pulled: asyncio.Future[Batch[str]]) -> None:
+        if not pulled.cancelled():
+            self._pulled.append(pulled.result())
 
     def ready(self) -> list[str]:
         """Who is in the batch that is ready to follow the run."""
-        following = self.gate._released[1] if len(self.gate._released) > 1 else set()
-        return [item.payload for item, _ in self._arrived if item in following]
+        waiting = [batch for batch in self._pulled if not batch.has_started]
+        return [entry.payload for entry in waiting[0].present] if waiting else []
 
     async def start(self) -> list[str]:
-        """Start one run of all that the gate has released. Returns who is in it."""
+        """Start one run of what the gate has released. Returns who is in it."""
         await settle()
-        first = self.gate._released[0] if self.gate._released else set()
-        items = [item for item, done in self._arrived if item in first and not done.done()]
-        self.gate.begin(items)
-        self.runs.append(items)
-        return [item.payload for item in items]
+        while not self._pulled[0].present:
+            # As the device's thread does: nobody wants it any more.
+            await self._put_back(self._pulled[0])
+        return self.start_next(self._pulled[0])
+
+    def start_next(self, batch: Batch[str] | None = None) -> list[str]:
+        """The same of the batch that is ready to follow, though the end of the run before has not been told yet."""
+        batch = batch or next(batch for batch in self._pulled if not batch.has_started)
+        self.gate.begin(batch)
+        self.runs.append(batch)
+        return [entry.payload for entry in batch.present]
 
     async def end(self) -> None:
-        items = self.runs[-1]
-        self.gate.end(items)
-        for item, done in self._arrived:
-            if item in items and not done.done():
-                done.set_result(f"done {item.payload}")
-        self._arrived = [(item, done) for item, done in self._arrived if item not in items]
+        batch = self._pulled[0]
+        for entry in batch.present:
+            entry.deliver(f"done {entry.payload}")
+        await self._put_back(batch)
+
+    async def _put_back(self, batch: Batch[str]) -> None:
+        self._pulled.remove(batch)
+        self._idle_workers += 1
+        self.gate.end(batch)
+        self._pull()
         await settle()
 
     def submit(self, *names: str, tokens: int = 1, deadline_ns: int = FOREVER) -> asyncio.Task[list[object]]:
-        return asyncio.ensure_future(self.gate.submit([Item(name, tokens, deadline_ns) for name in names]))
+        return self.submit_entries([BatchEntry(name, tokens, deadline_ns) for name in names])
+
+    def submit_entries(self, entries: list[BatchEntry[str]]) -> asyncio.Task[list[object]]:
+        self._pull()
+        return asyncio.ensure_future(self.gate.submit(entries))
 
 
 def timed_device(**limits: float) -> Device:
     """Its clock is the loop's, and its runs are expected to take 40 ms."""
-    device = Device(**limits)
-    device.gate._clock = now_ns
-    device.gate.cutter.cost = RunCost(run_ns=40e6, token_ns=1)
+    device = Device(clock=now_ns, **limits)
+    device.gate.planner.cost = RunCost(run_ns=40e6, token_ns=1)
     return device
 
 

@@ -18,7 +18,8 @@ from deployments.cli.serve import FAST
 from deployments.config import AppConfig
 from deployments.errors import ApiError
 from deployments.explain.options import PageConfig
-from deployments.telemetry.names import METRICS, SPANS
+from deployments.telemetry.metrics import METRICS
+from deployments.telemetry.span_specs import SPANS
 
 README = Path(__file__).parents[2] / "README.md"
 RESULTS = README.parent / "benchmarks" / "results" / "throughput.json"

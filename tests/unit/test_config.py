@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import build
-from deployments.autoscaling.policy import POLICY, Settings
+from deployments.autoscaling.settings import POLICY, PolicySettings
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
 from deployments.explain.options import PageConfig
@@ -150,7 +150,7 @@ def test_every_stage_is_scaled_by_the_policy_and_by_it_alone() -> None:
     for deployment in APPLICATION["deployments"]:
         scaling = AutoscalingConfig(**deployment["autoscaling_config"])
         assert scaling.policy.policy_function == POLICY
-        assert Settings.parse(scaling.policy.policy_kwargs)
+        assert PolicySettings.parse(scaling.policy.policy_kwargs)
         assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (0, 0)
         assert "num_replicas" not in deployment
 

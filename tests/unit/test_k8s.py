@@ -24,7 +24,7 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.cli.serve import FAST
 from deployments.config import AppConfig
 from deployments.explain.options import PageConfig
-from deployments.telemetry.names import METRICS
+from deployments.telemetry.metrics import METRICS
 from k8s.alerts import ALERTS
 from k8s.build import HERE, SERVE_CONFIG, files
 from k8s.dashboards import DASHBOARDS, dashboard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ MAX_FILES = 9
 LAYERS = [
     {"", "errors"},
     {"config", "messages", "batching"},
-    {"telemetry.names"},
+    {"telemetry.names", "telemetry.metrics", "telemetry.span_specs"},
     {"telemetry.carrier", "telemetry.records"},
     {"telemetry.measures", "telemetry.export"},
     {"telemetry.gauges", "telemetry.spans"},
@@ -101,13 +102,29 @@ def test_rooms_are_small(room: Path) -> None:
     assert (room / "__init__.py").read_text().startswith('"""'), "a room says what it is for"
 
 
-def test_names_are_data_only() -> None:
-    assert imports(PACKAGE / "telemetry" / "names.py") <= {"__future__", "dataclasses", "typing"}
+@pytest.mark.parametrize("name", ["names", "metrics", "span_specs"])
+def test_names_are_data_only(name: str) -> None:
+    found = imports(PACKAGE / "telemetry" / f"{name}.py")
+    assert found <= {"__future__", "dataclasses", "typing", "deployments.telemetry.names"}
+
+
+def test_the_policy_needs_the_standard_library_only() -> None:
+    """Serve's controller gets it by value; what tells operators is imported when the first decision is told."""
+    for name in ("__init__", "policy", "decide", "report", "settings", "announce"):
+        tree = ast.parse((PACKAGE / "autoscaling" / f"{name}.py").read_text())
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+        found |= {node.module for node in top if isinstance(node, ast.ImportFrom) and node.module}
+        assert all(
+            module.startswith("deployments.autoscaling.") or module.partition(".")[0] in sys.stdlib_module_names
+            for module in found
+        ), name
 
 
 def test_explain_runs_without_the_server() -> None:
     """``slowlens why`` must not wait for Ray or torch."""
-    allowed = {"deployments", "deployments.telemetry.names", "deployments.errors", "deployments.config"}
+    data = {"deployments.telemetry.names", "deployments.telemetry.metrics", "deployments.telemetry.span_specs"}
+    allowed = {"deployments", "deployments.config", "deployments.batching.cost"} | data
     for path in MODULES:
         if dotted(path).startswith("explain"):
             ours = {name for name in imports(path) if name.startswith("deployments")}

@@ -14,17 +14,17 @@ from deployments.telemetry import names
 _WIDTH = 40
 # What a reader looks for first, by span: shown behind its bar.
 _SHOWN = (
-    "ai.hop.transit_ms",
-    "ai.preprocess.token_count",
-    "ai.preprocess.was_truncated",
-    "ai.model.load_type",
-    "ai.queue.device_busy_ms",
-    "ai.queue.fill_wait_ms",
-    "ai.batch.actual_size",
-    "ai.batch.padding_ratio",
-    "ai.batch.dispatch_reason",
-    "http.response.status_code",
-    "error.type",
+    names.AI_HOP_TRANSIT_MS,
+    names.AI_PREPROCESS_TOKEN_COUNT,
+    names.AI_PREPROCESS_WAS_TRUNCATED,
+    names.AI_MODEL_LOAD_TYPE,
+    names.AI_QUEUE_DEVICE_BUSY_MS,
+    names.AI_QUEUE_FILL_WAIT_MS,
+    names.AI_BATCH_ACTUAL_SIZE,
+    names.AI_BATCH_PADDING_RATIO,
+    names.AI_BATCH_DISPATCH_REASON,
+    names.HTTP_RESPONSE_STATUS_CODE,
+    names.ERROR_TYPE,
 )
 MOST_MEMBERS = 64
 """Of a batch that are shown."""
@@ -61,7 +61,7 @@ def members(trace_id: str, linked: Iterable[Span], spans: Iterable[Span]) -> Ite
     by_key = {span.key: span for span in spans}
     inputs: dict[str, int] = defaultdict(int)
     for span in by_key.values():
-        count = span.attributes.get("ai.preprocess.token_count", 0)
+        count = span.attributes.get(names.AI_PREPROCESS_TOKEN_COUNT, 0)
         inputs[span.trace_id] += count if isinstance(count, int) else 0
     for batch in (span for span in linked if span.name == names.BATCH_FORWARD):
         passes = [by_key[link] for link in batch.links[:MOST_MEMBERS] if link in by_key]

@@ -98,7 +98,7 @@ def _model(result: Breakdown, took: int, hop: Span, spans: Sequence[Span]) -> No
         # The call says how long the replica had it, but the replica's own spans are missing.
         result.unaccounted += held
         return
-    if stage.attributes.get("ai.model.load_type") == "cold":
+    if stage.attributes.get(names.AI_MODEL_LOAD_TYPE) == "cold":
         result.cold_start += result.transit - before
         result.transit = before
     inside = [s for s in spans if s.parent_id == stage.span_id]
@@ -129,7 +129,7 @@ _SHARES: dict[str, Callable[[Breakdown, int, Span, Sequence[Span]], None]] = {
 def _held(result: Breakdown, took: int, hop: Span, spans: Sequence[Span], stage: str) -> int:
     """How much of the call the stage had the request, the rest being transit; 0 where nothing says it."""
     callee = next((s for s in spans if s.parent_id == hop.span_id and s.name == stage), None)
-    transit_ms = hop.attributes.get("ai.hop.transit_ms")
+    transit_ms = hop.attributes.get(names.AI_HOP_TRANSIT_MS)
     if callee is not None:
         held = min(took, max(0, callee.end_ns - callee.start_ns))
     elif isinstance(transit_ms, int | float) and 0 <= transit_ms < float("inf"):

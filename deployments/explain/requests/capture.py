@@ -16,11 +16,11 @@ from deployments.explain.requests.request import Request, lacks_a_stage, quickes
 from deployments.explain.requests.scaling import Scaling
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.survey import Key, Survey
-from deployments.telemetry import names
+from deployments.telemetry import names, span_specs
 
 _EXPORT_NS = 5 * 10**9
 """How long after its end a span may be written."""
-_OF_THE_INGRESS = {spec.name for spec in names.SPANS if spec.service == "ingress"}
+_OF_THE_INGRESS = {spec.name for spec in span_specs.SPANS if spec.service == "ingress"}
 BINS = 60
 """Into how many equal parts of time the window is cut."""
 
@@ -171,11 +171,11 @@ def _run(span: Span) -> Run:
         key=span.key,
         started_ns=span.start_ns,
         took_ns=max(0, span.end_ns - span.start_ns),
-        size=whole(span, "ai.batch.actual_size"),
-        tokens=whole(span, "ai.batch.tokens"),
-        padded_tokens=whole(span, "ai.batch.padded_tokens"),
-        queue_behind=whole(span, "ai.batch.queue_behind"),
-        reason=str(span.attributes.get("ai.batch.dispatch_reason", "")),
+        size=whole(span, names.AI_BATCH_ACTUAL_SIZE),
+        tokens=whole(span, names.AI_BATCH_TOKENS),
+        padded_tokens=whole(span, names.AI_BATCH_PADDED_TOKENS),
+        queue_behind=whole(span, names.AI_BATCH_QUEUE_BEHIND),
+        reason=str(span.attributes.get(names.AI_BATCH_DISPATCH_REASON, "")),
         failed=span.failed,
         gpu_utilization=sum(gpu) / len(gpu) if gpu else None,
         members=span.links,

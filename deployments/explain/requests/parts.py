@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deployments.batching.cost import fit_line
 from deployments.explain.requests.capture import Capture, Run
 from deployments.explain.requests.device import Device
 from deployments.explain.requests.request import Call, Request, quickest_of
@@ -117,23 +118,16 @@ def fit_runs(runs: Iterable[Run]) -> RunFit | None:
     weights = [1.0] * len(points)
     fit = RunFit(0.0, 0.0)
     for _ in range(_ROUNDS):
-        fit = _least_squares(points, weights)
+        fit = _fit(points, weights)
         errors = [(took - fit.ms(tokens)) / took for tokens, took in points]
         scale = max(0.02, median([abs(error) for error in errors]))
         weights = [min(1.0, scale / max(error, 1e-9)) for error in errors]
     return fit
 
 
-def _least_squares(points: Sequence[tuple[int, float]], weights: Sequence[float]) -> RunFit:
-    s0 = sx = sxx = sy = sxy = 0.0
-    for (tokens, took), weight in zip(points, weights, strict=True):
-        w = weight / took**2
-        s0, sx, sxx = s0 + w, sx + w * tokens, sxx + w * tokens**2
-        sy, sxy = sy + w * took, sxy + w * tokens * took
-    determinant = s0 * sxx - sx**2
-    slope = (s0 * sxy - sx * sy) / determinant if determinant > 1e-9 * s0 * sxx else 0.0
-    slope = max(0.0, slope)
-    return RunFit(max(0.0, (sy - slope * sx) / s0), slope)
+def _fit(points: Sequence[tuple[int, float]], weights: Sequence[float]) -> RunFit:
+    run_ms, token_ms = fit_line(points, [w / took**2 for w, (_, took) in zip(weights, points, strict=True)])
+    return RunFit(max(0.0, run_ms), token_ms)
 
 
 def _one_sided_ms(call: Call, quickest: Mapping[tuple[str, str, str], Call]) -> float:

@@ -104,14 +104,14 @@ def request_of(spans: Sequence[Span]) -> Request:
         key=root.key,
         started_ns=root.start_ns,
         breakdown=break_down(spans),
-        route=str(root.attributes.get("http.route", "")),
+        route=str(root.attributes.get(names.HTTP_ROUTE, "")),
         error=Root.of(root).error,
-        request_id=str(root.attributes.get("ai.request_id", "")),
-        client=str(root.attributes.get("client.address", "")),
-        inputs=whole(root, "ai.input_count"),
-        tokens=whole(root, "gen_ai.usage.input_tokens"),
-        chars=whole(root, "ai.input_length"),
-        truncated=any(span.attributes.get("ai.preprocess.was_truncated") is True for span in spans),
+        request_id=str(root.attributes.get(names.AI_REQUEST_ID, "")),
+        client=str(root.attributes.get(names.CLIENT_ADDRESS, "")),
+        inputs=whole(root, names.AI_INPUT_COUNT),
+        tokens=whole(root, names.GEN_AI_USAGE_INPUT_TOKENS),
+        chars=whole(root, names.AI_INPUT_LENGTH),
+        truncated=any(span.attributes.get(names.AI_PREPROCESS_WAS_TRUNCATED) is True for span in spans),
         replicas={
             "ingress": root.instance,
             **{stage: span.instance for stage, _, name in _STAGES for span in by_name[name]},
@@ -120,7 +120,7 @@ def request_of(spans: Sequence[Span]) -> Request:
         runs=tuple(link for span in by_name[names.FORWARD_PASS] for link in span.links),
         waits=tuple(without(_intervals(by_name[names.QUEUE]), _intervals(by_name[names.FORWARD_PASS]))),
         calls=tuple(_calls(by_name)),
-        max_wait_ms=number(predicted, "ai.batch.timeout_ms") if predicted is not None else 0.0,
+        max_wait_ms=number(predicted, names.AI_BATCH_TIMEOUT_MS) if predicted is not None else 0.0,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from deployments.explain.requests.pattern import clock
 from deployments.explain.requests.request import Request
 from deployments.explain.traces.otlp import Span
+from deployments.telemetry import names
 
 _BEFORE_NS = 5 * 10**9
 """How long before a slow request came the policy may have decided on what made it slow."""
@@ -40,7 +41,7 @@ class Scaling:
             return value if isinstance(value, int) else 0
 
         return cls(
-            str(span.attributes.get("ai.autoscaling.deployment", "")),
+            str(span.attributes.get(names.AI_AUTOSCALING_DEPLOYMENT, "")),
             span.end_ns,
             count("from_replicas"),
             count("to_replicas"),

@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from deployments.telemetry import names
+from deployments.telemetry import metrics, names
 
-_ALWAYS = {names.DROPPED_RECORDS.name, names.UNWRITTEN_SPANS.name}
+_ALWAYS = {metrics.DROPPED_RECORDS.name, metrics.UNWRITTEN_SPANS.name}
 _OF_FAILURES = {"otel.sdk.exporter.span.exported", "otel.sdk.processor.span.processed"}
 """OpenTelemetry's own: what they count with ``error.type`` is lost."""
 _DELTA = (1, "AGGREGATION_TEMPORALITY_DELTA")
@@ -38,7 +38,7 @@ class Losses:
     def _add(self, process: str, name: str, counted: dict[str, Any]) -> None:
         is_delta = counted.get("aggregationTemporality") in _DELTA
         for attributes, at_ns, value in _points(counted):
-            if name in _OF_FAILURES and "error.type" not in attributes:
+            if name in _OF_FAILURES and names.ERROR_TYPE not in attributes:
                 continue
             series = (process, name, repr(attributes))
             if is_delta:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from deployments.explain.traces.otlp import Span
-from deployments.telemetry import names
+from deployments.telemetry import names, span_specs
 
 Key = tuple[str, str]
 """Trace id and span id."""
@@ -23,7 +23,7 @@ ORDINARY, FAILED = 5_000, 500
 _MIN_SLOW = 5
 NOT_OURS = frozenset({"cancelled", "invalid_json", "invalid_field", "too_large", "model_not_found"})
 """``error.type`` of requests at whose failure the server has no part."""
-OF_A_REQUEST = {spec.name for spec in names.SPANS if spec.parent != "none"} - {
+OF_A_REQUEST = {spec.name for spec in span_specs.SPANS if spec.parent != "none"} - {
     names.LOAD_WEIGHTS,
     names.LOAD_DEVICE_MOVE,
     names.LOAD_WARM_UP,
@@ -43,7 +43,7 @@ class Root:
 
     @classmethod
     def of(cls, span: Span) -> Root:
-        error = str(span.attributes.get("error.type") or ("error" if span.failed else ""))
+        error = str(span.attributes.get(names.ERROR_TYPE) or ("error" if span.failed else ""))
         return cls(span.key, span.start_ns, max(0, span.end_ns - span.start_ns), error)
 
     @property

@@ -69,6 +69,6 @@ def _tempo_id(summary: dict[str, Any]) -> str:
 
 def _tempo_root(trace_id: str, span: dict[str, Any]) -> Root:
     attributes = {one["key"]: next(iter(one["value"].values()), "") for one in span.get("attributes", [])}
-    error = str(attributes.get("error.type") or ("error" if attributes.get("status") == "error" else ""))
+    error = str(attributes.get(names.ERROR_TYPE) or ("error" if attributes.get("status") == "error" else ""))
     key = (trace_id, str(span["spanID"]).lower().zfill(16))
     return Root(key, int(span["startTimeUnixNano"]), int(span["durationNanos"]), error)

@@ -11,8 +11,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor
 
 from deployments.telemetry.export.otlp_json import JsonEncoder, readable
+from deployments.telemetry.export.span import Span
 from deployments.telemetry.export.store import JsonLines
-from deployments.telemetry.spans import Span
 
 _MAX_LINE_SPANS = 512
 _MAX_AGE_S = 1.0
@@ -76,7 +76,7 @@ class StoreSink:
     def __init__(self, lines: JsonLines, resource: Resource) -> None:
         self.unwritten = 0
         self._lines, self._encoder = lines, JsonEncoder(resource)
-        self._spans: list[str] = []
+        self._spans: list[bytes] = []
         self._oldest_s = 0.0
         self._lock = threading.Lock()
 

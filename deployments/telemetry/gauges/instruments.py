@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from deployments.telemetry import names
+from deployments.telemetry import metrics
 from deployments.telemetry.gauges.nvml import GpuReader, GpuSample
 from deployments.telemetry.gauges.process import ProcessUsage, resident_bytes
 from deployments.telemetry.measures import Measures, Reading
@@ -14,8 +14,8 @@ Read = Callable[[GpuSample], float | None]
 
 def show_process(measures: Measures) -> None:
     usage = ProcessUsage()
-    measures.gauge(names.PROCESS_CPU, lambda: [(usage.cpu_utilization(), {})])
-    measures.gauge(names.PROCESS_MEMORY, lambda: [(resident_bytes(), {})])
+    measures.gauge(metrics.PROCESS_CPU, lambda: [(usage.cpu_utilization(), {})])
+    measures.gauge(metrics.PROCESS_MEMORY, lambda: [(resident_bytes(), {})])
 
 
 def show_gpus(measures: Measures, reader: GpuReader) -> None:
@@ -29,13 +29,13 @@ def show_gpus(measures: Measures, reader: GpuReader) -> None:
     def by_id(read: Read, **more: str) -> Reading:
         return lambda: [(v, {"hw.id": s.uuid, **more}) for s in reader.samples() if (v := read(s)) is not None]
 
-    measures.gauge(names.GPU_UTILIZATION, by_index(lambda s: s.utilization_percent))
-    measures.gauge(names.GPU_MEMORY, by_index(lambda s: _scaled(s.memory_used_bytes, 1e9)))
-    measures.gauge(names.HW_UTILIZATION, by_id(lambda s: _scaled(s.utilization_percent, 100)))
-    measures.gauge(names.HW_MEMORY_USAGE, by_id(lambda s: s.memory_used_bytes))
-    measures.gauge(names.HW_MEMORY_LIMIT, by_id(lambda s: s.memory_total_bytes))
-    measures.gauge(names.HW_POWER, by_id(lambda s: s.power_w, **{"hw.type": "gpu"}))
-    measures.gauge(names.HW_TEMPERATURE, by_id(lambda s: s.temperature_c, **{"hw.type": "gpu"}))
+    measures.gauge(metrics.GPU_UTILIZATION, by_index(lambda s: s.utilization_percent))
+    measures.gauge(metrics.GPU_MEMORY, by_index(lambda s: _scaled(s.memory_used_bytes, 1e9)))
+    measures.gauge(metrics.HW_UTILIZATION, by_id(lambda s: _scaled(s.utilization_percent, 100)))
+    measures.gauge(metrics.HW_MEMORY_USAGE, by_id(lambda s: s.memory_used_bytes))
+    measures.gauge(metrics.HW_MEMORY_LIMIT, by_id(lambda s: s.memory_total_bytes))
+    measures.gauge(metrics.HW_POWER, by_id(lambda s: s.power_w, **{"hw.type": "gpu"}))
+    measures.gauge(metrics.HW_TEMPERATURE, by_id(lambda s: s.temperature_c, **{"hw.type": "gpu"}))
 
 
 def _scaled(value: float | None, unit: float) -> float | None:

@@ -14,28 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve.config import AutoscalingPolicy
 
-from deployments.autoscaling import policy as autoscaling
-from deployments.autoscaling.policy import (
-    POLICY,
-    Announcement,
-    Decision,
-    Goal,
-    Load,
-    Memory,
-    QueueWaitPolicy,
-    Settings,
-    Sight,
-    decide,
-)
+from deployments.autoscaling import QueueWaitPolicy
+from deployments.autoscaling.announce import Announce, Announcement
+from deployments.autoscaling.decide import Decision, Goal, Memory, Observation, decide
+from deployments.autoscaling.report import LoadReport
+from deployments.autoscaling.settings import POLICY, PolicySettings
 from deployments.errors import ConfigError
 from deployments.stages.replica import check_policy
 
 GOAL = Goal(queue_wait_s=0.5, max_replicas=100)
 
 
-def waiting(seconds: float, **more: float) -> Load:
+def waiting(seconds: float, **more: float) -> LoadReport:
     """A replica in which so many seconds of its work wait."""
-    return Load(queue_depth=seconds * 10, queue_wait_ms=seconds * 1e3, throughput=10, **more)
+    return LoadReport(queue_depth=seconds * 10, queue_wait_ms=seconds * 1e3, throughput=10, **more)
 
 
 class Deployment:
@@ -47,20 +39,20 @@ class Deployment:
         self.memory = Memory()
         self._coming: list[float] = []
 
-    def look(self, load: Load | None, seconds: float = 0.5) -> Decision:
+    def look(self, load: LoadReport | None, seconds: float = 0.5) -> Decision:
         """Every running replica reports this load, for so long."""
         for _ in range(round(seconds / 0.5)):
             while self._coming and self._coming[0] <= self.now:
                 self._coming.pop(0)
                 self.running += 1
             loads = (load,) * self.running if load is not None else ()
-            made = decide(Sight(self.now, self.running, self.target, loads), self.memory, self.goal)
-            if made.replicas > self.target:
-                self._coming += [self.now + self.start_s] * (made.replicas - self.target)
-            elif made.replicas < self.target:
-                self.running = made.replicas
+            made = decide(Observation(self.now, self.running, self.target, loads), self.memory, self.goal)
+            if made.to_replicas > self.target:
+                self._coming += [self.now + self.start_s] * (made.to_replicas - self.target)
+            elif made.to_replicas < self.target:
+                self.running = made.to_replicas
                 self._coming = []
-            self.target, self.memory = made.replicas, made.memory
+            self.target, self.memory = made.to_replicas, made.memory
             self.now += 0.5
         return made
 
@@ -68,41 +60,43 @@ class Deployment:
 def test_what_waits_is_run_within_the_target() -> None:
     made = Deployment().look(waiting(3.0, demand=0.9))
 
-    assert (made.replicas, made.reason) == (6, "queue")
+    assert (made.to_replicas, made.reason) == (6, "queue")
 
 
 @given(st.integers(1, 50), st.floats(0.51, 60))
 def test_the_replicas_are_the_fewest_that_run_what_waits_within_the_target(running: int, seconds: float) -> None:
-    made = decide(Sight(0, running, running, (waiting(seconds),) * running), Memory(), Goal(0.5, max_replicas=10**6))
+    made = decide(
+        Observation(0, running, running, (waiting(seconds),) * running), Memory(), Goal(0.5, max_replicas=10**6)
+    )
 
-    assert running * seconds / made.replicas <= 0.5 * (1 + 1e-6)
-    assert running * seconds / (made.replicas - 1) > 0.5 * (1 - 1e-6)
+    assert running * seconds / made.to_replicas <= 0.5 * (1 + 1e-6)
+    assert running * seconds / (made.to_replicas - 1) > 0.5 * (1 - 1e-6)
 
 
 def test_a_wait_within_the_target_orders_nobody() -> None:
-    assert Deployment().look(waiting(0.5, demand=0.7)).replicas == 1
+    assert Deployment().look(waiting(0.5, demand=0.7)).to_replicas == 1
 
 
 def test_what_arrives_is_at_most_its_part_of_what_can_be_run() -> None:
-    made = Deployment(4).look(Load(demand=1.0))
+    made = Deployment(4).look(LoadReport(demand=1.0))
 
-    assert (made.replicas, made.reason) == (5, "demand")
+    assert (made.to_replicas, made.reason) == (5, "demand")
 
 
 def test_a_sudden_second_counts_only_with_a_queue() -> None:
-    assert Deployment().look(Load(demand=0.5, demand_now=5.0)).replicas == 1
-    assert Deployment(start_s=5).look(waiting(0.6, demand=0.5, demand_now=5.0, start_ms=5000)).replicas >= 7
+    assert Deployment().look(LoadReport(demand=0.5, demand_now=5.0)).to_replicas == 1
+    assert Deployment(start_s=5).look(waiting(0.6, demand=0.5, demand_now=5.0, start_ms=5000)).to_replicas >= 7
 
 
 def test_a_queue_that_is_gone_before_a_replica_has_started_orders_none() -> None:
-    assert Deployment(2).look(waiting(4.0, demand=0.1, start_ms=10_000)).replicas == 2
+    assert Deployment(2).look(waiting(4.0, demand=0.1, start_ms=10_000)).to_replicas == 2
 
 
 def test_a_queue_that_grows_until_replicas_start_orders_for_what_waits_then() -> None:
     # Five replicas' work arrives at one; in 10 s 41 s of it wait. To run that in 10 s more asks for four more.
     made = Deployment().look(waiting(1.0, demand=5.0, start_ms=10_000))
 
-    assert made.replicas == 10
+    assert made.to_replicas == 10
     assert made.reason == "queue"
 
 
@@ -112,54 +106,54 @@ def test_replicas_that_are_starting_are_not_ordered_again() -> None:
     # 4 s of work more wait every second.
     later = [deployment.look(waiting(1.0 + 2 * i, demand=5.0, start_ms=10_000)) for i in range(1, 20)]
 
-    assert {made.replicas for made in later} == {first.replicas}
+    assert {made.to_replicas for made in later} == {first.to_replicas}
 
 
 def test_how_long_replicas_take_is_learned_from_those_that_came() -> None:
     deployment = Deployment(start_s=8)
     deployment.look(waiting(3.0, demand=1.0))
-    made = deployment.look(Load(demand=0.1), 10)
+    made = deployment.look(LoadReport(demand=0.1), 10)
 
     assert deployment.running > 1
-    assert made.start_s == pytest.approx(8, abs=0.5)
+    assert made.start_ms / 1e3 == pytest.approx(8, abs=0.5)
 
 
 def test_the_rise_of_the_arrivals_is_followed_ahead() -> None:
     deployment = Deployment(10, start_s=30)
     for second in range(120):
-        made = deployment.look(Load(demand=(5 + second * 0.1) / deployment.running, start_ms=30_000), 1)
+        made = deployment.look(LoadReport(demand=(5 + second * 0.1) / deployment.running, start_ms=30_000), 1)
 
     # 17 replicas' work arrives, 3 more in 30 s.
     assert made.demand == pytest.approx(17, abs=0.2)
-    assert made.needed == pytest.approx(20 / 0.8, abs=1)
+    assert made.needed_replicas == pytest.approx(20 / 0.8, abs=1)
 
 
 def test_replicas_are_kept_through_a_pause_and_given_up_after_it() -> None:
     deployment = Deployment(goal=Goal(0.5, quiet_s=60, max_replicas=100))
     deployment.look(waiting(2.0))
     for _ in range(5):
-        assert deployment.look(Load(demand=0.01), 50).replicas == 4
-        deployment.look(Load(demand=0.75))
-    assert deployment.look(Load(demand=0.01), 59).replicas == 4
-    made = deployment.look(Load(demand=0.01), 3)
+        assert deployment.look(LoadReport(demand=0.01), 50).to_replicas == 4
+        deployment.look(LoadReport(demand=0.75))
+    assert deployment.look(LoadReport(demand=0.01), 59).to_replicas == 4
+    made = deployment.look(LoadReport(demand=0.01), 3)
 
-    assert made.replicas == 1
+    assert made.to_replicas == 1
 
 
 def test_the_need_that_is_kept_is_the_largest_of_the_quiet_time() -> None:
     deployment = Deployment(10)
-    deployment.look(Load(demand=0.1 / 10), 30)
-    deployment.look(Load(demand=4.0 / 10), 1)
-    made = deployment.look(Load(demand=0.1 / 10), 40)
+    deployment.look(LoadReport(demand=0.1 / 10), 30)
+    deployment.look(LoadReport(demand=4.0 / 10), 1)
+    made = deployment.look(LoadReport(demand=0.1 / 10), 40)
 
-    assert made.replicas == 5
+    assert made.to_replicas == 5
 
 
 def test_what_is_dear_to_start_stays_longer() -> None:
     deployment = Deployment(4)
 
-    assert deployment.look(Load(demand=0.01, start_ms=60_000), 299).replicas == 4
-    assert deployment.look(Load(demand=0.01, start_ms=60_000), 3).replicas == 1
+    assert deployment.look(LoadReport(demand=0.01, start_ms=60_000), 299).to_replicas == 4
+    assert deployment.look(LoadReport(demand=0.01, start_ms=60_000), 3).to_replicas == 1
 
 
 def test_a_replica_that_finds_no_room_does_not_keep_the_order_for_ever() -> None:
@@ -167,14 +161,14 @@ def test_a_replica_that_finds_no_room_does_not_keep_the_order_for_ever() -> None
     deployment.look(waiting(0.9), 600)
     assert deployment.target > 1
 
-    assert deployment.look(Load(), 62).replicas == 1
+    assert deployment.look(LoadReport(), 62).to_replicas == 1
 
 
 def test_noise_does_not_flap() -> None:
     deployment = Deployment(10, start_s=2)
     targets = []
     for demand in itertools.islice(itertools.cycle([0.70, 0.79, 0.74, 0.81, 0.72]), 400):
-        deployment.look(Load(demand=demand * 10 / deployment.running, start_ms=2000))
+        deployment.look(LoadReport(demand=demand * 10 / deployment.running, start_ms=2000))
         targets.append(deployment.target)
 
     assert sum(a != b for a, b in itertools.pairwise(targets)) <= 1
@@ -183,43 +177,43 @@ def test_noise_does_not_flap() -> None:
 def test_without_reports_nothing_changes() -> None:
     deployment = Deployment(3)
 
-    assert deployment.look(None, 600).replicas == 3
+    assert deployment.look(None, 600).to_replicas == 3
 
 
 def test_replicas_that_report_no_more_are_like_the_others() -> None:
-    made = decide(Sight(0, 4, 4, (waiting(1.0, demand=0.5),), stale=3), Memory(), GOAL)
+    made = decide(Observation(0, 4, 4, (waiting(1.0, demand=0.5),), stale=3), Memory(), GOAL)
 
     assert made.demand == pytest.approx(2.0)
-    assert made.replicas == 8
+    assert made.to_replicas == 8
     assert made.reports == 1
 
 
 def test_replicas_that_never_reported_have_nothing_to_do_yet() -> None:
     """Two hundred, of which one was asked since the controller started anew; or new ones beside a busy one."""
-    made = decide(Sight(0, 200, 200, (waiting(1.0, demand=0.9),)), Memory(), GOAL)
+    made = decide(Observation(0, 200, 200, (waiting(1.0, demand=0.9),)), Memory(), GOAL)
 
-    assert (made.demand, made.replicas) == (pytest.approx(0.9), 100)
+    assert (made.demand, made.to_replicas) == (pytest.approx(0.9), 100)
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(Load)])
+@pytest.mark.parametrize("field", [field.name for field in fields(LoadReport)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_a_report_that_cannot_be_true_counts_as_none(field: str, value: float) -> None:
     busy = waiting(1.0, demand=0.5)
-    made = decide(Sight(0, 4, 4, (busy, busy, busy, replace(busy, **{field: value}))), Memory(), GOAL)
+    made = decide(Observation(0, 4, 4, (busy, busy, busy, replace(busy, **{field: value}))), Memory(), GOAL)
 
-    assert (made.demand, made.reports, made.replicas) == (pytest.approx(2.0), 3, 8)
+    assert (made.demand, made.reports, made.to_replicas) == (pytest.approx(2.0), 3, 8)
 
 
 def test_a_need_beyond_all_bounds_is_a_number() -> None:
-    made = decide(Sight(0, 1, 1, (Load(queue_wait_ms=1e300, demand=1e300, throughput=1),)), Memory(), GOAL)
+    made = decide(Observation(0, 1, 1, (LoadReport(queue_wait_ms=1e300, demand=1e300, throughput=1),)), Memory(), GOAL)
 
-    assert (made.replicas, made.needed) == (100, 10**6)
+    assert (made.to_replicas, made.needed_replicas) == (100, 10**6)
 
 
 def test_while_inputs_wait_at_an_unknown_rate_nobody_is_given_up() -> None:
     deployment = Deployment(4, goal=Goal(0.5, min_replicas=0))
 
-    assert deployment.look(Load(queue_depth=100), 600).replicas == 4
+    assert deployment.look(LoadReport(queue_depth=100), 600).to_replicas == 4
 
 
 def test_a_replica_that_waited_for_room_says_nothing_of_how_long_the_next_one_takes() -> None:
@@ -229,18 +223,22 @@ def test_a_replica_that_waited_for_room_says_nothing_of_how_long_the_next_one_ta
     deployment.look(waiting(20, demand=0.5), 0.5)
     late = deployment.look(waiting(0, demand=0.5), 420)
 
-    assert late.start_s == pytest.approx(5, abs=0.5)
+    assert late.start_ms / 1e3 == pytest.approx(5, abs=0.5)
 
 
 def test_calls_that_wait_in_the_callers_count() -> None:
     """Replicas with ``max_ongoing_requests`` in hand hear of no more."""
-    made = decide(Sight(0, 1, 1, (Load(throughput=10.0, demand=0.5),), calls=20), Memory(), GOAL)
+    made = decide(Observation(0, 1, 1, (LoadReport(throughput=10.0, demand=0.5),), queued_calls=20), Memory(), GOAL)
 
-    assert made.replicas == 4
+    assert made.to_replicas == 4
 
 
 def test_a_replica_that_has_run_nothing_has_no_rate() -> None:
-    made = decide(Sight(0, 4, 4, (Load(throughput=10.0, demand=0.5), *[Load()] * 3), calls=20), Memory(), GOAL)
+    made = decide(
+        Observation(0, 4, 4, (LoadReport(throughput=10.0, demand=0.5), *[LoadReport()] * 3), queued_calls=20),
+        Memory(),
+        GOAL,
+    )
 
     assert made.throughput == 10
 
@@ -248,35 +246,35 @@ def test_a_replica_that_has_run_nothing_has_no_rate() -> None:
 def test_nothing_is_needed_where_nothing_comes() -> None:
     deployment = Deployment(1, goal=Goal(0.5, min_replicas=0, quiet_s=60))
 
-    assert deployment.look(Load(demand=1e-5), 59).replicas == 1
-    assert deployment.look(Load(demand=1e-5), 3).replicas == 0
+    assert deployment.look(LoadReport(demand=1e-5), 59).to_replicas == 1
+    assert deployment.look(LoadReport(demand=1e-5), 3).to_replicas == 0
 
 
 def test_a_single_request_keeps_one() -> None:
     deployment = Deployment(1, goal=Goal(0.5, min_replicas=0))
 
-    assert deployment.look(Load(demand=0.01), 600).replicas == 1
+    assert deployment.look(LoadReport(demand=0.01), 600).to_replicas == 1
 
 
 def test_from_zero_serve_starts_the_first_and_the_policy_the_rest() -> None:
     deployment = Deployment(0, goal=Goal(0.5, min_replicas=0))
 
-    assert deployment.look(None).replicas == 0
+    assert deployment.look(None).to_replicas == 0
     deployment.running = deployment.target = 1
-    assert deployment.look(waiting(2.0)).replicas == 4
+    assert deployment.look(waiting(2.0)).to_replicas == 4
 
 
 def test_the_bounds_hold_and_say_so() -> None:
     made = Deployment(goal=Goal(0.5, max_replicas=3)).look(waiting(10.0))
 
-    assert (made.replicas, made.needed, made.reason) == (3, 20, "at_max")
-    assert decide(Sight(0, 1, 1, (Load(),)), Memory(), Goal(0.5, min_replicas=2)).replicas == 2
+    assert (made.to_replicas, made.needed_replicas, made.reason) == (3, 20, "at_max")
+    assert decide(Observation(0, 1, 1, (LoadReport(),)), Memory(), Goal(0.5, min_replicas=2)).to_replicas == 2
 
 
 # --- the adapter -----------------------------------------------------------------------------------------------------
 
 
-def context(replicas: dict[str, tuple[float, Load]], *, target: int = 1, most: int = 10, **config: float) -> Any:
+def context(replicas: dict[str, tuple[float, LoadReport]], *, target: int = 1, most: int = 10, **config: float) -> Any:
     """What Serve hands over: each replica's report, taken at a time of its own clock."""
     raw: dict[str, dict[str, list[Any]]] = {}
     for replica, (taken_s, load) in replicas.items():
@@ -295,47 +293,35 @@ def context(replicas: dict[str, tuple[float, Load]], *, target: int = 1, most: i
     )
 
 
-class Clock:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+class Policy(QueueWaitPolicy):
+    """The policy on a clock that the test sets; keeps what it announces."""
+
+    def __init__(self, **policy_kwargs: Any) -> None:
+        super().__init__(**policy_kwargs)
         self.s = 1000.0
-        monkeypatch.setattr(autoscaling, "time", SimpleNamespace(monotonic=lambda: self.s, time_ns=lambda: self.ns))
+        self.announced: list[tuple[Announcement, bool]] = []
+        self.monotonic_s = lambda: self.s
+        self.unix_ns = lambda: int((self.s + 1e9) * 1e9)
+
+    def start_announcing(self, *_: object) -> Announce:  # type: ignore[override]
+        return lambda announcement, is_news: self.announced.append((announcement, is_news))
 
     @property
-    def ns(self) -> int:
-        return int((self.s + 1e9) * 1e9)
+    def news(self) -> list[Announcement]:
+        return [announcement for announcement, is_news in self.announced if is_news]
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[Announcement]:
-    found: list[Announcement] = []
-
-    def take(announcement: Announcement, is_news: bool) -> None:
-        if is_news:
-            found.append(announcement)
-
-    monkeypatch.setattr(autoscaling, "_start_telling", lambda *_: take)
-    return found
-
-
-def test_a_decision_is_told_once_with_what_it_was_made_on(clock: Clock, told: list[Announcement]) -> None:
-    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+def test_a_decision_is_told_once_with_what_it_was_made_on() -> None:
+    policy = Policy(target_queue_wait_ms=500)
     burst = {"a": (5.0, waiting(3.0, oldest_age_ms=700, demand=0.9))}
     for target in (1, 1, 6, 6):
-        clock.s += 0.5
+        policy.s += 0.5
         assert policy(context(burst, target=target)) == (6, {})
 
-    (announcement,) = told
-    assert announcement.seen_unix_ns == 5 * 10**9
-    assert announcement.flat() == {
-        "application": "slowlens",
-        "deployment": "Model",
-        "seen_unix_ns": 5 * 10**9,
-        "decided_unix_ns": int((1000.5 + 1e9) * 1e9),
+    (announcement,) = policy.news
+    assert (announcement.application, announcement.deployment) == ("slowlens", "Model")
+    assert (announcement.seen_unix_ns, announcement.decided_unix_ns) == (5 * 10**9, int((1000.5 + 1e9) * 1e9))
+    assert announcement.stated() == {
         "reason": "queue",
         "from_replicas": 1,
         "to_replicas": 6,
@@ -344,7 +330,7 @@ def test_a_decision_is_told_once_with_what_it_was_made_on(clock: Clock, told: li
         "running_replicas": 1,
         "reports": 1,
         "demand": 0.9,
-        "queue_depth": 30.0,
+        "queue_depth": 30,
         "queue_wait_ms": 3000.0,
         "target_queue_wait_ms": 500.0,
         "oldest_age_ms": 700,
@@ -352,37 +338,37 @@ def test_a_decision_is_told_once_with_what_it_was_made_on(clock: Clock, told: li
         "start_ms": 0.0,
     }
     assert str(announcement) == (
-        "Model: 1 -> 6 (queue, 6 needed), 1 run, 1 of them reported; 30 inputs wait, which takes them 3000 ms of 500 "
-        "ms; the oldest has waited 700 ms; what arrives is the work of 0.90 replicas, each of which runs 10.0 inputs a "
-        "second; a replica starts in 0.0 s"
+        "Model: 1 -> 6 replicas (queue, 6 needed), 1 running, 1 of them reported; 30 inputs wait, 3000 ms of work "
+        "(target 500 ms), the oldest for 700 ms; demand 0.90 replicas at 10.0 inputs per second each; a replica starts "
+        "in 0.0 s"
     )
 
 
-def test_too_low_a_limit_is_told_once_a_minute(clock: Clock, told: list[Announcement]) -> None:
-    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+def test_too_low_a_limit_is_told_once_a_minute() -> None:
+    policy = Policy(target_queue_wait_ms=500)
     for number in range(150):
-        clock.s += 1
+        policy.s += 1
         policy(context({name: (float(number), waiting(3.0)) for name in "ab"}, target=2, most=2))
 
-    assert [one.decision.reason for one in told] == ["at_max"] * 3
-    assert "max_replicas is 2" in str(told[0])
+    assert [one.decision.reason for one in policy.news] == ["at_max"] * 3
+    assert "max_replicas is 2" in str(policy.news[0])
 
 
-def test_old_reports_count_as_none_whatever_their_clocks_say(clock: Clock, told: list[Announcement]) -> None:
-    policy = QueueWaitPolicy(target_queue_wait_ms=500, stale_s=10)
+def test_old_reports_count_as_none_whatever_their_clocks_say() -> None:
+    policy = Policy(target_queue_wait_ms=500, stale_s=10)
     # Two replicas whose clocks are a day apart; one of them is heard no more.
     for number in range(60):
-        clock.s += 0.5
-        loads = {"a": (float(number), Load()), "b": (86_400.0, waiting(9.0))}
+        policy.s += 0.5
+        loads = {"a": (float(number), LoadReport()), "b": (86_400.0, waiting(9.0))}
         policy(context(loads, target=10, most=20))
 
-    assert (told[0].decision.reports, told[0].decision.replicas) == (2, 18)
-    assert policy._memory.needs[-1][1] == 0
+    assert (policy.news[0].decision.reports, policy.news[0].decision.to_replicas) == (2, 18)
+    assert policy.announced[-1][0].decision.needed_replicas == 0
 
 
-def test_what_serve_does_in_between_is_left_alone(clock: Clock, told: list[Announcement]) -> None:
+def test_what_serve_does_in_between_is_left_alone() -> None:
     """From zero it starts the first replica itself."""
-    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+    policy = Policy(target_queue_wait_ms=500)
     nobody = context({}, target=0)
     nobody.capacity_adjusted_min_replicas = 0
 
@@ -391,23 +377,21 @@ def test_what_serve_does_in_between_is_left_alone(clock: Clock, told: list[Annou
     assert policy(nobody) == (1, {})
 
 
-def test_what_cannot_be_decided_changes_nothing(
-    clock: Clock, told: list[Announcement], caplog: pytest.LogCaptureFixture
-) -> None:
-    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+def test_what_cannot_be_decided_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Policy(target_queue_wait_ms=500)
     broken = context({"a": (5.0, waiting(3.0))}, target=7)
     broken.capacity_adjusted_max_replicas = None
     for _ in range(3):
         assert policy(broken) == (7, {})
-        clock.s += 1
+        policy.s += 1
 
     assert caplog.text.count("Model: not scaled") == 1
 
 
-def test_between_two_reports_the_answer_is_the_same(clock: Clock, told: list[Announcement]) -> None:
-    policy = QueueWaitPolicy(target_queue_wait_ms=500)
+def test_between_two_reports_the_answer_is_the_same() -> None:
+    policy = Policy(target_queue_wait_ms=500)
     assert policy(context({"a": (1.0, waiting(3.0))}))[0] == 6
-    clock.s += 0.1
+    policy.s += 0.1
     assert policy(context({}, target=6))[0] == 6
 
 
@@ -429,14 +413,14 @@ def test_between_two_reports_the_answer_is_the_same(clock: Clock, told: list[Ann
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="policy_kwargs") as refused:
-        Settings.parse(settings)
+        PolicySettings.parse(settings)
 
     assert message in str(refused.value)
 
 
 def test_with_wrong_settings_nothing_changes_and_the_controller_lives(caplog: pytest.LogCaptureFixture) -> None:
     """Serve's control loop would stop at an exception, for all applications."""
-    policy = QueueWaitPolicy(target_queue_wait_ms=-1)
+    policy = Policy(target_queue_wait_ms=-1)
 
     assert policy(context({"a": (1.0, waiting(9.0))}, target=3)) == (3, {})
     assert "not scaled: autoscaling_config.policy.policy_kwargs.target_queue_wait_ms" in caplog.text
@@ -448,7 +432,7 @@ def test_serve_takes_it_by_value() -> None:
     script = (
         "import sys, cloudpickle; sys.modules['deployments'] = None; "
         "policy = cloudpickle.loads(sys.stdin.buffer.read())(target_queue_wait_ms=500); "
-        "print(policy._settings.target_queue_wait_ms)"
+        "print(policy.settings.target_queue_wait_ms)"
     )
     ran = subprocess.run(
         [sys.executable, "-c", script], input=policy.get_serialized_policy_def(), capture_output=True, check=False

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.batching.cost import RunCost
-from deployments.batching.planner import Item
+from deployments.batching.entry import BatchEntry
 from deployments.errors import DeadlinePassed, QueueFull
 from tests.support.device import FOREVER, Device, settle, timed_device
 from tests.support.virtual_time import now_ns, virtual
@@ -38,11 +38,10 @@ async def test_what_waits_for_a_busy_device_becomes_the_next_batch() -> None:
     assert device.gate.depth == 5
     await device.end()
     assert await device.start() == ["b", "c", "d", "e"]
-    assert {item.reason for item in device.runs[-1]} == {"full"}
-    assert {item.queue_behind for item in device.runs[-1]} == {1}
+    assert (device.runs[-1].reason, device.runs[-1].queue_behind) == ("full", 1)
     await device.end()
     assert await device.start() == ["f"]
-    assert device.runs[-1][0].reason == "device_idle"
+    assert device.runs[-1].reason == "device_idle"
     await device.end()
     assert [(await answer)[0] for answer in answers] == [f"done {name}" for name in "abcdef"]
 
@@ -57,7 +56,7 @@ async def test_padded_tokens_bound_a_batch_and_a_larger_input_runs_alone() -> No
     await settle()
     await device.end()
     assert await device.start() == ["a", "b"]
-    assert device.runs[-1][0].reason == "token_budget"
+    assert device.runs[-1].reason == "token_budget"
     await device.end()
     assert await device.start() == ["c"]
     await device.end()
@@ -79,7 +78,7 @@ async def test_the_wait_is_split_into_busy_and_fill_exactly() -> None:
     await device.end()
     device.now_ns = 53
     await device.start()
-    (b,) = device.runs[-1]
+    (b,) = device.runs[-1].entries
 
     assert (b.wait_ns, b.busy_wait_ns, b.fill_wait_ns) == (43, 40, 3)
     await device.end()
@@ -111,7 +110,6 @@ async def test_inputs_cancelled_between_release_and_run_free_the_device() -> Non
     await settle()
     assert device.gate.running == 0
     device.submit("next")
-    device._arrived.clear()
     assert await device.start() == ["next"]
     await device.end()
 
@@ -156,7 +154,6 @@ async def test_a_request_cancelled_before_its_inputs_begin_to_wait_leaves_nothin
         if busy:
             await device.end()
         assert (device.gate.depth, device.gate.running) == (0, 0)
-        device._arrived.clear()
         device.submit("next")
         assert await device.start() == ["next"]
         await device.end()
@@ -168,7 +165,7 @@ async def test_an_input_that_never_ran_knows_what_it_waited_for() -> None:
     device.submit("a")
     device.now_ns = 5
     await device.start()
-    item = Item("b", 1, FOREVER)
+    item = BatchEntry("b", 1, FOREVER)
     device.now_ns = 10
     waiting = asyncio.ensure_future(device.gate.submit([item]))
     await settle()
@@ -180,7 +177,7 @@ async def test_an_input_that_never_ran_knows_what_it_waited_for() -> None:
 
 
 @virtual
-async def test_an_input_past_its_deadline_is_dropped_when_the_batch_is_cut() -> None:
+async def test_an_input_past_its_deadline_is_discarded_when_the_batch_is_formed() -> None:
     device = Device()
     device.submit("a")
     await device.start()
@@ -204,7 +201,7 @@ async def test_a_full_queue_refuses_a_request_whole() -> None:
     device.submit("b", "c")
     await settle()
     with pytest.raises(QueueFull, match="the queue holds 2 inputs of at most 3, and this request adds 2") as refused:
-        await device.gate.submit([Item("d", 1, FOREVER), Item("e", 1, FOREVER)])
+        await device.gate.submit([BatchEntry("d", 1, FOREVER), BatchEntry("e", 1, FOREVER)])
     assert refused.value.retry_after_s == 1
     assert device.gate.depth == 2
     await device.end()
@@ -223,57 +220,52 @@ async def test_retry_after_follows_the_rate_of_the_device() -> None:
     device.submit("g")
     await settle()
     with pytest.raises(QueueFull) as refused:
-        await device.gate.submit([Item("h", 1, FOREVER)])
+        await device.gate.submit([BatchEntry("h", 1, FOREVER)])
     # 4 inputs wait or would, at one every two seconds.
     assert refused.value.retry_after_s == 2 * device.gate.depth
 
 
 @virtual
 async def test_an_idle_device_waits_for_a_batch_to_fill_but_not_longer_than_max_wait_ms() -> None:
-    device = Device(max_wait_ms=20)
+    device = Device(clock=now_ns, max_wait_ms=20)
     loop = asyncio.get_running_loop()
     start = loop.time()
-    device.gate._clock = now_ns
     answer = device.submit("a")
     await settle()
     assert device.gate.depth == 1
-    while not device._arrived:
+    while not device.ready():
         await asyncio.sleep(0.001)
     assert loop.time() - start >= 0.02
     assert await device.start() == ["a"]
-    assert device.runs[-1][0].reason == "timeout"
+    assert device.runs[-1].reason == "timeout"
     await device.end()
     await answer
 
 
 @virtual
-async def test_a_full_batch_does_not_wait_and_draining_waits_for_nothing() -> None:
+async def test_a_full_batch_does_not_wait() -> None:
     device = Device(max_wait_ms=60_000, max_batch_size=2)
     device.submit("a", "b")
     assert await device.start() == ["a", "b"]
     await device.end()
     device.submit("c")
     await settle()
-    assert device.gate.depth == 1
-    device.gate.drain()
-    assert await device.start() == ["c"]
-    assert device.runs[-1][0].reason == "drain"
-    await device.end()
+    assert (device.gate.depth, device.ready()) == (1, [])
 
 
 @virtual
 async def test_a_near_deadline_ends_the_wait_to_fill() -> None:
-    device = Device(max_wait_ms=60_000)
-    device.gate._clock = now_ns
-    device.gate.cutter.cost = RunCost(run_ns=50e6, token_ns=1)
+    device = Device(clock=now_ns, max_wait_ms=60_000)
+    device.gate.planner.cost = RunCost(run_ns=50e6, token_ns=1)
     device.submit("a", deadline_ns=now_ns() + 60_000_000)
     assert await asyncio.wait_for(first_run(device), 5) == ["a"]
-    assert device.runs[-1][0].reason == "deadline"
+    assert device.runs[-1].reason == "deadline"
     await device.end()
 
 
 async def first_run(device: Device) -> list[str]:
-    while not device._arrived:
+    await settle()
+    while not device.ready():
         await asyncio.sleep(0.001)
     return await device.start()
 
@@ -290,7 +282,7 @@ def test_nothing_is_lost_reordered_or_over_the_limits(sizes: Sequence[int], max_
         order: list[str] = []
         while len(order) < len(sizes):
             order += await device.start()
-            items = device.runs[-1]
+            items = device.runs[-1].entries
             padded = max(item.tokens for item in items) * len(items)
             assert len(items) <= max_size
             assert padded <= budget or len(items) == 1
@@ -298,7 +290,7 @@ def test_nothing_is_lost_reordered_or_over_the_limits(sizes: Sequence[int], max_
             await device.end()
         assert order == [str(i) for i in range(len(sizes))]
         assert [(await answer)[0] for answer in answers] == [f"done {i}" for i in range(len(sizes))]
-        for item in (item for batch in device.runs for item in batch):
+        for item in (entry for batch in device.runs for entry in batch.entries):
             assert item.busy_wait_ns + item.fill_wait_ns == item.wait_ns >= item.busy_wait_ns >= 0
 
     asyncio.run(run())
@@ -313,13 +305,13 @@ async def test_a_full_batch_is_released_while_the_device_runs_and_one_only() -> 
         device.submit(name)
     await settle()
     # b and c are on their way, and still count as waiting until they run.
-    assert [item.payload for item, _ in device._arrived][1:] == ["b", "c"]
+    assert device.ready() == ["b", "c"]
     assert (device.gate.depth, device.gate.running) == (5, 1)
     await device.end()
     assert await device.start() == ["b", "c"]
     await settle()
-    assert [item.payload for item, _ in device._arrived][2:] == ["d", "e"]
-    assert device.runs[-1][0].queue_behind == 3
+    assert device.ready() == ["d", "e"]
+    assert device.runs[-1].queue_behind == 3
     await device.end()
     await device.start()
     await device.end()
@@ -346,9 +338,9 @@ async def test_what_waits_is_ready_shortly_before_the_run_is_expected_to_end() -
     await asyncio.sleep(0.0025)
     await device.end()
     assert await device.start() == ["b", "c"]
-    assert [item.reason for item in device.runs[-1]] == ["device_idle"] * 2
-    assert [round(item.busy_wait_ns / 1e6, 1) for item in device.runs[-1]] == [39.0, 3.5]
-    assert all(item.fill_wait_ns == 0 for item in device.runs[-1])
+    assert device.runs[-1].reason == "device_idle"
+    assert [round(entry.busy_wait_ns / 1e6, 1) for entry in device.runs[-1].entries] == [39.0, 3.5]
+    assert all(entry.fill_wait_ns == 0 for entry in device.runs[-1].entries)
     await device.end()
 
 
@@ -374,11 +366,9 @@ async def test_a_batch_that_begins_before_the_end_of_the_last_is_told_keeps_its_
     await device.start()
     device.submit("b")
     await asyncio.sleep(0.039)
-    ready = [item for item in device.gate._released[1] if item.payload == "b"]
     # The device's thread takes the next batch by itself; the loop hears of its beginning first.
-    device.gate.begin(ready)
+    assert device.start_next() == ["b"]
     await device.end()
-    device.runs.append(ready)
     device.submit("c")
     await asyncio.sleep(0.035)
     assert device.ready() == []
@@ -401,7 +391,7 @@ async def test_who_came_just_now_still_waits_for_a_batch_to_fill() -> None:
         await device.end()
         await asyncio.sleep(0.011)
         assert await device.start() == ["b"]
-        assert device.runs[-1][0].reason == "timeout"
+        assert device.runs[-1].reason == "timeout"
         await device.end()
 
 
@@ -414,7 +404,7 @@ async def test_an_input_cancelled_in_the_batch_that_is_ready_is_gone_before_it_r
     await settle()
     gone.cancel()
     await settle()
-    assert [item.is_gone for item, _ in device._arrived if item.payload in ("gone", "stays")] == [True, False]
+    assert device.ready() == ["stays"]
     await device.end()
     assert await device.start() == ["stays"]
     await device.end()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.batching.cost import RunCost
-from deployments.batching.grouping import with_the_first
+from deployments.batching.grouping import group_with_oldest
 
 lengths = st.lists(st.integers(1, 64), min_size=1, max_size=9)
 costs = st.builds(RunCost, st.floats(1, 1e4), st.floats(1, 1e3))
@@ -32,7 +32,7 @@ def least_cost(values: Sequence[int], cost: RunCost, max_size: int, max_tokens: 
 def test_a_run_holds_the_oldest_and_keeps_the_limits(
     values: list[int], cost: RunCost, max_size: int, max_tokens: int
 ) -> None:
-    places = with_the_first(values, cost, max_size, max_tokens)
+    places = group_with_oldest(values, cost, max_size, max_tokens)
 
     assert places[0] == 0
     assert places == sorted(set(places))
@@ -47,7 +47,7 @@ def test_running_all_that_waits_costs_no_more_than_the_best_split(
     best = least_cost(values, cost, max_size, max_tokens)
     waiting, total = list(values), 0.0
     while waiting:
-        places = with_the_first(waiting, cost, max_size, max_tokens)
+        places = group_with_oldest(waiting, cost, max_size, max_tokens)
         total += cost.estimate(len(places) * max(waiting[i] for i in places))
         waiting = [length for i, length in enumerate(waiting) if i not in set(places)]
 
@@ -57,13 +57,13 @@ def test_running_all_that_waits_costs_no_more_than_the_best_split(
 
 def test_short_inputs_do_not_ride_with_long_ones_where_padding_costs_more_than_a_run() -> None:
     dear_padding = RunCost(run_ns=5e6, token_ns=160e3)
-    assert with_the_first([10, 250, 12, 11, 240, 9], dear_padding, 32, 8192) == [0, 2, 3, 5]
-    assert with_the_first([250, 12, 11, 240, 9], dear_padding, 32, 8192) == [0, 3]
+    assert group_with_oldest([10, 250, 12, 11, 240, 9], dear_padding, 32, 8192) == [0, 2, 3, 5]
+    assert group_with_oldest([250, 12, 11, 240, 9], dear_padding, 32, 8192) == [0, 3]
 
 
 def test_they_do_where_a_run_costs_more_than_the_padding() -> None:
     dear_runs = RunCost(run_ns=5e6, token_ns=1e3)
-    assert with_the_first([10, 250, 12, 11, 240, 9], dear_runs, 32, 8192) == [0, 1, 2, 3, 4, 5]
+    assert group_with_oldest([10, 250, 12, 11, 240, 9], dear_runs, 32, 8192) == [0, 1, 2, 3, 4, 5]
 
 
 @given(st.floats(1e4, 1e8), st.floats(1e2, 1e6))
@@ -105,6 +105,6 @@ def test_one_stall_does_not_spoil_the_estimate() -> None:
 def test_refusals_make_it_hopeful() -> None:
     cost = RunCost(5e9, 1.5e5)
     for _ in range(200):
-        cost.hope()
+        cost.decay_after_rejection()
 
     assert cost.estimate(400) < 5e6

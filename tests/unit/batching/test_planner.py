@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.batching.cost import RunCost
-from deployments.batching.planner import Item
+from deployments.batching.entry import BatchEntry
 from deployments.errors import DeadlinePassed, QueueFull
 from tests.support.device import FOREVER, Device, settle
 from tests.support.virtual_time import virtual
@@ -18,7 +18,7 @@ from tests.support.virtual_time import virtual
 @virtual
 async def test_short_inputs_wait_for_their_like_while_the_oldest_goes_first() -> None:
     device = Device(max_batch_size=8, max_batch_tokens=1000, grouping_window=8)
-    device.gate.cutter.cost = RunCost(run_ns=10, token_ns=1)
+    device.gate.planner.cost = RunCost(run_ns=10, token_ns=1)
     device.submit("a")
     await device.start()
     for name, tokens in (("long", 90), ("s1", 5), ("s2", 6), ("long2", 88), ("s3", 5)):
@@ -26,7 +26,7 @@ async def test_short_inputs_wait_for_their_like_while_the_oldest_goes_first() ->
     await settle()
     await device.end()
     assert await device.start() == ["long", "long2"]
-    assert device.runs[-1][0].reason == "device_idle"
+    assert device.runs[-1].reason == "device_idle"
     await device.end()
     assert await device.start() == ["s1", "s2", "s3"]
     await device.end()
@@ -42,14 +42,14 @@ async def test_lengths_count_as_the_engine_pads_them() -> None:
     await settle()
     await device.end()
     assert await device.start() == ["b", "c"]
-    assert device.gate.cutter.padded_tokens(device.runs[-1]) == 16
+    assert device.gate.planner.padded_tokens(device.runs[-1].entries) == 16
     await device.end()
 
 
 @virtual
 async def test_what_cannot_make_its_deadline_is_refused_though_the_device_is_idle() -> None:
     device = Device()
-    device.gate.cutter.cost = RunCost(run_ns=50e6, token_ns=1)
+    device.gate.planner.cost = RunCost(run_ns=50e6, token_ns=1)
     (error,) = await device.submit("late", deadline_ns=20_000_000)
 
     assert isinstance(error, DeadlinePassed)
@@ -60,7 +60,7 @@ async def test_what_cannot_make_its_deadline_is_refused_though_the_device_is_idl
 @virtual
 async def test_an_estimate_that_is_wrong_does_not_refuse_for_ever() -> None:
     device = Device()
-    device.gate.cutter.cost = RunCost(run_ns=50e6, token_ns=1)
+    device.gate.planner.cost = RunCost(run_ns=50e6, token_ns=1)
     refused = 0
     while device.gate.running == 0:
         answer = device.submit("again", deadline_ns=20_000_000)
@@ -72,7 +72,7 @@ async def test_an_estimate_that_is_wrong_does_not_refuse_for_ever() -> None:
 @virtual
 async def test_a_batch_is_made_smaller_until_all_in_it_meet_their_deadlines() -> None:
     device = Device(max_batch_tokens=1000)
-    device.gate.cutter.cost = RunCost(run_ns=1, token_ns=1)
+    device.gate.planner.cost = RunCost(run_ns=1, token_ns=1)
     device.submit("a")
     await device.start()
     device.submit("oldest", tokens=10)
@@ -81,7 +81,7 @@ async def test_a_batch_is_made_smaller_until_all_in_it_meet_their_deadlines() ->
     await settle()
     await device.end()
     assert await device.start() == ["oldest", "urgent"]
-    assert device.runs[-1][0].reason == "deadline"
+    assert device.runs[-1].reason == "deadline"
     await device.end()
     assert await device.start() == ["long"]
     await device.end()
@@ -95,15 +95,15 @@ async def test_a_queue_is_limited_in_tokens_but_never_refuses_what_comes_alone()
     device.submit("huge", tokens=500)
     await settle()
     with pytest.raises(QueueFull, match="the queue holds 500 tokens of at most 100, and this request adds 1"):
-        await device.gate.submit([Item("more", 1, FOREVER)])
+        await device.gate.submit([BatchEntry("more", 1, FOREVER)])
     await device.end()
 
 
 @virtual
 async def test_a_limit_learned_from_memory_bounds_batches_and_grows_back() -> None:
     device = Device(max_batch_tokens=100, max_batch_size=32)
-    device.gate.cutter.ran_out_of_memory(80)
-    assert device.gate.cutter.max_batch_tokens == 40
+    device.gate.planner.ran_out_of_memory(80)
+    assert device.gate.planner.max_batch_tokens == 40
     device.submit("a")
     await device.start()
     for name in "bcdef":
@@ -111,13 +111,13 @@ async def test_a_limit_learned_from_memory_bounds_batches_and_grows_back() -> No
     await settle()
     await device.end()
     assert await device.start() == ["b", "c", "d", "e"]
-    assert device.runs[-1][0].reason == "token_budget"
+    assert device.runs[-1].reason == "token_budget"
     await device.end()
-    device.gate.cutter.ran_out_of_memory(200)
-    assert device.gate.cutter.max_batch_tokens == 40
+    device.gate.planner.ran_out_of_memory(200)
+    assert device.gate.planner.max_batch_tokens == 40
     for _ in range(100):
-        device.gate.cutter.observe(10, 1e6)
-    assert device.gate.cutter.max_batch_tokens == 100
+        device.gate.planner.observe(10, 1e6)
+    assert device.gate.planner.max_batch_tokens == 100
 
 
 @given(
@@ -128,33 +128,32 @@ async def test_a_limit_learned_from_memory_bounds_batches_and_grows_back() -> No
     token_ns=st.sampled_from([0.01, 1.0, 100.0]),
 )
 def test_nobody_starves(steps: list[list[int]], max_size: int, budget: int, window: int, token_ns: float) -> None:
-    """An input is passed over by at most as many runs as inputs were waiting when it came."""
+    """An input is overtaken by at most as many runs as there were inputs waiting when it arrived."""
 
     async def run() -> None:
         device = Device(max_batch_size=max_size, max_batch_tokens=budget, grouping_window=window, max_queue=1000)
-        device.gate.cutter.cost = RunCost(run_ns=50, token_ns=token_ns)
-        came: dict[int, int] = {}
-        items: list[Item[str]] = []
+        device.gate.planner.cost = RunCost(run_ns=50, token_ns=token_ns)
+        came: dict[BatchEntry[str], int] = {}
+        entries: list[BatchEntry[str]] = []
         answers = []
         for lengths in [*steps, *[[] for _ in range(sum(map(len, steps)))]]:
             for tokens in lengths:
-                item = Item(str(len(items)), tokens, FOREVER)
-                # A batch that is on its way to the device took its place already.
-                came[id(item)] = len(device.runs) + (device.gate.running > 0 and not device.gate.is_busy)
-                items.append(item)
-                answers.append(asyncio.ensure_future(device.gate.submit([item])))
+                entry = BatchEntry(str(len(entries)), tokens, FOREVER)
+                # A batch that is on its way to the device has left the queue already.
+                came[entry] = len(device.runs) + (device.gate.running > 0 and not device.gate.is_busy)
+                entries.append(entry)
+                answers.append(device.submit_entries([entry]))
                 await settle()
             if device.gate.running and not device.gate.is_busy:
-                waiting = sorted((item for item in items if not item.has_started), key=items.index)
-                assert str(waiting[0].payload) in await device.start()
+                oldest = next(entry for entry in entries if not entry.has_started)
+                assert oldest.payload in await device.start()
             device.now_ns += 10
             if device.gate.is_busy:
-                assert len(device.gate._released) <= 2
                 await device.end()
-        assert all(item.has_started for item in items)
+        assert all(entry.has_started for entry in entries)
         for number, batch in enumerate(device.runs):
-            for item in batch:
-                assert number - came[id(item)] <= item.depth_on_arrival
-        assert [(await answer)[0] for answer in answers] == [f"done {item.payload}" for item in items]
+            for entry in batch.entries:
+                assert number - came[entry] <= entry.depth_on_arrival
+        assert [(await answer)[0] for answer in answers] == [f"done {entry.payload}" for entry in entries]
 
     asyncio.run(run())

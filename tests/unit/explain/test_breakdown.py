@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deployments.explain.requests.breakdown import NoRoot, break_down, length, union, without
 from deployments.explain.traces.otlp import Span
-from deployments.telemetry import names
+from deployments.telemetry import names, span_specs
 
 SKEW = 3_600_000
 """Milliseconds by which another host's clock is ahead."""
@@ -124,7 +124,7 @@ KEYS = ["ai.hop.transit_ms", "ai.queue.device_busy_ms", "ai.queue.fill_wait_ms",
 def damaged(draw: st.DrawFn) -> list[Span]:
     spans = [span("root", "", names.PREDICT, 0, draw(st.integers(-5, 120)))]
     for number in range(draw(st.integers(0, 12))):
-        name = draw(st.sampled_from([spec.name for spec in names.SPANS if spec.name != names.PREDICT]))
+        name = draw(st.sampled_from([spec.name for spec in span_specs.SPANS if spec.name != names.PREDICT]))
         parent = draw(st.sampled_from(spans)).span_id
         attributes = draw(st.dictionaries(st.sampled_from(KEYS), NUMBERS))
         spans.append(span(f"s{number}", parent, name, draw(TIMES), draw(TIMES), **attributes))

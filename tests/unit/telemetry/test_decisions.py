@@ -9,27 +9,29 @@ from typing import Any
 
 from deployments.telemetry import names
 from deployments.telemetry.decisions import DecisionTelemetry, ScalingRecord, decision_telemetry
-from deployments.telemetry.names import SPANS
+from deployments.telemetry.span_specs import SPANS
 
 RECORD = ScalingRecord(
     application="slowlens",
     deployment="Model",
     seen_unix_ns=1_000,
     decided_unix_ns=3_000,
-    reason="queue",
-    from_replicas=1,
-    to_replicas=3,
-    needed_replicas=5,
-    max_replicas=3,
-    running_replicas=1,
-    reports=1,
-    demand=2.5,
-    queue_depth=40.0,
-    queue_wait_ms=900.0,
-    target_queue_wait_ms=500.0,
-    oldest_age_ms=700.0,
-    throughput=44.0,
-    start_ms=8000.0,
+    stated={
+        "reason": "queue",
+        "from_replicas": 1,
+        "to_replicas": 3,
+        "needed_replicas": 5,
+        "max_replicas": 3,
+        "running_replicas": 1,
+        "reports": 1,
+        "demand": 2.5,
+        "queue_depth": 40,
+        "queue_wait_ms": 900.0,
+        "target_queue_wait_ms": 500.0,
+        "oldest_age_ms": 700.0,
+        "throughput": 44.0,
+        "start_ms": 8000.0,
+    },
 )
 STATED = {
     "ai.autoscaling.application": "slowlens",

@@ -14,10 +14,10 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import SpanContext, TraceFlags
 from opentelemetry.trace.span import TraceState
 
-from deployments.telemetry import names
+from deployments.telemetry import span_specs
 from deployments.telemetry.export.otlp_json import JsonEncoder, readable
+from deployments.telemetry.export.span import Event, Span
 from deployments.telemetry.records import Fault
-from deployments.telemetry.spans import Event, Span
 from tests.unit.telemetry.test_store import with_bytes_ids
 
 RESOURCE = Resource({"service.name": "slowlens.model", "host.name": 'a "quoted" name', "process.pid": 5})
@@ -36,7 +36,7 @@ values = st.one_of(
 attributes = st.dictionaries(st.sampled_from(["ai.batch.size", "text", 'k"ey', "ai.gpu.x"]), values)
 spans = st.builds(
     Span,
-    name=st.sampled_from([spec.name for spec in names.SPANS]),
+    name=st.sampled_from([spec.name for spec in span_specs.SPANS]),
     trace=contexts,
     span_id=ids,
     parent_id=st.one_of(st.just(0), ids),
@@ -85,4 +85,4 @@ def test_the_collectors_reader_takes_it(given_spans: list[Span]) -> None:
 def test_a_line_is_one_line() -> None:
     encoder = JsonEncoder(RESOURCE)
 
-    assert b"\n" not in encoder.line(["{}"])
+    assert b"\n" not in encoder.line([b"{}"])

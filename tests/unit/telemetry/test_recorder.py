@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from opentelemetry.trace import INVALID_SPAN_CONTEXT
 from starlette.datastructures import Headers
 
-from deployments.batching.planner import Item
+from deployments.batching.entry import Batch, BatchEntry
 from deployments.config import AppConfig
 from deployments.errors import InvalidField
 from deployments.http.server_timing import server_timing
 from deployments.messages import Carrier, Envelope
-from deployments.telemetry import names
+from deployments.telemetry import metrics, names
 from deployments.telemetry.carrier import from_headers
 from deployments.telemetry.export.provider import ReplicaIdentity
 from deployments.telemetry.names import Service
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_counted_not_kept(start: Start, tmp_path: Path, mon
     (path,) = tmp_path.glob("metrics-*.jsonl")
 
     assert stored(tmp_path) == []
-    assert names.DROPPED_RECORDS.name in path.read_text()
+    assert metrics.DROPPED_RECORDS.name in path.read_text()
 
 
 def test_a_dead_collector_costs_nothing_but_spans_and_they_are_counted(
@@ -228,13 +228,14 @@ def test_a_silent_collector_does_not_hold_up_the_end_of_a_replica(start: Start) 
 def test_a_request_cancelled_while_its_batch_runs_ends_with_it(start: Start, tmp_path: Path) -> None:
     telemetry = start("model")
     record = PredictRecord(envelope(SAMPLED))
-    item = Item(RunInput(record, np.array([1, 2], dtype=np.int32)), 2, 0, arrived_ns=record.started_ns)
-    item.started_ns = time.monotonic_ns()
-    memberships = telemetry.batch_begins([item], item.started_ns)
-    run = telemetry.run_begins([item], memberships, 2, item.started_ns)
+    entry = BatchEntry(RunInput(record, np.array([1, 2], dtype=np.int32)), 2, 0, arrived_ns=record.started_ns)
+    entry.started_ns = time.monotonic_ns()
+    batch = Batch([entry], "device_idle", started_ns=entry.started_ns)
+    telemetry.batch_begins(batch)
+    run = telemetry.run_begins(batch, [entry], 2, entry.started_ns)
     with contextlib.suppress(asyncio.CancelledError), telemetry.stage(record):
         raise asyncio.CancelledError
-    telemetry._drain()
+    telemetry.flush()
     telemetry.run_ends(run, time.monotonic_ns())
     telemetry.close()
     by_name = {span["name"]: span for span in stored(tmp_path)}

@@ -55,7 +55,8 @@ def writer(folder: Path, number: int, lines: int, end: str = "close") -> subproc
 
 
 def a_span() -> Span:
-    return Span(names.QUEUE, SpanContext(1, 2, False), 3, 2, False, 10, 20, {}, None, [], [])
+    context = SpanContext(1, 2, False)
+    return Span(name=names.QUEUE, trace=context, span_id=3, started_unix_ns=10, ended_unix_ns=20, attributes={})
 
 
 def with_bytes_ids(value: Any) -> Any:

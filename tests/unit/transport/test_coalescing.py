@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.transport.coalescing import MAX_REST_S, PATIENCE_S, Member, Replies, SharedCalls
+from deployments.transport.coalescing import MAX_COOLDOWN_S, MAX_LINGER_S, PendingRequest, Replies, SharedCalls
 from tests.support.virtual_time import virtual
 
 
@@ -46,11 +46,11 @@ class Stage:
         return asyncio.ensure_future(self._ask(request, weight, timeout_s))
 
     async def _ask(self, request: Any, weight: int, timeout_s: float) -> Any:
-        member = self.shared.enter(request, weight, timeout_s)
+        pending = self.shared.submit(request, weight, timeout_s)
         try:
-            return await member.answer, member.group_size
+            return await pending.reply, pending.group_size
         finally:
-            self.shared.leave(member)
+            self.shared.withdraw(pending)
 
 
 async def settle() -> None:
@@ -126,16 +126,16 @@ async def test_a_call_that_lasts_holds_up_the_others_for_the_patience_only() -> 
     stage.ask("stuck")
     await settle()
     answer = stage.ask("next")
-    await asyncio.sleep(PATIENCE_S * 1.5)
+    await asyncio.sleep(MAX_LINGER_S * 1.5)
     assert stage.calls == [("stuck",), ("next",)]
-    assert stage.sent_s[1] - stage.sent_s[0] == pytest.approx(PATIENCE_S)
+    assert stage.sent_s[1] - stage.sent_s[0] == pytest.approx(MAX_LINGER_S)
     stage.gates[1].set()
     assert await answer == ("next!", 1)
 
 
 @virtual
 async def test_a_stage_rests_after_a_call_in_proportion_to_it_and_what_comes_leaves_together() -> None:
-    stage = Stage(rest=2.0)
+    stage = Stage(cooldown_factor=2.0)
     stage.ask("a")
     await asyncio.sleep(0.005)
     stage.gates[0].set()
@@ -152,15 +152,15 @@ async def test_a_stage_rests_after_a_call_in_proportion_to_it_and_what_comes_lea
 @virtual
 async def test_the_rest_is_bounded_and_neither_a_full_call_nor_a_lone_request_keeps_it() -> None:
     busy = True
-    stage = Stage(rest=2.0, is_busy=lambda: busy)
+    stage = Stage(cooldown_factor=2.0, is_busy=lambda: busy)
     stage.ask("a")
     await asyncio.sleep(1.0)
     stage.gates[0].set()
     await settle()
     stage.ask("b")
-    await asyncio.sleep(MAX_REST_S * 1.01)
+    await asyncio.sleep(MAX_COOLDOWN_S * 1.01)
     assert stage.calls[1:] == [("b",)]
-    assert stage.sent_s[1] - stage.sent_s[0] == pytest.approx(1.0 + MAX_REST_S)
+    assert stage.sent_s[1] - stage.sent_s[0] == pytest.approx(1.0 + MAX_COOLDOWN_S)
     stage.gates[1].set()
     await settle()
 
@@ -224,8 +224,8 @@ async def test_a_request_whose_time_is_up_gets_a_timeout_while_it_waits_for_its_
     loop = asyncio.get_running_loop()
     began_s = loop.time()
     with pytest.raises(TimeoutError):
-        await stage.ask("late", timeout_s=PATIENCE_S / 2)
-    assert loop.time() - began_s == pytest.approx(PATIENCE_S / 2)
+        await stage.ask("late", timeout_s=MAX_LINGER_S / 2)
+    assert loop.time() - began_s == pytest.approx(MAX_LINGER_S / 2)
     stage.gates[0].set()
     await settle()
     assert stage.calls == [("first",)]
@@ -254,10 +254,10 @@ async def test_a_request_without_a_reply_gets_an_error_and_not_silence() -> None
         yield [(0, "only the first")]
 
     shared = SharedCalls(forgetful, 10)
-    members: list[Member] = [shared.enter(name, 1, 60.0) for name in "ab"]
-    assert await members[0].answer == "only the first"
+    members: list[PendingRequest] = [shared.submit(name, 1, 60.0) for name in "ab"]
+    assert await members[0].reply == "only the first"
     with pytest.raises(RuntimeError, match="left a request without a reply"):
-        await members[1].answer
+        await members[1].reply
 
 
 @virtual
@@ -276,7 +276,7 @@ async def test_a_call_is_nobodys_alone() -> None:
 
     async def ask() -> None:
         variable.set("of one request")
-        await shared.enter("a", 1, 60.0).answer
+        await shared.submit("a", 1, 60.0).reply
 
     await asyncio.ensure_future(ask())
     assert seen == ["clean"]

@@ -6,9 +6,11 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.serve.request_router import RequestRouter
 
+from deployments.messages import Call, Carrier, Envelope, PredictRequest, Ragged
 from deployments.transport.routing import LeastWorkRouter
 
 
@@ -18,8 +20,11 @@ def replica(name: str) -> Any:
 
 def pending(ident: str, *lengths: tuple[int, ...]) -> Any:
     """A call of one request for each tuple of lengths."""
-    requests = tuple(SimpleNamespace(ids=SimpleNamespace(lengths=of_one)) for of_one in lengths)
-    return SimpleNamespace(args=[requests], metadata=SimpleNamespace(internal_request_id=ident))
+    envelope = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01"), "id", 1000.0, 0)
+    calls = tuple(
+        Call(envelope, PredictRequest(Ragged(np.zeros(sum(of_one), np.int32), of_one), "input")) for of_one in lengths
+    )
+    return SimpleNamespace(args=[calls], metadata=SimpleNamespace(internal_request_id=ident))
 
 
 @pytest.fixture

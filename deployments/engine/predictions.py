@@ -12,13 +12,13 @@ from pydantic_core import to_json
 
 from deployments.engine.card import ModelCard
 from deployments.errors import ModelFailed
-from deployments.messages import AnswerOptions, Ids, Tokenized
+from deployments.messages import Ids, OutputOptions, Tokenized
 
 Floats = npt.NDArray[np.float32]
 DEFAULT_FILLS = 5
 
 
-class AnswerBuilder:
+class PredictionBuilder:
     """Builds the answers of one model.
 
     Args:
@@ -30,7 +30,7 @@ class AnswerBuilder:
         self._card, self._pretrained = card, pretrained
 
     def fragments(
-        self, tokenized: Tokenized, outputs: Sequence[Any], options: AnswerOptions, texts: Sequence[str]
+        self, tokenized: Tokenized, outputs: Sequence[Any], options: OutputOptions, texts: Sequence[str]
     ) -> tuple[bytes, ...]:
         """One JSON object per input, in order. Raises ModelFailed where an output is not finite."""
         for index, output in enumerate(outputs):
@@ -49,7 +49,7 @@ class AnswerBuilder:
         )
 
     def _prediction(
-        self, output: Any, options: AnswerOptions, ids: Ids, offsets: npt.NDArray[np.int32] | None, text: str
+        self, output: Any, options: OutputOptions, ids: Ids, offsets: npt.NDArray[np.int32] | None, text: str
     ) -> dict[str, Any]:
         match self._card.task:
             case "embeddings":
@@ -123,7 +123,7 @@ def softmax(logits: Floats) -> Floats:
     return shifted / shifted.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
 
 
-def _openai_embedding(index: int, embedding: Floats, options: AnswerOptions) -> bytes:
+def _openai_embedding(index: int, embedding: Floats, options: OutputOptions) -> bytes:
     if options.dimensions is not None:
         embedding = embedding[: options.dimensions]
         # What is left of a unit vector is shorter than one; OpenAI normalises again.

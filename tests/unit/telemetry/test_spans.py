@@ -1,0 +1,133 @@
+"""Records to spans: each carries what its declaration says, no more and no less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.trace import SpanContext, TraceFlags
+
+from deployments.errors import InternalError
+from deployments.messages import Carrier, Envelope
+from deployments.telemetry import names
+from deployments.telemetry.export.span import Span
+from deployments.telemetry.records import (
+    BatchRecord,
+    Fault,
+    HopRecord,
+    Interval,
+    Membership,
+    ModelLoadRecord,
+    PostprocessRecord,
+    PredictRecord,
+    RequestRecord,
+    TokenizeRecord,
+    UnfinishedWait,
+)
+from deployments.telemetry.span_specs import SPANS, SpanSpec
+from deployments.telemetry.spans import SpanFactory
+
+ENVELOPE = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01"), "id", 1000.0, 0)
+CONTEXT = SpanContext(0xA, 0xB, False, TraceFlags(TraceFlags.SAMPLED))
+FAULT = Fault.of(InternalError("broken"))
+IN_EVERY_FAILED_SPAN = {names.ERROR_TYPE}
+EMITTED_ELSEWHERE = {names.SCALING_DECISION}
+"""By the autoscaling policy, see test_decisions."""
+
+
+def factory() -> SpanFactory:
+    return SpanFactory(RandomIdGenerator(), "model", 32, 0.0, 1_000_000)
+
+
+def batch(member: Membership) -> BatchRecord:
+    return BatchRecord(CONTEXT, 10, 2, 6, 8, "full", 3, [4, 6], [member], ended_ns=20)
+
+
+def every_record() -> Iterator[object]:
+    request = RequestRecord(CONTEXT, None, "id", "POST", "/p", "http", "/p", "10.0.0.9", 0, ended_ns=30)
+    request.intervals = [
+        Interval("validate", 0, 1),
+        HopRecord("tokenizer", 1, 2, span_id=7),
+        HopRecord("model", 2, 20, span_id=8),
+        HopRecord("postprocessor", 20, 25, span_id=9),
+        Interval("respond", 25, 30),
+    ]
+    yield request
+    yield TokenizeRecord(ENVELOPE, 0, 5)
+    predict = PredictRecord(ENVELOPE, 0, 25)
+    membership = Membership(CONTEXT, 10, 1, 4, 6)
+    run = batch(membership)
+    membership.runs.append(run)
+    predict.memberships.append(membership)
+    predict.unfinished = UnfinishedWait(0, 9, 1, 5, 4)
+    yield predict
+    yield run
+    yield PostprocessRecord(ENVELOPE, 0, 5)
+    load = ModelLoadRecord(CONTEXT, 0, ended_ns=9)
+    load.phases = [("weights", 0, 3), ("device_move", 3, 4), ("warm_up", 4, 9)]
+    yield load
+
+
+def every_span() -> list[Span]:
+    return [span for record in every_record() for span in factory().spans(record)]
+
+
+@pytest.mark.parametrize("spec", SPANS, ids=lambda spec: spec.name)
+def test_a_span_carries_exactly_the_attributes_that_its_declaration_lists(spec: SpanSpec) -> None:
+    if spec.name in EMITTED_ELSEWHERE:
+        return
+    found = [span for span in every_span() if span.name == spec.name]
+
+    assert found, "no record makes this span"
+    for span in found:
+        assert set(span.attributes) == set(spec.attributes) - IN_EVERY_FAILED_SPAN
+
+
+def test_every_span_that_is_made_is_declared() -> None:
+    assert {span.name for span in every_span()} == {spec.name for spec in SPANS} - EMITTED_ELSEWHERE
+
+
+def test_a_request_that_is_not_sampled_makes_no_span() -> None:
+    unsampled = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-00"), "id", 1000.0, 0)
+    request = RequestRecord(SpanContext(1, 2, False), None, "id", "POST", "/p", "http", "/p", "", 0)
+    load = ModelLoadRecord(SpanContext(1, 2, False), 0)
+    records = [request, load, TokenizeRecord(unsampled), PredictRecord(unsampled), PostprocessRecord(unsampled)]
+    alone = batch(Membership(SpanContext(0, 0, False), 10, 0, 0, 0))
+
+    assert [span for record in [*records, alone] for span in factory().spans(record)] == []
+
+
+def test_a_forward_pass_lasts_until_its_last_run_ended_and_the_last_one_until_the_reply() -> None:
+    record = PredictRecord(ENVELOPE, 0, 100)
+    for started_ns, ended_ns in ((10, 30), (40, 80)):
+        membership = Membership(CONTEXT, started_ns, 0, 2, 3)
+        run = batch(membership)
+        run.ended_ns = ended_ns
+        membership.runs.append(run)
+        record.memberships.append(membership)
+    spans = {name: [s for s in factory().spans(record) if s.name == name] for name in (names.QUEUE, names.FORWARD_PASS)}
+    offset = factory().wall_offset_ns
+
+    assert [(s.started_unix_ns - offset, s.ended_unix_ns - offset) for s in spans[names.FORWARD_PASS]] == [
+        (10, 30),
+        (40, 100),
+    ]
+    assert [s.ended_unix_ns - s.started_unix_ns for s in spans[names.QUEUE]] == [5, 5]
+
+
+def test_a_request_that_ended_while_its_batch_ran_has_its_own_fault() -> None:
+    record = PredictRecord(ENVELOPE, 0, 15, fault=FAULT)
+    membership = Membership(CONTEXT, 10, 0, 2, 3)
+    run = batch(membership)
+    run.ended_ns = 0
+    membership.runs.append(run)
+    record.memberships.append(membership)
+    (forward,) = (span for span in factory().spans(record) if span.name == names.FORWARD_PASS)
+
+    assert forward.fault is FAULT
+
+
+def test_what_is_no_record_is_refused() -> None:
+    with pytest.raises(TypeError, match="no spans are defined for str"):
+        factory().spans("a string")
