@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from deployments.explain.causes import CAUSES, Cause, after_failures
+from deployments.explain.causes import CAUSES, Cause
+from deployments.explain.fixes import Fix, after_failures
 from deployments.explain.requests.capture import Capture, capture
 from deployments.explain.requests.parts import PARTS, Parts, median, parts_of
-from deployments.explain.requests.pattern import apart
+from deployments.explain.requests.pattern import distinguishing_traits
 from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import orders_during, scaled_late
 from deployments.explain.traces.files import Source
@@ -41,9 +42,11 @@ class Finding:
     share_of_excess: float
     requests: int
     summary: str
-    fix: str
+    fix: Fix
     evidence: tuple[tuple[str, float], ...]
     """``(trace id, milliseconds)``, the strongest first."""
+    p99_ms: tuple[float, float] | None = None
+    """The 99th percentile now, and what it would be at best without this; None where that makes little difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +147,17 @@ def _compare(verdict: Verdict) -> None:
             verdict.findings.append(_finding(cause, verdict, [one.request for one, _ in slow], amounts, whole, gain))
 
 
-def _gain(answered: Sequence[Judged], amounts: Sequence[float]) -> str:
-    """What the 99th percentile would be if it all went, where that is much."""
+def _gain(answered: Sequence[Judged], amounts: Sequence[float]) -> tuple[float, float] | None:
+    """The 99th percentile now and without these amounts, where the difference is large."""
     now = [(one.request.latency_ns / 1e6, one.weight) for one in answered]
     then = sorted((ms - max(0.0, less), weight) for (ms, weight), less in zip(now, amounts, strict=True))
     before, after = percentile(now, 0.99), percentile(then, 0.99)
-    return f"; at best p99 {before:.0f} -> {after:.0f} ms" if after < (1 - _MIN_GAIN) * before else ""
+    return (before, after) if after < (1 - _MIN_GAIN) * before else None
 
 
 def _usual(ordinary: Sequence[Parts]) -> Parts:
     """What a request takes that waits for nothing: medians of the work, nothing of the rest."""
-    idle = {part for cause in CAUSES if cause.serves_nobody for part in cause.parts}
+    idle = {part for cause in CAUSES if cause.baseline_is_zero for part in cause.parts}
     return {part: 0.0 if part in idle else median([one[part] for one in ordinary]) for part in PARTS}
 
 
@@ -164,7 +167,7 @@ def _finding(
     slow: Sequence[Request],
     amounts: Sequence[float],
     whole_ms: float,
-    gain: str,
+    gain: tuple[float, float] | None,
 ) -> Finding:
     hit = [(request, ms) for request, ms in zip(slow, amounts, strict=True) if ms >= _MIN_MS]
     hit.sort(key=lambda pair: -pair[1])
@@ -172,7 +175,7 @@ def _finding(
     middle, worst = median([ms for _, ms in hit]), hit[0][1]
     summary = (
         f"{len(hit)} of {len(slow)} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
-        f"{cause.what}{_apart(verdict.capture, concerned, cause.stage)}"
+        f"{cause.what}{_traits(verdict.capture, concerned, cause.stage)}"
     )
     if cause.is_for_want_of_replicas:
         loads = verdict.capture.loads
@@ -180,12 +183,12 @@ def _finding(
         summary += scaled_late(orders, loads, verdict.capture.survey.window_ns[1])
     evidence = tuple((request.trace_id, ms) for request, ms in hit[:_EVIDENCE])
     share = sum(amounts) / whole_ms
-    fix = cause.fix(verdict.capture, concerned) + gain
-    return Finding(cause.name, min(1.0, share), len(hit), summary, fix, evidence)
+    fix = cause.fix(verdict.capture, concerned)
+    return Finding(cause.name, min(1.0, share), len(hit), summary, fix, evidence, gain)
 
 
-def _apart(capture: Capture, concerned: Sequence[Request], stage: str) -> str:
-    return apart(concerned, capture.requests, capture.survey.window_ns, stage)
+def _traits(capture: Capture, concerned: Sequence[Request], stage: str) -> str:
+    return distinguishing_traits(concerned, capture.requests, capture.survey.window_ns, stage)
 
 
 def _failures(verdict: Verdict) -> Iterator[Finding]:
@@ -205,8 +208,11 @@ def _failures(verdict: Verdict) -> Iterator[Finding]:
         "errors_retries",
         counted.failed_ms / (counted.failed_ms + excess_ms) if counted.failed_ms + excess_ms else 0.0,
         count,
-        f"{count} of {counted.requests} requests failed ({listed}){tried}{_apart(verdict.capture, read, 'model')}",
-        f"{after_failures(verdict.capture, max(kinds, key=kinds.__getitem__))}; callers that try again make more load",
+        f"{count} of {counted.requests} requests failed ({listed}){tried}{_traits(verdict.capture, read, 'model')}",
+        Fix(
+            *after_failures(verdict.capture, max(kinds, key=kinds.__getitem__)).pieces,
+            "; callers that try again make more load",
+        ),
         tuple((request.trace_id, request.latency_ns / 1e6) for request in worst),
     )
 
@@ -219,7 +225,7 @@ def _advisories(read: Capture) -> list[Finding]:
     if len(runs) >= MIN_REQUESTS and len(wasteful) > len(runs) / 2:
         summary = f"{len(wasteful)} of {len(runs)} runs had at most 4 inputs while as many or more waited"
         current = [read.settings.get(f"batching.{key}", "?") for key in ("max_batch_size", "max_batch_tokens")]
-        fix = (
+        fix = Fix(
             f"batching.max_batch_size ({current[0]}) or batching.max_batch_tokens ({current[1]}) may be too low for "
             "these inputs"
         )
@@ -227,8 +233,8 @@ def _advisories(read: Capture) -> list[Finding]:
     cut = [request for request in read.requests if request.truncated]
     count = round(sum(map(read.weight, cut)))
     if count > counted.requests / 20:
-        summary = f"inputs of {count} of {counted.requests} requests were cut to the model's longest input"
-        fix = "send shorter inputs, or `truncate: false` to have them refused"
+        summary = f"inputs of {count} of {counted.requests} requests were truncated to the model's longest input"
+        fix = Fix("send shorter inputs, or `truncate: false` to have them refused")
         evidence = tuple((request.trace_id, 0.0) for request in cut[:_EVIDENCE])
         found.append(Finding("truncation", 0.0, count, summary, fix, evidence))
     if read.lost or read.incomplete > (counted.requests + read.incomplete) / 100:
@@ -236,7 +242,7 @@ def _advisories(read: Capture) -> list[Finding]:
         if read.incomplete:
             said.append(f"spans are missing from {read.incomplete} requests, and what they took is unaccounted")
         summary = "; ".join(said)
-        fix = (
+        fix = Fix(
             "was the collector away or slow? See otel.sdk.exporter.span.exported (error.type), "
             "ai.telemetry.dropped_records and ai.telemetry.unwritten_spans, and the collector's own losses"
         )

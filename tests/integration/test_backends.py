@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from deployments.cli.main import main
-from deployments.explain import http_api
+from deployments.explain.traces import http_api
 from deployments.explain.traces.otlp import Span
 from tests.support.made import moved, otlp_of, window
 

@@ -45,7 +45,7 @@ def span(
 def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
     """One request of 10 tokens, alone in its run, that waits for nothing; ``slow`` says what is different about it."""
     d = {"upload": 1.0, "tokenize": 0.5, "there": 1.0, "back": 1.0, "busy": 0.0, "fill": 0.0, "contention": 0.0}
-    d |= {"postprocess": 0.4, "tokens": 10, "company": 0, "padding": 0, "cold": 0.0, "lost": (), "error": ""}
+    d |= {"postprocess": 0.4, "tokens": 10, "batch_mates": 0, "padding": 0, "cold": 0.0, "lost": (), "error": ""}
     d |= {
         "chars": 40,
         "client": "10.0.0.1",
@@ -56,7 +56,7 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
     }
     d |= slow
     trace, run = f"{number:032x}", f"{number + 10**6:032x}"
-    forward = RUN_MS + TOKEN_MS * (d["tokens"] + d["company"] + d["padding"]) + d["contention"]
+    forward = RUN_MS + TOKEN_MS * (d["tokens"] + d["batch_mates"] + d["padding"]) + d["contention"]
     wait = d["busy"] + d["fill"]
     clock = at_ms
     made = []
@@ -87,7 +87,7 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
     root = {"http__route": d["route"], "gen_ai__usage__input_tokens": d["tokens"], "ai__input_length": d["chars"]}
     root |= {"client__address": d["client"], "ai__request_id": d["id"]}
     made.append(span(trace, "root", "", names.PREDICT, "ingress", at_ms, clock - at_ms, **root, **failed))
-    tokens = d["tokens"] + d["company"]
+    tokens = d["tokens"] + d["batch_mates"]
     made.append(
         span(
             run, "b", "", names.BATCH_FORWARD, "model", began + wait, forward, [(trace, "f")], ai__batch__actual_size=1,
@@ -116,7 +116,7 @@ def window(slow: dict[str, Any], every: int = 12, count: int = 240) -> list[Span
 CASES = {
     "cold_start": {"cold": 900.0},
     "replica_queue": {"there": 60.0},
-    "device_queue": {"busy": 80.0, "company": 40},
+    "device_queue": {"busy": 80.0, "batch_mates": 40},
     "batch_fill": {"fill": 200.0},
     "tokenization": {"tokenize": 90.0},
     "long_input": {"tokens": 250},

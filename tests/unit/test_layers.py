@@ -22,6 +22,7 @@ LAYERS = [
     {"telemetry", "engine"},
     {"explain.traces"},
     {"explain.requests"},
+    {"explain.fixes"},
     {"explain.causes"},
     {"explain.verdict"},
     {"explain", "autoscaling", "transport", "http"},

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-from deployments.explain.render.text import headline, percentiles, rows, share_of
+from deployments.explain.render.text import fix_text, headline, percentiles, rows, share_of
 from deployments.explain.render.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
 from deployments.explain.requests.capture import BINS, Run, bin_ns
 from deployments.explain.requests.parts import fit_runs, median
@@ -26,8 +26,8 @@ _POINTS = 250
 _GROUPS = {
     "reading": ("validation",),
     "tokenization": ("tokenization",),
-    "waiting for a replica": ("replica_wait", "cold_start", "model_load"),
-    "device busy": ("device_busy", "company"),
+    "waiting for a replica": ("replica_wait", "cold_start"),
+    "device busy": ("device_busy", "batch_mates"),
     "batch fill": ("batch_fill",),
     "own work": ("own_work",),
     "padding": ("padding",),
@@ -74,7 +74,8 @@ def _finding(finding: Finding) -> str:
     )
     return (
         f'<div class="finding{"" if share else " advice"}"><h2><b>{finding.cause}</b>{share}</h2>'
-        f"<p>{html.escape(finding.summary)}</p><p><b>Fix:</b> {html.escape(finding.fix)}</p><ul>{traces}</ul></div>"
+        f"<p>{html.escape(finding.summary)}</p><p><b>Fix:</b> {html.escape(fix_text(finding))}</p>"
+        f"<ul>{traces}</ul></div>"
     )
 
 
@@ -121,7 +122,7 @@ class _Data:
                 "GPU utilisation against latency",
                 document["device"]["what"] + ", beside the latency of the requests that came then.",
             ),
-            "tokens": ("Tokens against forward time", "Above the line: company, padding, or a device that was slow."),
+            "tokens": ("Tokens against forward time", "Above the line: batch-mates, padding, or a slow device."),
             "batches": ("Batch efficiency", "How full the runs of the model were, and how much of them was padding."),
         }
         return [{"name": name, "title": title, "text": text} for name, (title, text) in texts.items()]

@@ -33,8 +33,6 @@ class Breakdown:
     """Waiting for the device while it ran other batches."""
     batch_fill: int = 0
     """Waiting for a batch to fill while the device was idle."""
-    model_load: int = 0
-    """Waiting in the replica for the model's load: ``ai.queue.load_wait_ms``."""
     forward: int = 0
     """In the runs of the model that the request had inputs in."""
     postprocessing: int = 0
@@ -107,13 +105,11 @@ def _model(result: Breakdown, took: int, hop: Span, spans: Sequence[Span]) -> No
     waits = without(union(_within(stage, s) for s in queues), runs)
     result.forward += (forward := min(held, length(runs)))
     waited = min(held - forward, length(waits))
-    busy, fill, load = (_total_ns(queues, f"ai.queue.{part}_ms") for part in ("device_busy", "fill_wait", "load_wait"))
-    stated = busy + fill + load
-    shares = [waited * part // stated if stated else 0 for part in (fill, load)]
-    result.batch_fill += shares[0]
-    result.model_load += shares[1]
+    busy, fill = _total_ns(queues, names.AI_QUEUE_DEVICE_BUSY_MS), _total_ns(queues, names.AI_QUEUE_FILL_WAIT_MS)
+    filled = waited * fill // (busy + fill) if busy + fill else 0
+    result.batch_fill += filled
     # What a queue's span does not explain further is waiting for the device, as nearly all of it is.
-    result.device_busy += waited - sum(shares)
+    result.device_busy += waited - filled
     result.unaccounted += held - forward - waited
 
 

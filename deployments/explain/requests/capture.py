@@ -45,7 +45,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class ModelLoad:
     """One load of the model: a ``model_load`` span."""
 
     key: Key
@@ -54,7 +54,7 @@ class Load:
     took_ns: int
 
 
-Event = TypeVar("Event", Run, Load)
+Event = TypeVar("Event", Run, ModelLoad)
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Capture:
     """Of each of them."""
     runs: dict[Key, Run] = field(default_factory=dict)
     """Those that they were in."""
-    loads: list[Load] = field(default_factory=list)
+    loads: list[ModelLoad] = field(default_factory=list)
     """Within the window, by their start."""
     scalings: list[Scaling] = field(default_factory=list)
     """What the autoscaling policy decided, by its own clock."""
@@ -92,7 +92,7 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
     runs: dict[Key, Run] = {}
     devices: dict[str, Device] = defaultdict(Device)
     traces: dict[str, dict[str, Span]] = defaultdict(dict)
-    loads: dict[Key, Load] = {}
+    loads: dict[Key, ModelLoad] = {}
     orphans: dict[str, int] = {}
     seen: set[int] = set()
     for span in spans:
@@ -102,13 +102,13 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
                 run = _run(span)
                 devices[run.replica].add(run.started_ns, run.took_ns, run.tokens, run.padded_tokens)
                 # Of a run whose links were lost nobody knows whose it was.
-                if not span.links or any(trace_id in survey.close for trace_id, _ in span.links):
+                if not span.links or any(trace_id in survey.trace_ids_to_read for trace_id, _ in span.links):
                     runs[run.key] = run
         elif span.name == names.MODEL_LOAD:
-            loads[span.key] = Load(span.key, span.instance, span.start_ns, max(0, span.end_ns - span.start_ns))
+            loads[span.key] = ModelLoad(span.key, span.instance, span.start_ns, max(0, span.end_ns - span.start_ns))
         elif span.name == names.SCALING_DECISION:
             found.scalings.append(Scaling.of(span))
-        elif span.trace_id in survey.close:
+        elif span.trace_id in survey.trace_ids_to_read:
             traces[span.trace_id][span.span_id] = span
         elif span.trace_id not in survey.known:
             end_ns = span.end_ns if span.name in _OF_THE_INGRESS else 0

@@ -29,9 +29,8 @@ PARTS = (
     "cold_start",
     "device_busy",
     "batch_fill",
-    "model_load",
     "own_work",
-    "company",
+    "batch_mates",
     "padding",
     "contention",
     "postprocessing",
@@ -83,9 +82,9 @@ def _parts(
     split = {name: took / 1e6 for name, took in request.breakdown.parts()}
     forward = split.pop("forward")
     parts = dict.fromkeys(PARTS, 0.0) | split
-    own, company, padding = _work(request, runs, fit, forward)
-    parts["own_work"], parts["company"], parts["padding"] = own, company, padding
-    parts["contention"] = forward - own - company - padding
+    own, batch_mates, padding = _work(request, runs, fit, forward)
+    parts["own_work"], parts["batch_mates"], parts["padding"] = own, batch_mates, padding
+    parts["contention"] = forward - own - batch_mates - padding
     # A cold start has its call's whole transit already.
     calls = [call for call in request.calls if not (parts["cold_start"] and call.stage == "model")]
     waited = min(parts["transit"], sum(_one_sided_ms(call, quickest) for call in calls))
@@ -97,17 +96,17 @@ def _parts(
 def _work(
     request: Request, runs: Mapping[Key, Run], fit: RunFit | None, forward_ms: float
 ) -> tuple[float, float, float]:
-    """Of its forward passes: own work, company, padding. All own work where the runs or the fit are missing."""
+    """Of its forward passes: own work, batch_mates, padding. All own work where the runs or the fit are missing."""
     known = [runs[key] for key in request.runs if key in runs]
     if fit is None or not known or len(known) < len(request.runs):
         return forward_ms, 0.0, 0.0
     own_tokens = min(request.tokens, sum(run.tokens for run in known))
     own = fit.run_ms * len(known) + fit.token_ms * own_tokens
-    company = fit.token_ms * (sum(run.tokens for run in known) - own_tokens)
+    batch_mates = fit.token_ms * (sum(run.tokens for run in known) - own_tokens)
     padding = fit.token_ms * sum(max(0, run.padded_tokens - run.tokens) for run in known)
     # Runs that were quicker than the fit leave no contention, and each part is as much smaller.
-    scale = min(1.0, forward_ms / (own + company + padding)) if own + company + padding else 0.0
-    return own * scale, company * scale, padding * scale
+    scale = min(1.0, forward_ms / (own + batch_mates + padding)) if own + batch_mates + padding else 0.0
+    return own * scale, batch_mates * scale, padding * scale
 
 
 def fit_runs(runs: Iterable[Run]) -> RunFit | None:

@@ -22,7 +22,9 @@ _INPUTS: tuple[tuple[Callable[[Request], int], str], ...] = (
 )
 
 
-def apart(concerned: Sequence[Request], everybody: Sequence[Request], window_ns: tuple[int, int], stage: str) -> str:
+def distinguishing_traits(
+    concerned: Sequence[Request], everybody: Sequence[Request], window_ns: tuple[int, int], stage: str
+) -> str:
     """Phrases, each behind a comma; ``stage`` is the one whose replica matters. Empty where nothing sets them apart."""
     if len(concerned) < _MIN_COUNT:
         return ""

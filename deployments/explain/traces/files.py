@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 from zstandard import ZstdDecompressor, ZstdError
 
 from deployments.explain.traces.losses import Losses
-from deployments.explain.traces.otlp import Decoder, Span, Wish
+from deployments.explain.traces.otlp import Decoder, Span, SpanFilter
 from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
@@ -109,15 +109,15 @@ class TraceFiles:
         return list(found.values())
 
     def roots(self, since_ns: int) -> Iterator[Root]:
-        return map(Root.of, self.read(names.PREDICT, wish=_OnlyRoots(), since_ns=since_ns))
+        return map(Root.of, self.read(names.PREDICT, span_filter=_OnlyRoots(), since_ns=since_ns))
 
     def spans(self, survey: Survey) -> Iterator[Span]:
         losses = Losses(survey.since_ns)
-        yield from self.read(wish=survey, since_ns=survey.since_ns, losses=losses)
+        yield from self.read(span_filter=survey, since_ns=survey.since_ns, losses=losses)
         self.lost = losses.total()
 
     def read(
-        self, *containing: str, wish: Wish | None = None, since_ns: int = 0, losses: Losses | None = None
+        self, *containing: str, span_filter: SpanFilter | None = None, since_ns: int = 0, losses: Losses | None = None
     ) -> Iterator[Span]:
         """All spans, or those that are wished for; with words only those of lines that contain one of them, and others
         that stand beside them. Metrics go to ``losses``. Files of a folder that nobody wrote to since ``since_ns`` are
@@ -131,7 +131,7 @@ class TraceFiles:
         total = sum(size for _, size in files)
         begun = 0
         for path, size in files:
-            decoder = Decoder(wish)
+            decoder = Decoder(span_filter)
             yield from self._of_file(path, words, decoder, losses, begun, total)
             begun += size
         self.on_progress(total, total)

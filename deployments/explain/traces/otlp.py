@@ -40,7 +40,7 @@ class Span:
         return (self.end_ns - self.start_ns) / 1e6
 
 
-class Wish(Protocol):
+class SpanFilter(Protocol):
     """Which spans are wanted, told by its name and its trace."""
 
     def wants(self, name: str, trace_id: str) -> bool: ...
@@ -53,9 +53,9 @@ class Decoder:
         broken: objects and spans that were passed over, because they are not what OTLP says.
     """
 
-    def __init__(self, wish: Wish | None = None) -> None:
+    def __init__(self, span_filter: SpanFilter | None = None) -> None:
         self.broken = 0
-        self._wish = wish
+        self._span_filter = span_filter
         # Every line repeats its process's resource.
         self._resources: dict[str, dict[str, Any]] = {}
 
@@ -67,11 +67,11 @@ class Decoder:
         except (ValueError, KeyError, TypeError, AttributeError):
             self.broken += 1
             return
-        wish = self._wish
+        span_filter = self._span_filter
         for resource, spans in parts:
             for span in spans:
                 try:
-                    if wish is None or wish.wants(span["name"], _hex(span["traceId"])):
+                    if span_filter is None or span_filter.wants(span["name"], _hex(span["traceId"])):
                         yield _span(span, resource)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     self.broken += 1

@@ -69,8 +69,7 @@ class Survey:
     """Of those that failed on our side, the longest."""
     weight: float = 1.0
     """For how many ordinary requests each of those that are read stands."""
-    close: set[str] = field(default_factory=set)
-    """The traces to read."""
+    trace_ids_to_read: set[str] = field(default_factory=set)
     known: set[str] = field(default_factory=set)
     """The traces of all requests."""
 
@@ -78,7 +77,7 @@ class Survey:
         """Whether this span is to be read. Those of a request without a root are, so that it is missed."""
         if name in _OF_A_PROCESS:
             return True
-        return trace_id in self.close or (trace_id not in self.known and name in OF_A_REQUEST)
+        return trace_id in self.trace_ids_to_read or (trace_id not in self.known and name in OF_A_REQUEST)
 
 
 def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0) -> Survey:
@@ -104,5 +103,5 @@ def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0) -> Survey:
     )
     if every:
         found.window_ns = min(root.started_ns for root in every), max(root.ended_ns for root in every)
-    found.close = {trace_id for trace_id, _ in found.slow | found.ordinary | found.failed}
+    found.trace_ids_to_read = {trace_id for trace_id, _ in found.slow | found.ordinary | found.failed}
     return found

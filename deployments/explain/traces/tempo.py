@@ -35,14 +35,14 @@ class Tempo(Backend):
 
     def spans(self, survey: Survey) -> Iterator[Span]:
         linked: set[str] = set()
-        for span in self._fetched(sorted(survey.close)):
+        for span in self._fetched(sorted(survey.trace_ids_to_read)):
             linked.update(trace_id for trace_id, _ in span.links)
             yield span
         begin_ns, end_ns = survey.window_ns
         for name in () if not survey.requests else (names.MODEL_LOAD, names.SCALING_DECISION):
             found = in_windows(partial(self._between, name=name), begin_ns - LONGEST_REQUEST_NS, end_ns)
             linked.update(map(_tempo_id, found))
-        yield from self._fetched(sorted(linked - survey.close))
+        yield from self._fetched(sorted(linked - survey.trace_ids_to_read))
 
     def _between(self, begin_ns: int, end_ns: int, limit: int, name: str = names.PREDICT) -> list[dict[str, Any]]:
         # Whole seconds; a trace that two windows share comes twice and counts once.

@@ -117,7 +117,7 @@ def test_without_a_root_there_is_nothing_to_split() -> None:
 
 TIMES = st.integers(-50, 150)
 NUMBERS = st.one_of(st.none(), st.floats(), st.integers(-5, 200), st.text(max_size=2))
-KEYS = ["ai.hop.transit_ms", "ai.queue.device_busy_ms", "ai.queue.fill_wait_ms", "ai.queue.load_wait_ms"]
+KEYS = ["ai.hop.transit_ms", "ai.queue.device_busy_ms", "ai.queue.fill_wait_ms"]
 
 
 @st.composite

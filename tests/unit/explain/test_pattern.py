@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.explain.requests.pattern import apart
+from deployments.explain.requests.pattern import distinguishing_traits
 from tests.support.made import request
 from tests.unit.explain.test_verdict import read
 
@@ -21,7 +21,7 @@ def said(slow: Callable[[int], dict[str, Any] | None], usual: Callable[[int], di
     spans = [one for n in range(COUNT) for one in request(n, n * 250.0, **usual(n) | (slow(n) or {}))]
     found = read(spans)
     concerned = [one for one in found.requests if int(one.trace_id, 16) in numbers]
-    return apart(concerned, found.requests, found.survey.window_ns, "model")
+    return distinguishing_traits(concerned, found.requests, found.survey.window_ns, "model")
 
 
 def mixed(number: int) -> dict[str, Any]:

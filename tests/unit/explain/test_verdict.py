@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from deployments.cli.main import main
+from deployments.explain.render.text import fix_text
 from deployments.explain.requests.capture import Capture, capture
 from deployments.explain.requests.parts import PARTS, RunFit, fit_runs, parts_of
 from deployments.explain.requests.pattern import clock
@@ -76,7 +77,7 @@ def test_what_is_always_long_explains_nothing_but_waiting_is_never_usual() -> No
     assert verdict(window({"postprocess": 60.0}, every=1)).findings == []
     found = verdict([one for number in range(100) for one in request(number, number * 250.0, fill=200.0)])
     assert [finding.cause for finding in found.findings] == ["batch_fill"]
-    assert found.findings[0].fix.startswith("batching.max_wait_ms: 200 -> 0")
+    assert fix_text(found.findings[0]).startswith("batching.max_wait_ms: 200 -> 0")
 
 
 def test_two_causes_at_once_are_both_named() -> None:
@@ -146,7 +147,7 @@ def test_a_wait_for_the_first_replica_advises_to_keep_one() -> None:
     spans = window(CASES["replica_queue"])
     (finding,) = verdict([replace(s, resource={**s.resource, f"slowlens.{least}": 0}) for s in spans]).findings
 
-    assert finding.fix.startswith(f"keep a replica of the deployment Tokenizer: {least}: 0 -> 1")
+    assert fix_text(finding).startswith(f"keep a replica of the deployment Tokenizer: {least}: 0 -> 1")
 
 
 @pytest.mark.parametrize("cause", ["device_queue", "cold_start"])
@@ -157,7 +158,7 @@ def test_a_wait_for_replicas_says_when_the_policy_saw_it_and_when_one_was_warm(c
     seen, warm = (clock_at(spans, ms) for ms in (9_001, 29_500))
     said = f"; scaled late: the policy saw it at {seen} (1 -> 3 replicas), the first was warm at {warm}"
     assert said in finding.summary
-    assert "deployments.Model.autoscaling_config.min_replicas: 1 -> " in finding.fix
+    assert "deployments.Model.autoscaling_config.min_replicas: 1 -> " in fix_text(finding)
 
 
 def clock_at(spans: Sequence[Span], ms: float) -> str:
@@ -198,7 +199,7 @@ def test_a_limit_that_was_too_low_is_named() -> None:
     assert f"; not scaled: at {clock_at(spans, 9_001)} the policy needed 9 replicas, and max_replicas is 4" in (
         finding.summary
     )
-    assert "deployments.Model.autoscaling_config.max_replicas: 4 -> 5" in finding.fix
+    assert "deployments.Model.autoscaling_config.max_replicas: 4 -> 5" in fix_text(finding)
 
 
 def test_decisions_at_other_times_and_of_other_stages_are_not_blamed() -> None:
@@ -254,7 +255,7 @@ def test_fixes_name_the_setting_its_value_and_another() -> None:
     for cause in ("device_queue", "padding", "tokenization"):
         slow = CASES[cause] | ({"chars": 90_000} if cause == "tokenization" else {})
         spans = [replace(one, resource={**one.resource, **settings}) for one in window(slow)]
-        fixes[cause] = verdict(spans).findings[0].fix
+        fixes[cause] = fix_text(verdict(spans).findings[0])
     assert "deployments.Model.autoscaling_config.max_replicas: 2 -> 3" in fixes["device_queue"]
     assert "batching.max_batch_tokens: 8192 -> 4096" in fixes["padding"]
     assert "limits.max_input_chars: 200000 -> 50000" in fixes["tokenization"]
@@ -284,7 +285,7 @@ def test_failures_that_callers_tried_again_are_told_by_their_request_id() -> Non
     (finding,) = verdict(spans).findings
     assert finding.cause == "errors_retries"
     assert finding.summary.startswith("4 of 248 requests failed (queue_full 4), 3 of them were sent more than once")
-    assert "a longer queue (batching.max_queue: 2048)" in finding.fix
+    assert "a longer queue (batching.max_queue: 2048)" in fix_text(finding)
 
 
 def test_the_parts_are_the_latency_after_every_split() -> None:

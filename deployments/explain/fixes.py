@@ -1,0 +1,191 @@
+"""What helps against a cause, as data: the settings to change, with their values now and proposed ones.
+
+The text around them is part of a fix; how a change reads is for ``render`` to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.explain.requests.capture import BINS, Capture, bin_ns
+from deployments.explain.requests.parts import median
+from deployments.explain.requests.request import Request
+from deployments.explain.requests.scaling import orders_during
+
+_ALL_AT_ONCE = 4000
+"""``max_ongoing_requests`` that leaves the waiting to the model's own queue."""
+_GROUPING = 128
+_COMFORT = 0.7
+"""How busy a device may be before requests wait long for those before them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A setting, as serve_config.yaml names it."""
+
+    key: str
+    current: Any
+    """None where no process said it."""
+    proposed: Any
+
+
+class Fix:
+    """Text and changes, in the order in which they are read."""
+
+    def __init__(self, *pieces: str | Change) -> None:
+        self.pieces = pieces
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        return tuple(piece for piece in self.pieces if isinstance(piece, Change))
+
+
+FixFor = Callable[[Capture, Sequence[Request]], Fix]
+"""From all that was read, and the requests concerned."""
+
+
+def advice(text: str) -> FixFor:
+    """A fix that is the same whatever was read."""
+    return lambda *_: Fix(text)
+
+
+def warm_replicas(capture: Capture, _: Sequence[Request]) -> Fix:
+    key = "deployments.Model.autoscaling_config.min_replicas"
+    current = capture.settings.get(key)
+    if current is None and "deployments.Model.num_replicas" in capture.settings:
+        another = more_replicas(capture, "Model")
+        return Fix("a replica (re)started under traffic: see its log; keep another beside it (", another, ")")
+    return Fix("keep replicas warm: ", Change(key, current, 1 + (current or 0)))
+
+
+def more_model_replicas(capture: Capture, slow: Sequence[Request]) -> Fix:
+    replicas = max(1, len(capture.busy_ns))
+    begin, width = capture.survey.window_ns[0], bin_ns(capture.survey.window_ns)
+    # While they were there, not before and after.
+    bins = {min(BINS - 1, (request.started_ns - begin) // width) for request in slow}
+    busy_ns = sum(busy[number] for busy in capture.busy_ns.values() for number in bins)
+    busy = busy_ns / (len(bins) * width * replicas)
+    more = more_replicas(capture, "Model", max(replicas + 1, math.ceil(replicas * busy / _COMFORT)), slow)
+    return Fix(
+        f"the model's devices were busy for {busy:.0%} of that time: more model replicas (",
+        more,
+        "), or runs that cost less (a GPU, model.dtype, model.quantization)",
+    )
+
+
+def shorter_fill_wait(_: Capture, slow: Sequence[Request]) -> Fix:
+    current = max(request.max_wait_ms for request in slow)
+    return Fix(Change("batching.max_wait_ms", current, 0), "; batches still grow while the device is busy")
+
+
+def shorter_inputs(capture: Capture, slow: Sequence[Request]) -> Fix:
+    tokens = median([request.tokens for request in slow])
+    return Fix(
+        f"the slow requests had {tokens:.0f} tokens (median): refuse longer ones (",
+        _input_limit(capture, slow),
+        "), truncate them (model.max_length), or make runs cost less (a GPU, model.dtype)",
+    )
+
+
+def less_tokenization(capture: Capture, slow: Sequence[Request]) -> Fix:
+    chars = max(request.chars for request in slow)
+    return Fix(
+        f"inputs of up to {chars} characters: ",
+        _input_limit(capture, slow),
+        ", or more tokenizer replicas (",
+        more_replicas(capture, "Tokenizer"),
+        ")",
+    )
+
+
+def after_failures(capture: Capture, kind: str) -> Fix:
+    """What helps against the most frequent kind of failure (``error.type``)."""
+    if kind == "queue_full":
+        most = capture.settings.get("batching.max_queue")
+        return Fix(
+            "more arrived than the model could run: more model replicas (",
+            more_replicas(capture, "Model"),
+            "), or, for bursts, a longer queue (",
+            Change("batching.max_queue", most, 2 * (most or 1024)),
+            ")",
+        )
+    if kind == "deadline_passed":
+        return Fix(
+            "deadlines passed before the response: more model replicas (",
+            more_replicas(capture, "Model"),
+            "), or longer deadlines",
+        )
+    if kind == "no_replica_ready":
+        return warm_replicas(capture, ())
+    if kind == "replica_died":
+        return Fix(
+            "a replica's process ended: see its log and the kernel's (out of memory?), and keep another beside it (",
+            more_replicas(capture, "Model"),
+            ")",
+        )
+    return Fix("read one of these traces, and the replica's log at its time")
+
+
+def _input_limit(capture: Capture, slow: Sequence[Request]) -> Change | str:
+    """The round limit that just refuses these and leaves room for twice the usual length, where there is one."""
+    keys = {request.key for request in slow}
+    others = sorted(request.chars for request in capture.requests if request.key not in keys)
+    usual = others[len(others) * 95 // 100] if others else 0
+    least = min(request.chars for request in slow)
+    magnitude = 10 ** math.floor(math.log10(max(1, least - 1)))
+    wanted = max(step * magnitude for step in (1, 2, 5) if step * magnitude < max(2, least))
+    key = "limits.max_input_chars"
+    return Change(key, capture.settings.get(key), wanted) if wanted >= 2 * usual else f"{key} below that"
+
+
+def replicas_for_calls(capture: Capture, slow: Sequence[Request]) -> Fix:
+    stages = Counter(
+        max(request.calls, key=lambda c: c.there_ns - c.back_ns).stage for request in slow if request.calls
+    )
+    name = stages.most_common(1)[0][0].capitalize() if stages else "Model"
+    key = f"deployments.{name}.max_ongoing_requests"
+    current = capture.settings.get(key)
+    least = f"deployments.{name}.autoscaling_config.min_replicas"
+    if capture.settings.get(least) == 0:
+        return Fix(f"keep a replica of the deployment {name}: ", Change(least, 0, 1))
+    more = more_replicas(capture, name, slow=slow)
+    if isinstance(current, int | float) and current < _ALL_AT_ONCE:
+        return Fix(Change(key, current, _ALL_AT_ONCE), ", or more replicas (", more, ")")
+    return Fix(f"more replicas of the deployment {name} (", more, ")")
+
+
+def less_padding(capture: Capture, _: Sequence[Request]) -> Fix:
+    window = capture.settings.get("batching.grouping_window")
+    if window is None or window < _GROUPING:
+        return Fix("keep short and long inputs apart: ", Change("batching.grouping_window", window, _GROUPING))
+    tokens = capture.settings.get("batching.max_batch_tokens")
+    return Fix("smaller batches: ", Change("batching.max_batch_tokens", tokens, (tokens or 8192) // 2))
+
+
+def more_postprocessors(capture: Capture, _: Sequence[Request]) -> Fix:
+    more = more_replicas(capture, "Postprocessor")
+    return Fix("more replicas (", more, "), or smaller responses (top_k, dimensions)")
+
+
+def more_replicas(capture: Capture, deployment: str, wanted: int = 0, slow: Sequence[Request] = ()) -> Change:
+    """The setting that gives more replicas: one more, or as many as are wanted.
+
+    Where the deployment was scaled, but too late for these requests, the setting that keeps them there.
+    """
+    path = f"deployments.{deployment}"
+    most = capture.settings.get(f"{path}.autoscaling_config.max_replicas")
+    orders = orders_during(capture.scalings, slow, deployment, capture.loads)
+    ordered = [one.ordered for one in orders if one.ordered > one.replicas]
+    if ordered:
+        key = f"{path}.autoscaling_config.min_replicas"
+        return Change(key, capture.settings.get(key), max(ordered))
+    if most is not None:
+        return Change(f"{path}.autoscaling_config.max_replicas", most, max(most + 1, wanted))
+    stage = deployment.lower()
+    seen = len({request.replicas[stage] for request in capture.requests if stage in request.replicas})
+    current = capture.settings.get(f"{path}.num_replicas", seen or 1)
+    return Change(f"{path}.num_replicas", current, max(current + 1, wanted))
