@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.telemetry import metrics, names
+from deployments.telemetry import metrics
 from k8s.dashboards import LOST_SPANS, REFUSED_SPANS
 from k8s.metrics import label, series
 
@@ -57,7 +57,7 @@ class Alert:
         }
 
 
-def _by_deployment(spec: names.MetricSpec) -> str:
+def _by_deployment(spec: metrics.MetricSpec) -> str:
     return f"max by ({_DEPLOYMENT}) ({series(spec)})"
 
 

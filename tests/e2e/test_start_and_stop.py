@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from deployments.cli.serve import FAST
+from deployments.telemetry import metrics
 from tests.support.http import call
 from tests.support.process import ROOT, serve_run
 from tests.support.traces import WHOLE_TRACE
@@ -21,7 +22,7 @@ def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path:
         page = call(PORT, "GET", "/slowlens", timeout_s=60)
     # Stopped by Ctrl-C right after the last answer: what was still in memory must be here as well.
     found = defaultdict(set)
-    metrics = set()
+    seen: set[str] = set()
     for path in (tmp_path / "slowlens").glob("*.jsonl"):
         for line in path.read_text().splitlines():
             content = json.loads(line)
@@ -29,12 +30,12 @@ def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path:
                 for span in resource["scopeSpans"][0]["spans"]:
                     found[span["traceId"]].add(span["name"])
             for resource in content.get("resourceMetrics", []):
-                metrics |= {m["name"] for scope in resource["scopeMetrics"] for m in scope["metrics"]}
+                seen |= {m["name"] for scope in resource["scopeMetrics"] for m in scope["metrics"]}
 
     assert (page.status, page.error["code"]) == (404, "not_found")
     assert "args.enabled of the application slowlens-page turns it on" in page.error["message"]
     assert [WHOLE_TRACE - found[answer.trace_id] for answer in answers] == [set()] * len(answers)
-    assert {metrics.LATENCY.name, metrics.BATCH_SIZE.name, metrics.QUEUE_DEPTH.name} <= metrics
+    assert {metrics.LATENCY.name, metrics.BATCH_SIZE.name, metrics.QUEUE_DEPTH.name} <= seen
 
 
 def test_slowlens_serve_starts_the_same_with_the_fast_front_and_the_page(tmp_path: Path) -> None:

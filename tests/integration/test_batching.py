@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ray import serve
 
-from deployments.messages import Carrier, Envelope, Predicted, PredictRequest, Ragged
+from deployments.messages import Call, Carrier, Envelope, Predicted, PredictRequest, Ragged
 from deployments.telemetry import metrics, names
 from tests.support.cluster import run_together, wait_for_depth
 from tests.support.http import Answer, call, new_traceparent
@@ -182,19 +182,19 @@ def test_one_of_a_shared_call_is_forgotten_and_the_others_are_answered(
     receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
     """A call of three requests, as the ingress shares it among those that wait together."""
-    trace_ids, requests = [], []
+    trace_ids, calls = [], []
     for _ in range(3):
         traceparent, trace_id, _ = new_traceparent()
         envelope = Envelope(Carrier(traceparent), "id", 60_000.0, time.time_ns())
-        requests.append(PredictRequest(envelope, Ragged.of([np.array([1, 7, 2])]), "input"))
+        calls.append(Call(envelope, PredictRequest(Ragged.of([np.array([1, 7, 2])]), "input")))
         trace_ids.append(trace_id)
     model = serve.get_deployment_handle("Model", "slowlens").options(stream=True, _by_reference=False)
 
     replies: list[tuple[int, Any]] = []
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(lambda: [replies.extend(part) for part in model.predict.remote(tuple(requests))])
+        reading = pool.submit(lambda: [replies.extend(part) for part in model.predict.remote(tuple(calls))])
         wait_for_depth(3)
-        asyncio.run(forget(model, requests[1].envelope.carrier.traceparent))
+        asyncio.run(forget(model, calls[1].envelope.carrier.traceparent))
         spans = receiver.trace(trace_ids[1], names={names.BATCHED_PREDICT, names.QUEUE})
         held()
         reading.result()

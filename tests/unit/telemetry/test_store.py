@@ -21,8 +21,8 @@ from opentelemetry.trace import SpanContext
 
 from deployments.telemetry import names
 from deployments.telemetry.export.sinks import StoreSink
+from deployments.telemetry.export.span import Span
 from deployments.telemetry.export.store import JsonLines, JsonLinesMetricExporter
-from deployments.telemetry.spans import Span
 
 WRITER = """
 import sys
