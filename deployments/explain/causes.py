@@ -1,4 +1,4 @@
-"""The causes that a slow request can have: which parts of its latency speak for each, and what helps."""
+"""The possible causes of a slow request: which latency parts indicate each one, and how to fix it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Cause:
     """One cause.
 
     Attributes:
-        parts: of the latency, added up for it.
-        baseline_is_zero: whether its ordinary amount is nothing, as for all waiting.
-        what: what the time went to, after "3 of 5 slow requests spent".
-        fix: what helps.
-        stage: whose replica matters.
+        parts: the latency parts summed for this cause.
+        baseline_is_zero: whether its ordinary amount is zero, as for all waiting.
+        what: where the time went; follows "3 of 5 slow requests spent".
+        fix: builds the suggested fix.
+        stage: the stage whose replica matters.
         is_stated: whether the trace itself states it, so that one request is enough evidence.
-        is_for_want_of_replicas: whether more replicas of ``stage``, sooner, would have helped; then the finding says
-            what the autoscaling did.
+        is_for_want_of_replicas: whether having more replicas of ``stage`` sooner would have helped; if so, the finding
+            says what autoscaling did.
     """
 
     name: str
@@ -48,7 +48,7 @@ CAUSES = (
         "device_queue",
         ("device_busy", "batch_mates"),
         True,
-        "waiting behind a busy device, and for the others of a batch",
+        "waiting behind a busy device, and for batch-mates",
         fixes.more_model_replicas,
         is_for_want_of_replicas=True,
     ),
@@ -65,17 +65,17 @@ CAUSES = (
         "padding",
         ("padding",),
         True,
-        "on the padding of longer neighbours, in their own runs or in those they waited for",
+        "on padding to longer inputs, in their own runs or in runs they waited for",
         fixes.less_padding,
     ),
     Cause(
         "device_contention",
         ("contention",),
         True,
-        "in runs that took longer than the same work usually does",
+        "in runs that took longer than the same work usually takes",
         advice(
-            "something else used the device: look for other processes on its GPU or CPUs, and give the deployment "
-            "Model CPUs or a GPU of its own (num_cpus, num_gpus)"
+            "something else used the device: look for other processes on its GPU or CPUs, and give the Model "
+            "deployment its own CPUs or GPU (num_cpus, num_gpus)"
         ),
     ),
     Cause(
@@ -87,8 +87,8 @@ CAUSES = (
         False,
         "between the actors",
         advice(
-            "the network between the hosts, or processes too busy to pass calls on: start with `slowlens serve`, give "
-            "the stages CPUs (num_cpus), keep them on one host"
+            "a slow network between hosts, or processes too busy to forward calls: start with `slowlens serve`, "
+            "reserve CPUs for the stages (num_cpus), keep them on one host"
         ),
         "ingress",
     ),
@@ -97,7 +97,7 @@ CAUSES = (
         ("validation",),
         False,
         "reading the request",
-        advice("the client sent its body slowly: look at its network, or at what stands between it and the ingress"),
+        advice("the client sent its body slowly: check its network, or whatever is between it and the ingress"),
         "ingress",
     ),
 )

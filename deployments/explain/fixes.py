@@ -1,6 +1,6 @@
-"""What helps against a cause, as data: the settings to change, with their values now and proposed ones.
+"""Fixes for the causes, as data: the settings to change, with their current and proposed values.
 
-The text around them is part of a fix; how a change reads is for ``render`` to say.
+A fix includes the text around its changes; ``render`` formats each change.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import orders_during
 
 _ALL_AT_ONCE = 4000
-"""``max_ongoing_requests`` that leaves the waiting to the model's own queue."""
+"""``max_ongoing_requests`` high enough that requests wait in the model's own queue."""
 _GROUPING = 128
 _COMFORT = 0.7
-"""How busy a device may be before requests wait long for those before them."""
+"""How busy a device may be before requests wait long behind earlier ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A setting, as serve_config.yaml names it."""
+    """A change to a setting, named as in serve_config.yaml."""
 
     key: str
     current: Any
-    """None where no process said it."""
+    """None if no process reported it."""
     proposed: Any
 
 
 class Fix:
-    """Text and changes, in the order in which they are read."""
+    """Text and changes, in reading order."""
 
     def __init__(self, *pieces: str | Change) -> None:
         self.pieces = pieces
@@ -45,11 +45,11 @@ class Fix:
 
 
 FixFor = Callable[[Capture, Sequence[Request]], Fix]
-"""From all that was read, and the requests concerned."""
+"""Builds a fix from the capture and the affected requests."""
 
 
 def advice(text: str) -> FixFor:
-    """A fix that is the same whatever was read."""
+    """Return a fix that does not depend on the capture."""
     return lambda *_: Fix(text)
 
 
@@ -58,22 +58,22 @@ def warm_replicas(capture: Capture, _: Sequence[Request]) -> Fix:
     current = capture.settings.get(key)
     if current is None and "deployments.Model.num_replicas" in capture.settings:
         another = more_replicas(capture, "Model")
-        return Fix("a replica (re)started under traffic: see its log; keep another beside it (", another, ")")
+        return Fix("a replica (re)started under traffic: check its log, and run one more (", another, ")")
     return Fix("keep replicas warm: ", Change(key, current, 1 + (current or 0)))
 
 
 def more_model_replicas(capture: Capture, slow: Sequence[Request]) -> Fix:
     replicas = max(1, len(capture.busy_ns))
     begin, width = capture.survey.window_ns[0], bin_ns(capture.survey.window_ns)
-    # While they were there, not before and after.
+    # Only the bins in which the slow requests arrived.
     bins = {min(BINS - 1, (request.started_ns - begin) // width) for request in slow}
     busy_ns = sum(busy[number] for busy in capture.busy_ns.values() for number in bins)
     busy = busy_ns / (len(bins) * width * replicas)
     more = more_replicas(capture, "Model", max(replicas + 1, math.ceil(replicas * busy / _COMFORT)), slow)
     return Fix(
-        f"the model's devices were busy for {busy:.0%} of that time: more model replicas (",
+        f"the model's devices were busy {busy:.0%} of that time: add model replicas (",
         more,
-        "), or runs that cost less (a GPU, model.dtype, model.quantization)",
+        "), or make runs cheaper (a GPU, model.dtype, model.quantization)",
     )
 
 
@@ -85,9 +85,9 @@ def shorter_fill_wait(_: Capture, slow: Sequence[Request]) -> Fix:
 def shorter_inputs(capture: Capture, slow: Sequence[Request]) -> Fix:
     tokens = median([request.tokens for request in slow])
     return Fix(
-        f"the slow requests had {tokens:.0f} tokens (median): refuse longer ones (",
+        f"the slow requests had {tokens:.0f} tokens (median): reject longer ones (",
         _input_limit(capture, slow),
-        "), truncate them (model.max_length), or make runs cost less (a GPU, model.dtype)",
+        "), truncate them (model.max_length), or make runs cheaper (a GPU, model.dtype)",
     )
 
 
@@ -96,42 +96,42 @@ def less_tokenization(capture: Capture, slow: Sequence[Request]) -> Fix:
     return Fix(
         f"inputs of up to {chars} characters: ",
         _input_limit(capture, slow),
-        ", or more tokenizer replicas (",
+        ", or add tokenizer replicas (",
         more_replicas(capture, "Tokenizer"),
         ")",
     )
 
 
 def after_failures(capture: Capture, kind: str) -> Fix:
-    """What helps against the most frequent kind of failure (``error.type``)."""
+    """Return the fix for the most frequent kind of failure (``error.type``)."""
     if kind == "queue_full":
         most = capture.settings.get("batching.max_queue")
         return Fix(
-            "more arrived than the model could run: more model replicas (",
+            "more requests arrived than the model could run: add model replicas (",
             more_replicas(capture, "Model"),
-            "), or, for bursts, a longer queue (",
+            "), or, for bursts, allow a longer queue (",
             Change("batching.max_queue", most, 2 * (most or 1024)),
             ")",
         )
     if kind == "deadline_passed":
         return Fix(
-            "deadlines passed before the response: more model replicas (",
+            "deadlines passed before the response: add model replicas (",
             more_replicas(capture, "Model"),
-            "), or longer deadlines",
+            "), or set longer deadlines",
         )
     if kind == "no_replica_ready":
         return warm_replicas(capture, ())
     if kind == "replica_died":
         return Fix(
-            "a replica's process ended: see its log and the kernel's (out of memory?), and keep another beside it (",
+            "a replica's process died: check its log and the kernel log (out of memory?), and run one more (",
             more_replicas(capture, "Model"),
             ")",
         )
-    return Fix("read one of these traces, and the replica's log at its time")
+    return Fix("check one of these traces, and the replica's log at that time")
 
 
 def _input_limit(capture: Capture, slow: Sequence[Request]) -> Change | str:
-    """The round limit that just refuses these and leaves room for twice the usual length, where there is one."""
+    """Return the round limit that just rejects these and leaves room for twice the usual length, if there is one."""
     keys = {request.key for request in slow}
     others = sorted(request.chars for request in capture.requests if request.key not in keys)
     usual = others[len(others) * 95 // 100] if others else 0
@@ -139,7 +139,7 @@ def _input_limit(capture: Capture, slow: Sequence[Request]) -> Change | str:
     magnitude = 10 ** math.floor(math.log10(max(1, least - 1)))
     wanted = max(step * magnitude for step in (1, 2, 5) if step * magnitude < max(2, least))
     key = "limits.max_input_chars"
-    return Change(key, capture.settings.get(key), wanted) if wanted >= 2 * usual else f"{key} below that"
+    return Change(key, capture.settings.get(key), wanted) if wanted >= 2 * usual else f"set {key} below that"
 
 
 def replicas_for_calls(capture: Capture, slow: Sequence[Request]) -> Fix:
@@ -151,11 +151,11 @@ def replicas_for_calls(capture: Capture, slow: Sequence[Request]) -> Fix:
     current = capture.settings.get(key)
     least = f"deployments.{name}.autoscaling_config.min_replicas"
     if capture.settings.get(least) == 0:
-        return Fix(f"keep a replica of the deployment {name}: ", Change(least, 0, 1))
+        return Fix(f"keep a replica of the {name} deployment running: ", Change(least, 0, 1))
     more = more_replicas(capture, name, slow=slow)
     if isinstance(current, int | float) and current < _ALL_AT_ONCE:
-        return Fix(Change(key, current, _ALL_AT_ONCE), ", or more replicas (", more, ")")
-    return Fix(f"more replicas of the deployment {name} (", more, ")")
+        return Fix(Change(key, current, _ALL_AT_ONCE), ", or add replicas (", more, ")")
+    return Fix(f"add replicas of the {name} deployment (", more, ")")
 
 
 def less_padding(capture: Capture, _: Sequence[Request]) -> Fix:
@@ -168,13 +168,13 @@ def less_padding(capture: Capture, _: Sequence[Request]) -> Fix:
 
 def more_postprocessors(capture: Capture, _: Sequence[Request]) -> Fix:
     more = more_replicas(capture, "Postprocessor")
-    return Fix("more replicas (", more, "), or smaller responses (top_k, dimensions)")
+    return Fix("add replicas (", more, "), or request smaller responses (top_k, dimensions)")
 
 
 def more_replicas(capture: Capture, deployment: str, wanted: int = 0, slow: Sequence[Request] = ()) -> Change:
-    """The setting that gives more replicas: one more, or as many as are wanted.
+    """Return the setting that gives more replicas: one more, or ``wanted`` if that is higher.
 
-    Where the deployment was scaled, but too late for these requests, the setting that keeps them there.
+    If the deployment was scaled, but too late for these requests, return the setting that keeps the replicas running.
     """
     path = f"deployments.{deployment}"
     most = capture.settings.get(f"{path}.autoscaling_config.max_replicas")

@@ -1,14 +1,14 @@
-"""Why the slow requests were slow: what they have in excess, by cause.
+"""Why the slow requests were slow: their excess time, by cause.
 
-1. The slow ones are the slowest part of the requests that were answered, five at least; the others are the ordinary.
-2. The excess of a part is what it takes beyond its ordinary amount: the median of the ordinary requests of the same
-   route, and nothing for waiting, padding and contention, which serve nobody. Work that is always long has no excess.
-3. A cause is named where at least a tenth of the slow requests, and more than one, lost to it one and a half times what
-   a request takes without any waiting, and where it makes a seventh of the whole excess or most of the excess of a
-   quarter of the slow requests. Of a cold start one request is enough, for the trace itself states it. Otherwise
-   nothing is unusual.
-4. Requests that failed on our side are not among the slow ones; they are a cause of their own (``errors_retries``).
-   Advisories have no share of the excess and come last.
+1. The slow requests are the slowest share of the answered requests, at least five; the others are ordinary.
+2. The excess of a part is its time beyond the ordinary amount: the median of the ordinary requests on the same route,
+   or zero for waiting, padding and contention, which do no useful work. Work that is always long has no excess.
+3. A cause is named if at least a tenth of the slow requests, and more than one, lost to it one and a half times what a
+   request takes without any waiting, and if it makes up a seventh of the total excess or most of the excess of a
+   quarter of the slow requests. For a cold start one request is enough, because the trace itself states it. If no
+   cause qualifies, nothing is unusual.
+4. Requests that failed on the server's side do not count as slow; they are a separate cause (``errors_retries``).
+   Advisories have no share of the excess and are listed last.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from deployments.explain.traces.files import Source
 from deployments.explain.traces.survey import NOT_OURS, survey
 
 MIN_REQUESTS = 20
-"""Fewer are too few to tell the slow from the ordinary."""
+"""Minimum number of answered requests for distinguishing slow from ordinary ones."""
 _MIN_OF_USEFUL, _MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 1.5, 0.1, 1 / 7, 5.0
 _MIN_RULED = 0.25
-"""Part of the slow requests of whose excess a cause makes most."""
+"""Share of the slow requests for which a cause makes up most of the excess."""
 _EVIDENCE, _MIN_HIT = 3, 2
 _MIN_GAIN = 0.1
 
@@ -44,19 +44,19 @@ class Finding:
     summary: str
     fix: Fix
     evidence: tuple[tuple[str, float], ...]
-    """``(trace id, milliseconds)``, the strongest first."""
+    """``(trace id, milliseconds)``, strongest first."""
     p99_ms: tuple[float, float] | None = None
-    """The 99th percentile now, and what it would be at best without this; None where that makes little difference."""
+    """The 99th percentile now, and at best without this cause; None if the difference is small."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One answered request that was read closely."""
+    """An answered request that was read in full."""
 
     request: Request
     parts: Parts
     weight: float
-    """For how many requests it stands."""
+    """The number of requests it represents."""
     is_slow: bool
 
 
@@ -66,19 +66,19 @@ class Verdict:
     answered: list[Judged]
     """By latency, ascending."""
     excess_ms: dict[str, float]
-    """Of the slow requests together, by part."""
+    """Total over the slow requests, by part."""
     findings: list[Finding] = field(default_factory=list)
     note: str = ""
-    """Where nothing is named: why."""
+    """Why no cause is named, if none is."""
 
     @property
     def whole_excess_ms(self) -> float:
-        """Of the slow requests together; parts in which they were quicker do not make up for others."""
+        """Total over the slow requests; parts in which they were faster do not offset others."""
         return sum(max(0.0, ms) for ms in self.excess_ms.values())
 
 
 def percentile(ascending: Sequence[tuple[float, float]], share: float) -> float:
-    """Of ``(value, weight)``: the least value that so much of the weight does not exceed; 0 of nothing."""
+    """Smallest value with ``share`` of the weight at or below it, of ``(value, weight)`` pairs; 0 if there are none."""
     left = share * sum(weight for _, weight in ascending) * (1 - 1e-9)
     for value, weight in ascending:
         left -= weight
@@ -88,7 +88,7 @@ def percentile(ascending: Sequence[tuple[float, float]], share: float) -> float:
 
 
 def examine(source: Source, slowest: float, since_ns: int = 0) -> Verdict:
-    """The verdict on the slowest part (0 to 1) of a source's requests that ended at ``since_ns`` or later."""
+    """Judge the slowest share (0 to 1) of a source's requests that ended at ``since_ns`` or later."""
     chosen = survey(source.roots(since_ns), slowest, since_ns)
     found = capture(source.spans(chosen), chosen)
     found.lost = source.lost
@@ -114,7 +114,7 @@ def judge(found: Capture) -> Verdict:
     verdict.findings += _failures(verdict)
     verdict.findings.sort(key=lambda finding: -finding.share_of_excess)
     if not verdict.findings and not verdict.note:
-        verdict.note = "nothing is unusual: the slowest requests spent their time as the others did"
+        verdict.note = "nothing is unusual: the slowest requests spent their time the same way as the others"
     verdict.findings += _advisories(found)
     return verdict
 
@@ -148,7 +148,7 @@ def _compare(verdict: Verdict) -> None:
 
 
 def _gain(answered: Sequence[Judged], amounts: Sequence[float]) -> tuple[float, float] | None:
-    """The 99th percentile now and without these amounts, where the difference is large."""
+    """Return the 99th percentile now and without these amounts, or None if the difference is small."""
     now = [(one.request.latency_ns / 1e6, one.weight) for one in answered]
     then = sorted((ms - max(0.0, less), weight) for (ms, weight), less in zip(now, amounts, strict=True))
     before, after = percentile(now, 0.99), percentile(then, 0.99)
@@ -156,7 +156,7 @@ def _gain(answered: Sequence[Judged], amounts: Sequence[float]) -> tuple[float, 
 
 
 def _usual(ordinary: Sequence[Parts]) -> Parts:
-    """What a request takes that waits for nothing: medians of the work, nothing of the rest."""
+    """Return what a request takes without any waiting: the median of each part that is work, zero for the rest."""
     idle = {part for cause in CAUSES if cause.baseline_is_zero for part in cause.parts}
     return {part: 0.0 if part in idle else median([one[part] for one in ordinary]) for part in PARTS}
 
@@ -211,7 +211,7 @@ def _failures(verdict: Verdict) -> Iterator[Finding]:
         f"{count} of {counted.requests} requests failed ({listed}){tried}{_traits(verdict.capture, read, 'model')}",
         Fix(
             *after_failures(verdict.capture, max(kinds, key=kinds.__getitem__)).pieces,
-            "; callers that try again make more load",
+            "; callers that retry add load",
         ),
         tuple((request.trace_id, request.latency_ns / 1e6) for request in worst),
     )
@@ -223,7 +223,7 @@ def _advisories(read: Capture) -> list[Finding]:
     runs = [run for run in read.runs.values() if run.size]
     wasteful = [run for run in runs if run.queue_behind >= run.size and run.size <= 4]
     if len(runs) >= MIN_REQUESTS and len(wasteful) > len(runs) / 2:
-        summary = f"{len(wasteful)} of {len(runs)} runs had at most 4 inputs while as many or more waited"
+        summary = f"{len(wasteful)} of {len(runs)} runs had at most 4 inputs while at least as many were waiting"
         current = [read.settings.get(f"batching.{key}", "?") for key in ("max_batch_size", "max_batch_tokens")]
         fix = Fix(
             f"batching.max_batch_size ({current[0]}) or batching.max_batch_tokens ({current[1]}) may be too low for "
@@ -233,17 +233,17 @@ def _advisories(read: Capture) -> list[Finding]:
     cut = [request for request in read.requests if request.truncated]
     count = round(sum(map(read.weight, cut)))
     if count > counted.requests / 20:
-        summary = f"inputs of {count} of {counted.requests} requests were truncated to the model's longest input"
-        fix = Fix("send shorter inputs, or `truncate: false` to have them refused")
+        summary = f"{count} of {counted.requests} requests had inputs truncated to the model's maximum length"
+        fix = Fix("send shorter inputs, or set `truncate: false` to have them rejected")
         evidence = tuple((request.trace_id, 0.0) for request in cut[:_EVIDENCE])
         found.append(Finding("truncation", 0.0, count, summary, fix, evidence))
     if read.lost or read.incomplete > (counted.requests + read.incomplete) / 100:
-        said = [f"the processes lost {read.lost} spans by their own count"] if read.lost else []
+        said = [f"the processes report {read.lost} lost spans"] if read.lost else []
         if read.incomplete:
-            said.append(f"spans are missing from {read.incomplete} requests, and what they took is unaccounted")
+            said.append(f"spans are missing from {read.incomplete} requests, so the time they cover is unaccounted")
         summary = "; ".join(said)
         fix = Fix(
-            "was the collector away or slow? See otel.sdk.exporter.span.exported (error.type), "
+            "was the collector unavailable or slow? See otel.sdk.exporter.span.exported (error.type), "
             "ai.telemetry.dropped_records and ai.telemetry.unwritten_spans, and the collector's own losses"
         )
         found.append(Finding("telemetry_loss", 0.0, read.incomplete, summary, fix, ()))

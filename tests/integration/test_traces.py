@@ -112,7 +112,7 @@ def test_one_request_is_one_whole_trace(port: int, receiver: OtlpReceiver) -> No
     assert batched.attributes["ai.batch.timeout_ms"] == 0.0
     assert batched.attributes["ai.model.load_type"] == "warm"
     assert batched.attributes["ai.batch.wait_time_ms"] == pytest.approx(queue.ms, abs=0.01)
-    waits = [queue.attributes[f"ai.queue.{part}_ms"] for part in ("device_busy", "fill_wait", "load_wait")]
+    waits = [queue.attributes[f"ai.queue.{part}_ms"] for part in ("device_busy", "fill_wait")]
     assert sum(waits) == pytest.approx(queue.ms, abs=0.01)
     assert queue.end == forward.start
     assert forward.attributes["ai.batch.actual_size"] == 1
@@ -310,7 +310,7 @@ def test_work_past_its_deadline_is_dropped_before_the_model_runs(
     for name in (names.BATCHED_PREDICT, names.QUEUE):
         assert one(spans, name).attributes["error.type"] == "deadline_passed"
     queue = one(spans, names.QUEUE)
-    waits = [queue.attributes[f"ai.queue.{part}_ms"] for part in ("device_busy", "fill_wait", "load_wait")]
+    waits = [queue.attributes[f"ai.queue.{part}_ms"] for part in ("device_busy", "fill_wait")]
     assert sum(waits) == pytest.approx(queue.ms, abs=0.01)
     timing = answer.server_timing
     assert timing["queue"] == pytest.approx(queue.ms, abs=20)

@@ -22,8 +22,8 @@ def no_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     ("args", "message"),
     [
         ({"enable": True}, "args.enable: unknown key; known here: enabled, source, since, slowest, max_age_s"),
-        ({"since": "15"}, "args.since: '15' must be a number of s, m, h or d, as 15m"),
-        ({"slowest": "0%"}, "args.slowest: '0%' must be a percentage above 0% and below 100%, as 5%"),
+        ({"since": "15"}, "args.since: '15' must be a number followed by s, m, h or d, such as 15m"),
+        ({"slowest": "0%"}, "args.slowest: '0%' must be a percentage above 0% and below 100%, such as 5%"),
         ({"max_age_s": -1.0}, "args.max_age_s"),
         ({"enabled": "yes"}, "args.enabled"),
     ],

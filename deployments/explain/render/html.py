@@ -1,6 +1,7 @@
-"""The verdict as one page that opens without a network: findings, charts, and the traces that the charts lead to.
+"""The verdict as one page that works offline: findings, charts, and the traces that the charts link to.
 
-Charts are drawn by Chart.js (https://www.chartjs.org, ``assets/chart.js``), which stands in the page like all else.
+Charts are drawn by Chart.js (https://www.chartjs.org, ``assets/chart.js``), which is embedded in the page like
+everything else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from deployments.explain.traces.survey import Key
 from deployments.explain.verdict import Finding, Judged, Verdict
 
 _POINTS = 250
-"""Of the ordinary and of the slow requests in a scatter plot."""
+"""Maximum number of ordinary, and of slow, requests in a scatter plot."""
 _GROUPS = {
     "reading": ("validation",),
     "tokenization": ("tokenization",),
@@ -47,14 +48,14 @@ def as_html(verdict: Verdict) -> str:
         ),
         "findings": _findings(verdict),
         "stages": "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells, _ in rows(verdict)),
-        # No "<" of a string may end the script.
+        # A "<" in a string must not end the script.
         "data": json.dumps(_Data(verdict).document(), separators=(",", ":")).replace("<", "\\u003c"),
     }
     assets = files("deployments.explain.render") / "assets"
     page = (assets / "page.html").read_text("utf-8")
     for name in ("page.css", "page.js", "chart.js"):
         content[name] = (assets / name).read_text("utf-8").partition("//# sourceMappingURL")[0]
-    # Each once and in one pass: what is put in may contain braces.
+    # Each once and in one pass: the inserted content may contain braces.
     pieces = [piece.partition("}}") for piece in page.split("{{")]
     return pieces[0][0] + "".join(content[name] + rest for name, _, rest in pieces[1:])
 
@@ -80,7 +81,7 @@ def _finding(finding: Finding) -> str:
 
 
 class _Data:
-    """What the page's script draws, and of each mark the trace that shows it best."""
+    """The data that the page's script draws, with the trace that best shows each mark."""
 
     def __init__(self, verdict: Verdict) -> None:
         self._verdict, self._capture = verdict, verdict.capture
@@ -112,18 +113,18 @@ class _Data:
         return document
 
     def _charts(self, document: dict[str, Any]) -> list[dict[str, str]]:
-        cold = "When model replicas loaded, and how many requests waited for it."
+        cold = "When model replicas loaded, and how many requests waited for them."
         if not document["cold"]["loads"] and not any(document["cold"]["requests"]):
             cold = "No model replica loaded and no request waited for one."
         texts = {
-            "latency": ("Latency by stage", "What a request's time was spent on, on average, by when it came."),
+            "latency": ("Latency by stage", "Where a request's time went, on average, by arrival time."),
             "cold": ("Cold starts", cold),
             "device": (
                 "GPU utilisation against latency",
-                document["device"]["what"] + ", beside the latency of the requests that came then.",
+                document["device"]["what"] + ", and the latency of the requests that arrived at that time.",
             ),
             "tokens": ("Tokens against forward time", "Above the line: batch-mates, padding, or a slow device."),
-            "batches": ("Batch efficiency", "How full the runs of the model were, and how much of them was padding."),
+            "batches": ("Batch efficiency", "How full the model runs were, and how much of them was padding."),
         }
         return [{"name": name, "title": title, "text": text} for name, (title, text) in texts.items()]
 
@@ -161,7 +162,7 @@ class _Data:
         }
 
     def _who_waited(self, load_ns: int) -> str | None:
-        """The request that waited for a load and came nearest to its start."""
+        """Return the trace id of the cold request that arrived nearest to the start of the load."""
         cold = (one.request for one in self._verdict.answered if one.request.is_cold)
         nearest = min(cold, key=lambda request: abs(request.started_ns - load_ns), default=None)
         return self._use(nearest) if nearest is not None else None
@@ -177,7 +178,7 @@ class _Data:
         gpu = [round(sum(read[number]) / len(read[number]), 2) if number in read else None for number in range(BINS)]
         latencies = [sorted(one.request.latency_ns / 1e6 for one in ones) for ones in self._bins]
         return {
-            "what": "GPU utilisation, %" if read else "Time that the device ran batches, % (no GPU in these traces)",
+            "what": "GPU utilisation, %" if read else "Time the device was running batches, % (no GPU in these traces)",
             "percent": gpu if read else [round(value / replicas, 2) for value in share],
             "slowest_ms": [round(ms[-1], 2) if ms else None for ms in latencies],
             "median_ms": [round(median(ms), 2) if ms else None for ms in latencies],
@@ -227,12 +228,12 @@ class _Data:
         }
 
     def _run(self, key: Key, spans: Sequence[Span], start_ns: int) -> dict[str, Any]:
-        """Drawn where the request's own part of it is: the two are of one clock, which may not be the page's."""
+        """Placed at the request's own part of the run: both are on one clock, which may differ from the page's."""
         run = self._capture.runs[key]
         passed = next(span for span in spans if key in span.links)
         text = (
             f"{run.size} inputs, {run.tokens} tokens and {max(0, run.padded_tokens - run.tokens)} of padding, "
-            f"{run.reason or 'no reason stated'}, {run.queue_behind} waiting behind"
+            f"{run.reason or 'no reason given'}, {run.queue_behind} queued behind it"
         )
         bar = [0, "batch_forward", "model", (passed.start_ns - start_ns) / 1e6, run.took_ns / 1e6, run.failed, text]
         members = list(dict.fromkeys(trace_id for trace_id, _ in run.members))

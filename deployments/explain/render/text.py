@@ -110,7 +110,7 @@ def _change(change: Change) -> str:
 
 
 def share_of(finding: Finding) -> str:
-    """``12%``; ``under 1%`` of what rounds to nothing."""
+    """``12%``, or ``under 1%`` if it rounds to zero."""
     return f"{finding.share_of_excess:.0%}" if finding.share_of_excess >= 0.005 else "under 1%"
 
 
@@ -126,7 +126,7 @@ def _table(verdict: Verdict) -> Table:
 
 
 def rows(verdict: Verdict) -> Iterator[tuple[tuple[str, ...], float]]:
-    """The parts that took any time, as they are shown, and their share of the total."""
+    """Yield the parts that took any time, formatted, with their share of the total."""
     for row in stages(verdict):
         if row["p99_ms"] or row["share_of_total"]:
             times = (f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}")
@@ -135,7 +135,7 @@ def rows(verdict: Verdict) -> Iterator[tuple[tuple[str, ...], float]]:
 
 
 def stages(verdict: Verdict) -> list[dict[str, Any]]:
-    """One row for each part of the latency, in the order of the way of a request."""
+    """Return one row per part of the latency, in the order of a request's path."""
     excess = verdict.whole_excess_ms
     total = sum(one.weight * sum(one.parts.values()) for one in verdict.answered)
     made = []

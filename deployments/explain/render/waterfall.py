@@ -1,4 +1,4 @@
-"""One request as a waterfall, with the batch that ran it and that batch's members beside it."""
+"""A request as a waterfall, with the batch that ran it and the requests in that batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 
 _WIDTH = 40
-# What a reader looks for first, by span: shown behind its bar.
+# The attributes that readers look for first, shown after the bar of a span.
 _SHOWN = (
     names.AI_HOP_TRANSIT_MS,
     names.AI_PREPROCESS_TOKEN_COUNT,
@@ -27,13 +27,13 @@ _SHOWN = (
     names.ERROR_TYPE,
 )
 MOST_MEMBERS = 64
-"""Of a batch that are shown."""
+"""Maximum number of requests shown per batch."""
 
 
 def waterfall(trace: Sequence[Span], linked: Sequence[Span]) -> Iterator[str]:
-    """Lines of text: the spans of a trace, and those of others that it links to.
+    """Yield lines of text: the spans of a trace, and the spans of other traces that it links to.
 
-    Spans whose parent is missing stand at the top level, so nothing is hidden.
+    Spans whose parent is missing appear at the top level, so nothing is hidden.
     """
     trace, linked = aligned(trace, linked)
     start = min(span.start_ns for span in trace)
@@ -44,20 +44,22 @@ def waterfall(trace: Sequence[Span], linked: Sequence[Span]) -> Iterator[str]:
     for batch in _by_start(linked):
         count = len(batch.links)
         held = (
-            f"{count} request{'' if count == 1 else 's'} in it" if batch.name == names.BATCH_FORWARD else "waited for"
+            f"batch of {count} request{'' if count == 1 else 's'}"
+            if batch.name == names.BATCH_FORWARD
+            else "waited for"
         )
         yield f"linked: {held}, trace {batch.trace_id}"
         yield _line(batch, start, scale, 0)
 
 
 def member_traces(linked: Iterable[Span]) -> Collection[str]:
-    """The traces of those who were in the linked batches, so many at most."""
+    """Return the traces of the requests in the linked batches, at most ``MOST_MEMBERS`` per batch."""
     batches = (span for span in linked if span.name == names.BATCH_FORWARD)
     return dict.fromkeys(trace_id for batch in batches for trace_id, _ in batch.links[:MOST_MEMBERS])
 
 
 def members(trace_id: str, linked: Iterable[Span], spans: Iterable[Span]) -> Iterator[str]:
-    """Lines of text: who was in the linked batches, where somebody else was; ``spans`` are those of their traces."""
+    """Yield lines of text: the requests in each linked batch, unless alone; ``spans`` are those of their traces."""
     by_key = {span.key: span for span in spans}
     inputs: dict[str, int] = defaultdict(int)
     for span in by_key.values():
@@ -79,7 +81,7 @@ def members(trace_id: str, linked: Iterable[Span], spans: Iterable[Span]) -> Ite
 
 
 def spent(breakdown: Breakdown) -> Iterator[str]:
-    """Lines of text: what the latency was made of, in the order of the way of a request."""
+    """Yield lines of text: the parts of the latency, in the order of a request's path."""
     latency = breakdown.latency_ns
     yield f"{latency / 1e6:.2f} ms were spent on"
     for part, took in breakdown.parts():
@@ -90,9 +92,9 @@ def spent(breakdown: Breakdown) -> Iterator[str]:
 
 
 def aligned(trace: Sequence[Span], linked: Sequence[Span]) -> tuple[list[Span], list[Span]]:
-    """The same, with the clocks of other processes set so that a stage lies within its call.
+    """Return the spans with the clocks of other processes adjusted so that each stage lies within its call.
 
-    Where it does already, nothing is moved; where it does not, it is put in the middle: nobody knows better.
+    A stage that already does is not moved; any other is put in the middle of its call, as its true position is unknown.
     """
     by_id = {span.span_id: span for span in trace}
     ahead: dict[str, int] = {}
@@ -111,7 +113,7 @@ def _earlier(span: Span, ahead: dict[str, int]) -> Span:
 
 
 def ordered(trace: Sequence[Span]) -> Iterator[tuple[int, Span]]:
-    """Every span behind its parent, with its depth; children by their start."""
+    """Yield every span after its parent, with its depth; children by start time."""
     present = {span.span_id for span in trace}
     below: dict[str, list[Span]] = defaultdict(list)
     for span in trace:
@@ -128,7 +130,7 @@ def label(span: Span) -> str:
 
 
 def shown(span: Span) -> str:
-    """What a reader looks for first."""
+    """Format the attributes that readers look for first."""
     return ", ".join(
         f"{key.rpartition('.')[2]} {_short(span.attributes[key])}" for key in _SHOWN if key in span.attributes
     )

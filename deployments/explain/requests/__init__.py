@@ -1,1 +1,1 @@
-"""Spans to requests: what each request spent its time on."""
+"""Turns spans into requests and shows where the time of each one went."""

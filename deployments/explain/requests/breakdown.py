@@ -1,12 +1,14 @@
 """Where one request's time went: its latency, split without remainder.
 
-1. The ingress measures everything that it waits for on one clock: its intervals follow each other, and what no interval
-   covers is ``unaccounted``. Intervals of a damaged trace that overlap or stick out are cut to what they cover alone.
-2. What a stage did is measured on the stage's own clock. Only durations are taken from there, never times: a call's
-   duration less the stage's is ``transit``, and a stage that claims to have worked for longer than the call lasted is
-   believed up to that. Where the request came before its model replica was ready, that call's is ``cold_start``.
-3. Inside the model replica the runs of the request come first; what is left was waiting, split as the queue's spans
-   have it. What neither covers is ``unaccounted``, and so is a call of which nothing is known but that it was made.
+1. The ingress measures everything it waits for on one clock: its intervals follow each other, and what no interval
+   covers is ``unaccounted``. If intervals of a damaged trace overlap or exceed the request, they are clipped to what
+   they alone cover.
+2. A stage's work is measured on the stage's own clock. Only durations are taken from it, never timestamps: a call's
+   duration minus the stage's is ``transit``, and a stage's duration is capped at that of the call. If the request
+   arrived before its model replica was ready, the transit of that call is ``cold_start``.
+3. Inside the model replica, the runs of the request are counted first; the rest was waiting, split according to the
+   queue spans. What neither covers is ``unaccounted``, and so is a call about which nothing is known except that it
+   was made.
 4. All times are whole nanoseconds, so that the parts add up to the latency exactly.
 """
 
@@ -22,10 +24,10 @@ from deployments.telemetry import names
 
 @dataclass(slots=True)
 class Breakdown:
-    """Nanoseconds of one request, by what they were spent on. ``latency_ns`` is their sum."""
+    """Nanoseconds of one request, by part. ``latency_ns`` is their sum."""
 
     validation: int = 0
-    """Reading the body, however slowly it came, and checking it."""
+    """Reading the body, however slowly it arrives, and validating it."""
     tokenization: int = 0
     cold_start: int = 0
     """Waiting for a model replica to start and load."""
@@ -34,10 +36,10 @@ class Breakdown:
     batch_fill: int = 0
     """Waiting for a batch to fill while the device was idle."""
     forward: int = 0
-    """In the runs of the model that the request had inputs in."""
+    """In the model runs that contain inputs of the request."""
     postprocessing: int = 0
     transit: int = 0
-    """Between the actors, waiting for a replica to take the call included."""
+    """Between the actors, including the wait for a replica to take the call."""
     response: int = 0
     unaccounted: int = 0
 
@@ -50,15 +52,15 @@ class Breakdown:
 
 
 class NoRoot(LookupError):
-    """The trace has no span of a whole request."""
+    """The trace has no root span of a request."""
 
 
 def break_down(trace: Sequence[Span]) -> Breakdown:
-    """Split the latency of the request whose spans these are. A span that came twice counts once. Raises NoRoot."""
+    """Split the latency of the request with these spans. Duplicate spans count once. Raises NoRoot."""
     spans = list({span.key: span for span in trace}.values())
     root = next((span for span in spans if span.name == names.PREDICT), None)
     if root is None:
-        raise NoRoot("the trace has no span of a whole request")
+        raise NoRoot("the trace has no root span of a request")
     latency = max(0, root.end_ns - root.start_ns)
     result = Breakdown()
     reached = root.start_ns
@@ -93,7 +95,7 @@ def _model(result: Breakdown, took: int, hop: Span, spans: Sequence[Span]) -> No
     held = _held(result, took, hop, spans, names.BATCHED_PREDICT)
     stage = next((s for s in spans if s.parent_id == hop.span_id and s.name == names.BATCHED_PREDICT), None)
     if stage is None:
-        # The call says how long the replica had it, but the replica's own spans are missing.
+        # The call says how long the replica held the request, but the replica's own spans are missing.
         result.unaccounted += held
         return
     if stage.attributes.get(names.AI_MODEL_LOAD_TYPE) == "cold":
@@ -108,7 +110,7 @@ def _model(result: Breakdown, took: int, hop: Span, spans: Sequence[Span]) -> No
     busy, fill = _total_ns(queues, names.AI_QUEUE_DEVICE_BUSY_MS), _total_ns(queues, names.AI_QUEUE_FILL_WAIT_MS)
     filled = waited * fill // (busy + fill) if busy + fill else 0
     result.batch_fill += filled
-    # What a queue's span does not explain further is waiting for the device, as nearly all of it is.
+    # Queue time that the span does not split counts as waiting for the device, as nearly all of it is.
     result.device_busy += waited - filled
     result.unaccounted += held - forward - waited
 
@@ -123,7 +125,7 @@ _SHARES: dict[str, Callable[[Breakdown, int, Span, Sequence[Span]], None]] = {
 
 
 def _held(result: Breakdown, took: int, hop: Span, spans: Sequence[Span], stage: str) -> int:
-    """How much of the call the stage had the request, the rest being transit; 0 where nothing says it."""
+    """Return how much of the call the stage held the request, the rest being transit; 0 if unknown."""
     callee = next((s for s in spans if s.parent_id == hop.span_id and s.name == stage), None)
     transit_ms = hop.attributes.get(names.AI_HOP_TRANSIT_MS)
     if callee is not None:
@@ -150,7 +152,7 @@ def _total_ns(queues: Iterable[Span], key: str) -> int:
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time, in intervals that neither touch nor overlap, in order."""
+    """Merge intervals into ordered ones that neither touch nor overlap."""
     result: list[Interval] = []
     for start, end in sorted(intervals):
         if end <= start:
@@ -163,7 +165,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def without(intervals: Sequence[Interval], cut: Sequence[Interval]) -> list[Interval]:
-    """What is in ``intervals`` and not in ``cut``; both as ``union`` gives them."""
+    """Return what is in ``intervals`` and not in ``cut``; both as returned by ``union``."""
     result = []
     for start, end in intervals:
         for cut_start, cut_end in cut:

@@ -1,7 +1,7 @@
-"""Spans to requests, runs and loads: what ``slowlens why`` compares.
+"""Turns spans into requests, runs and loads: what ``slowlens why`` compares.
 
-Requests of which only parts came are counted, and judged by what is there. Runs and loads are put on the clock of the
-ingress.
+Incomplete requests are counted, and judged by the spans that are there. Runs and loads are converted to the clock of
+the ingress.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from deployments.explain.traces.survey import Key, Survey
 from deployments.telemetry import names, span_specs
 
 _EXPORT_NS = 5 * 10**9
-"""How long after its end a span may be written."""
+"""How long after its end a span may still be written."""
 _OF_THE_INGRESS = {spec.name for spec in span_specs.SPANS if spec.service == "ingress"}
 BINS = 60
-"""Into how many equal parts of time the window is cut."""
+"""Number of equal time bins in the window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Run:
     reason: str
     failed: bool
     gpu_utilization: float | None
-    """Percent, before and after it; None without a GPU."""
+    """Percent, averaged over before and after the run; None without a GPU."""
     members: tuple[Key, ...]
     replica: str
 
@@ -61,33 +61,33 @@ Event = TypeVar("Event", Run, ModelLoad)
 class Capture:
     survey: Survey
     requests: list[Request] = field(default_factory=list)
-    """Those that were read closely, by their start."""
+    """Those that were read in full, by start time."""
     spans: dict[Key, list[Span]] = field(default_factory=dict)
-    """Of each of them."""
+    """The spans of each request."""
     runs: dict[Key, Run] = field(default_factory=dict)
-    """Those that they were in."""
+    """The runs that contain these requests."""
     loads: list[ModelLoad] = field(default_factory=list)
-    """Within the window, by their start."""
+    """Within the window, by start time."""
     scalings: list[Scaling] = field(default_factory=list)
-    """What the autoscaling policy decided, by its own clock."""
+    """Decisions of the autoscaling policy, on its own clock."""
     devices: dict[str, Device] = field(default_factory=dict)
-    """By model replica, with all runs of it."""
+    """By model replica, with all its runs."""
     busy_ns: dict[str, list[int]] = field(default_factory=dict)
-    """By model replica: how long its device ran batches in each part of the window."""
+    """By model replica: how long its device ran batches in each bin of the window."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What the processes say of their configuration (``slowlens.*``), by its key; the last one's word."""
+    """The configuration that the processes report (``slowlens.*``), by key; the last value wins."""
     lost: int = 0
-    """Spans and records that the processes say they lost."""
+    """Spans and records that the processes report as lost."""
     incomplete: int = 0
-    """Requests that miss their root, a parent of one of their spans, or what a stage had to say."""
+    """Requests whose root, a parent of one of their spans, or the span of a stage is missing."""
 
     def weight(self, request: Request) -> float:
-        """For how many requests it stands."""
+        """Return the number of requests that this one represents."""
         return self.survey.weight if request.key in self.survey.ordinary else 1.0
 
 
 def capture(spans: Iterable[Span], survey: Survey) -> Capture:
-    """The requests that the survey chose, and the runs and loads of its window."""
+    """Collect the requests that the survey chose, and the runs and loads of its window."""
     found = Capture(survey)
     runs: dict[Key, Run] = {}
     devices: dict[str, Device] = defaultdict(Device)
@@ -101,7 +101,7 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
                 seen.add(hash(span.key))
                 run = _run(span)
                 devices[run.replica].add(run.started_ns, run.took_ns, run.tokens, run.padded_tokens)
-                # Of a run whose links were lost nobody knows whose it was.
+                # If the links of a run were lost, its requests are unknown.
                 if not span.links or any(trace_id in survey.trace_ids_to_read for trace_id, _ in span.links):
                     runs[run.key] = run
         elif span.name == names.MODEL_LOAD:
@@ -138,7 +138,7 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
 
 
 def _add_requests(trace: dict[str, Span], found: Capture, complete_until_ns: int) -> float:
-    """For how many requests spans are missing."""
+    """Add the requests of a trace. Returns for how many requests spans are missing."""
     survey, lost = found.survey, 0.0
     has_gaps = any(s.parent_id not in trace for s in trace.values() if s.name != names.PREDICT)
     for spans in split(trace.values()):
@@ -184,16 +184,16 @@ def _run(span: Span) -> Run:
 
 
 def _set_back(event: Event, ahead: Mapping[str, int]) -> Event:
-    """The same by the clock of the ingress."""
+    """Return the event on the clock of the ingress."""
     return replace(event, started_ns=event.started_ns - ahead.get(event.replica, 0))
 
 
 def _clocks(requests: Iterable[Request]) -> dict[str, int]:
-    """By instance, how far its clock is ahead of its caller's, as the quickest ways there and back have it."""
+    """How far the clock of each instance is ahead of its caller's, by the shortest latency in each direction."""
     best = quickest_of(call for request in requests for call in request.calls)
     return {call.between[1]: (call.there_ns - call.back_ns) // 2 for call in best.values()}
 
 
 def bin_ns(window_ns: tuple[int, int]) -> int:
-    """How long each of its parts is."""
+    """Return the length of one bin of the window."""
     return max(1, (window_ns[1] - window_ns[0]) // BINS + 1)

@@ -1,4 +1,4 @@
-"""The runs of one model replica in time: how busy its device was, and with what, while somebody waited for it."""
+"""The runs of one model replica over time: how busy its device was, and with what, while requests waited for it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 Interval = tuple[int, int]
-"""From and until, in nanoseconds of one clock."""
+"""Start and end, in nanoseconds of one clock."""
 
 
 class Device:
-    """Runs follow each other on a device; times are by the replica's own clock.
+    """The runs of a device, which follow each other; times are on the replica's own clock.
 
     Attributes:
-        ahead_ns: how far that clock is ahead of the ingress's, as far as it is known.
+        ahead_ns: how far that clock is ahead of the ingress's; 0 if unknown.
     """
 
     def __init__(self) -> None:
         self.ahead_ns = 0
-        # A million runs are kept so: start, duration, tokens and padded tokens, in turn.
+        # Compact, as there may be a million runs: start, duration, tokens and padded tokens of each in turn.
         self._numbers = array("q")
         self._starts: list[int] = []
         self._order: list[int] = []
@@ -28,12 +28,12 @@ class Device:
         self._numbers.extend((started_ns, took_ns, tokens, padded_tokens))
 
     def during(self, interval: Interval) -> Iterator[tuple[int, int, int]]:
-        """Of each run in it: nanoseconds within the interval, tokens, padded tokens."""
+        """Yield, for each run in the interval: nanoseconds within it, tokens, padded tokens."""
         begin, end = interval
         if len(self._order) != len(self._numbers) // 4:
             self._order = sorted(range(0, len(self._numbers), 4), key=self._numbers.__getitem__)
             self._starts = [self._numbers[at] for at in self._order]
-        # The run that had begun before may still be under way.
+        # The run that started before may still be in progress.
         for number in range(max(0, bisect_left(self._starts, begin) - 1), len(self._starts)):
             start, took, tokens, padded = self._numbers[self._order[number] : self._order[number] + 4]
             if start >= end:
@@ -42,7 +42,7 @@ class Device:
                 yield within, tokens, padded
 
     def busy_ns(self, window: Interval, bins: int, bin_ns: int) -> list[int]:
-        """How long it ran in each part of a window that is by the ingress's clock."""
+        """Return how long the device ran in each bin of a window on the ingress's clock."""
         begin, end = window[0] + self.ahead_ns, window[1] + self.ahead_ns
         busy = [0] * bins
         for start, took in zip(self._numbers[::4], self._numbers[1::4], strict=True):

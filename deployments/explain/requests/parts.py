@@ -1,12 +1,12 @@
-"""Each request's latency in parts that speak for a cause: the breakdown, split further by what all requests show.
+"""Each request's latency in parts that indicate a cause: the breakdown, refined with the data of all requests.
 
-1. What a run of the model costs is fitted over all runs, ``a + b * padded tokens``. A request's own work is what a run
-   of its tokens alone would cost; the other members' tokens and the padding of the batch cost ``b`` each; what the
-   runs took beyond all that is contention. Who waited while others ran has waited for their padding too.
-2. The clocks of two processes differ by what nobody knows, but the quickest way there and the quickest way back between
-   them bound it. A call that was longer under way to the stage than back waited there for a replica to take it; what
-   was slow both ways was transit.
-3. Both only move time between parts: their sum stays the latency.
+1. The cost of a model run is fitted over all runs, ``a + b * padded tokens``. A request's own work is what a run of its
+   tokens alone would cost; each token of its batch-mates and of the batch's padding costs ``b``; what the runs took
+   beyond that is contention. A request that waited while others ran also waited for their padding.
+2. The offset between the clocks of two processes is unknown, but the shortest latency in each direction bounds it. A
+   call that took longer on the way to the stage than back waited for a replica to take it; what was slow in both
+   directions is transit.
+3. Both steps only move time between parts: the sum stays the latency.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RunFit:
 
 
 def parts_of(capture: Capture) -> list[Parts]:
-    """Of each request of the capture, in its order."""
+    """Return the parts of each request of the capture, in its order."""
     fit = fit_runs(capture.runs.values())
     quickest = quickest_of(call for request in capture.requests for call in request.calls)
     found = []
@@ -68,7 +68,7 @@ def parts_of(capture: Capture) -> list[Parts]:
 
 
 def _padding_ms(request: Request, device: Device, fit: RunFit) -> float:
-    """Of the runs that it waited for: what they took for padding."""
+    """Return how long the runs that the request waited for spent on padding."""
     return sum(
         within / 1e6 * fit.token_ms * max(0, padded - tokens) / max(fit.ms(padded), 1e-9)
         for wait in request.waits
@@ -85,7 +85,7 @@ def _parts(
     own, batch_mates, padding = _work(request, runs, fit, forward)
     parts["own_work"], parts["batch_mates"], parts["padding"] = own, batch_mates, padding
     parts["contention"] = forward - own - batch_mates - padding
-    # A cold start has its call's whole transit already.
+    # A cold start already includes the whole transit of its call.
     calls = [call for call in request.calls if not (parts["cold_start"] and call.stage == "model")]
     waited = min(parts["transit"], sum(_one_sided_ms(call, quickest) for call in calls))
     parts["replica_wait"] += waited
@@ -96,7 +96,7 @@ def _parts(
 def _work(
     request: Request, runs: Mapping[Key, Run], fit: RunFit | None, forward_ms: float
 ) -> tuple[float, float, float]:
-    """Of its forward passes: own work, batch_mates, padding. All own work where the runs or the fit are missing."""
+    """Split its forward passes into own work, batch_mates, padding; all own work if the runs or the fit are missing."""
     known = [runs[key] for key in request.runs if key in runs]
     if fit is None or not known or len(known) < len(request.runs):
         return forward_ms, 0.0, 0.0
@@ -104,13 +104,13 @@ def _work(
     own = fit.run_ms * len(known) + fit.token_ms * own_tokens
     batch_mates = fit.token_ms * (sum(run.tokens for run in known) - own_tokens)
     padding = fit.token_ms * sum(max(0, run.padded_tokens - run.tokens) for run in known)
-    # Runs that were quicker than the fit leave no contention, and each part is as much smaller.
+    # Runs that were faster than the fit leave no contention, and each part is scaled down accordingly.
     scale = min(1.0, forward_ms / (own + batch_mates + padding)) if own + batch_mates + padding else 0.0
     return own * scale, batch_mates * scale, padding * scale
 
 
 def fit_runs(runs: Iterable[Run]) -> RunFit | None:
-    """Weighted least squares of the relative errors, with slow outliers weighed down (Huber). None without runs."""
+    """Weighted least squares of the relative errors, with slow outliers down-weighted (Huber). None without runs."""
     points = [(run.padded_tokens, run.took_ns / 1e6) for run in runs if run.took_ns > 0 and not run.failed]
     if not points:
         return None
@@ -135,5 +135,5 @@ def _one_sided_ms(call: Call, quickest: Mapping[tuple[str, str, str], Call]) -> 
 
 
 def median(values: Sequence[float]) -> float:
-    """The upper of the two in the middle; 0 of nothing."""
+    """The upper median; 0 if there are no values."""
     return sorted(values)[len(values) // 2] if values else 0.0

@@ -1,4 +1,4 @@
-"""What sets the requests of a finding apart from all others: a replica, a host, a client, a kind of input, a moment."""
+"""What distinguishes the requests of a finding from all others: a replica, host, client, kind of input or time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from statistics import fmean, pstdev
 from deployments.explain.requests.request import Request, window_of
 
 _NEARLY_ALL, _OFTEN = 0.9, 0.6
-"""Of those concerned at least, and of everybody at most, for a value to set them apart."""
+"""Minimum share of the requests concerned, and maximum share of all, that have a distinguishing value."""
 _MIN_COUNT, _MIN_BURSTS = 2, 4
 _REGULAR = 0.15
-"""Of the pauses between bursts at most: their deviation over their mean."""
+"""Maximum standard deviation of the pauses between bursts, over their mean."""
 _INPUTS: tuple[tuple[Callable[[Request], int], str], ...] = (
     (lambda request: request.chars, "characters"),
     (lambda request: request.tokens, "tokens"),
@@ -25,7 +25,7 @@ _INPUTS: tuple[tuple[Callable[[Request], int], str], ...] = (
 def distinguishing_traits(
     concerned: Sequence[Request], everybody: Sequence[Request], window_ns: tuple[int, int], stage: str
 ) -> str:
-    """Phrases, each behind a comma; ``stage`` is the one whose replica matters. Empty where nothing sets them apart."""
+    """Return phrases, each after a comma; empty if nothing stands out. ``stage`` is the one whose replica matters."""
     if len(concerned) < _MIN_COUNT:
         return ""
     return "".join(f", {phrase}" for phrase in (*_where(concerned, everybody, stage), *_when(concerned, window_ns)))
@@ -35,18 +35,18 @@ def _where(concerned: Sequence[Request], everybody: Sequence[Request], stage: st
     replica = _common(concerned, everybody, lambda request: request.replicas.get(stage, ""))
     host = _common(concerned, everybody, lambda request: request.host)
     if replica:
-        yield f"nearly all on the replica {replica}"
+        yield f"nearly all on replica {replica}"
     elif host:
-        yield f"nearly all on the host {host}"
+        yield f"nearly all on host {host}"
     if client := _common(concerned, everybody, lambda request: request.client):
-        yield f"nearly all from the client {client}"
+        yield f"nearly all from client {client}"
     if route := _common(concerned, everybody, lambda request: request.route):
         yield f"nearly all to {route}"
     yield from _kind_of_input(concerned, everybody)
 
 
 def _common(concerned: Sequence[Request], everybody: Sequence[Request], key: Callable[[Request], str]) -> str:
-    """The value that nearly all concerned have and many others have not; empty where there is none."""
+    """Return the value that nearly all concerned have and many others do not; empty if there is none."""
     own = Counter(key(request) for request in concerned)
     value, count = own.most_common(1)[0]
     share = sum(key(request) == value for request in everybody) / len(everybody)
@@ -54,7 +54,7 @@ def _common(concerned: Sequence[Request], everybody: Sequence[Request], key: Cal
 
 
 def _kind_of_input(concerned: Sequence[Request], everybody: Sequence[Request]) -> Iterator[str]:
-    """The one measure of the input by which they are furthest from the others."""
+    """Yield the one measure of the input that differs most from the others, if any."""
     keys = {request.key for request in concerned}
     others = [request for request in everybody if request.key not in keys]
     found: list[tuple[float, str]] = []
@@ -65,7 +65,7 @@ def _kind_of_input(concerned: Sequence[Request], everybody: Sequence[Request]) -
         least, most = own[len(own) // 10], usual[len(usual) * 9 // 10]
         if least > 1.5 * most:
             found.append(
-                (least / max(1, most), f"with {least} {unit} or more, where nine of ten others have {most} at most")
+                (least / max(1, most), f"with at least {least} {unit}, where 90% of the others have at most {most}")
             )
     if found:
         yield max(found)[1]
@@ -78,19 +78,19 @@ def _when(concerned: Sequence[Request], window_ns: tuple[int, int]) -> Iterator[
     if first > begin + seen / 4 and last > end - seen / 10 and _fills(concerned, first, end):
         yield f"since {clock(first)}"
     elif last - first < seen / 3:
-        yield f"all within {(last - first) / 1e9:.1f} of the {seen / 1e9:.1f} s seen, from {clock(first)}"
+        yield f"all within {(last - first) / 1e9:.1f} of the {seen / 1e9:.1f} s observed, from {clock(first)}"
     elif every_s := _period_s(sorted(request.started_ns for request in concerned), seen):
         yield f"every {every_s:.1f} s"
 
 
 def _fills(concerned: Sequence[Request], begin: int, end: int) -> bool:
-    """Whether they are all over that time."""
+    """Whether they are spread over the whole period."""
     quarters = {min(3, 4 * (request.started_ns - begin) // max(1, end - begin)) for request in concerned}
     return len(quarters) == 4
 
 
 def _period_s(starts: Sequence[int], seen_ns: int) -> float:
-    """Of bursts that come at regular intervals; 0 where they do not."""
+    """Return the period of bursts at regular intervals; 0 if they are not regular."""
     bursts = [starts[0]]
     last = starts[0]
     for start in starts[1:]:

@@ -1,7 +1,6 @@
-"""One trace to its requests: what is known of each.
+"""Splits a trace into its requests: what is known about each.
 
-A trace may have several requests (its caller called more than once): each is a span of the whole request with what
-hangs below it.
+A trace may have several requests (its caller called more than once): each is a root span with its descendants.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ _STAGES = (
     ("postprocessor", names.HOP_POSTPROCESSOR, names.POSTPROCESS),
 )
 STAGE_OF = {hop: stage for _, hop, stage in _STAGES}
-"""By the name of a call's span, that of the stage which it calls."""
+"""Maps the span name of a call to the span name of the stage that it calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The way to a stage and back, on two clocks whose difference is not known."""
+    """Latency to a stage and back, on two clocks whose offset is unknown."""
 
     stage: str
     between: tuple[str, str]
     """The instances of caller and stage."""
     there_ns: int
-    """From the caller's start to the stage's, by their own clocks."""
+    """From the caller's start to the stage's, each on its own clock."""
     back_ns: int
 
 
@@ -45,25 +44,25 @@ class Request:
     breakdown: Breakdown
     route: str
     error: str
-    """``error.type``; empty where there was none."""
+    """``error.type``; empty if there was none."""
     request_id: str
     client: str
-    """``client.address``; empty where it is not known."""
+    """``client.address``; empty if unknown."""
     inputs: int
     tokens: int
     chars: int
     truncated: bool
     replicas: Mapping[str, str]
-    """By stage, the replica that had it."""
+    """By stage, the replica that handled it."""
     host: str
     """Where its model replica ran."""
     runs: tuple[Key, ...]
-    """Links of its forward passes; more than it has forward passes where a run was repeated."""
+    """Links of its forward passes; more than there are forward passes if a run was repeated."""
     waits: tuple[Interval, ...]
-    """When it waited in the model replica, by that replica's clock."""
+    """When it waited in the model replica, on that replica's clock."""
     calls: tuple[Call, ...]
     max_wait_ms: float
-    """``batching.max_wait_ms`` as its spans state it."""
+    """``batching.max_wait_ms`` as reported in its spans."""
 
     @property
     def trace_id(self) -> str:
@@ -79,7 +78,7 @@ class Request:
 
 
 def split(trace: Iterable[Span]) -> list[list[Span]]:
-    """The requests of a trace, by their start: each its root, and then what hangs below it."""
+    """Return the requests of a trace, by start time: each as its root, followed by its descendants."""
     below: dict[str, list[Span]] = defaultdict(list)
     spans = list({span.span_id: span for span in trace}.values())
     for span in spans:
@@ -94,7 +93,7 @@ def split(trace: Iterable[Span]) -> list[list[Span]]:
 
 
 def request_of(spans: Sequence[Span]) -> Request:
-    """Of a request's spans, its root first."""
+    """Build a request from its spans, root first."""
     root = spans[0]
     by_name: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
@@ -125,7 +124,7 @@ def request_of(spans: Sequence[Span]) -> Request:
 
 
 def lacks_a_stage(request: Request, spans: Sequence[Span]) -> bool:
-    """Whether a call was answered by a stage that says nothing of it."""
+    """Whether a request succeeded although the span of a stage that it called is missing."""
     present = {(span.parent_id, span.name) for span in spans}
     return not request.error and any(
         (span.span_id, STAGE_OF[span.name]) not in present for span in spans if span.name in STAGE_OF
@@ -146,7 +145,7 @@ def _calls(by_name: Mapping[str, Sequence[Span]]) -> Iterable[Call]:
 
 
 def quickest_of(calls: Iterable[Call]) -> dict[tuple[str, str, str], Call]:
-    """By stage and pair of instances: the quickest way there and the quickest way back, of different calls perhaps."""
+    """By stage and pair of instances: the shortest latency there and back, possibly from different calls."""
     quickest: dict[tuple[str, str, str], Call] = {}
     for call in calls:
         key = (call.stage, *call.between)
@@ -163,7 +162,7 @@ def _host(resource: Mapping[str, Any]) -> str:
 
 
 def window_of(requests: Sequence[Request]) -> tuple[int, int]:
-    """From the first request's start to the last one's end, in Unix nanoseconds; zeros of none."""
+    """From the first request's start to the last one's end, in Unix nanoseconds; zeros if there are none."""
     if not requests:
         return 0, 0
     return min(r.started_ns for r in requests), max(r.started_ns + r.latency_ns for r in requests)
@@ -174,6 +173,6 @@ def whole(span: Span, key: str) -> int:
 
 
 def number(span: Span, key: str) -> float:
-    """Of an attribute; 0 where it is missing or no number."""
+    """Return the value of an attribute; 0 if it is missing or not a number."""
     value = span.attributes.get(key, 0)
     return value if isinstance(value, int | float) and abs(value) < 2**62 else 0

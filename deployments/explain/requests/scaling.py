@@ -1,4 +1,4 @@
-"""What the autoscaling policy did about a wait: when it saw it, and when what it ordered was there."""
+"""What the autoscaling policy did about a wait: when it reacted, and when the replicas it ordered were ready."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 
 _BEFORE_NS = 5 * 10**9
-"""How long before a slow request came the policy may have decided on what made it slow."""
+"""How long before the arrival of a slow request the policy may have reacted to what made it slow."""
 _ON_THE_WAY_NS = 600 * 10**9
-"""The same of replicas that were still on their way when it came."""
+"""The same for replicas that were still starting when it arrived."""
 _AT_LIMIT_NS = 65 * 10**9
-"""The same of too low a limit, which is told once a minute."""
+"""The same for a limit that is too low, which is reported once a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,11 @@ class Scaling:
     deployment: str
     decided_ns: int
     replicas: int
-    """Before it."""
+    """Before the decision."""
     ordered: int
-    """After it."""
+    """After the decision."""
     needed: int
-    """Without ``max_replicas``."""
+    """If there were no ``max_replicas``."""
     most: int
     """``max_replicas``."""
 
@@ -60,7 +60,7 @@ class Loading(Protocol):
 def orders_during(
     decisions: Iterable[Scaling], concerned: Sequence[Request], deployment: str, loads: Sequence[Loading]
 ) -> list[Scaling]:
-    """Decisions for more replicas that these requests had to wait for, and those that found no more allowed."""
+    """Return decisions for replicas that these requests had to wait for, and those blocked by ``max_replicas``."""
     if not concerned:
         return []
     begin = min(request.started_ns for request in concerned)
@@ -79,21 +79,21 @@ def orders_during(
 
 
 def _warm_after(made: Scaling, loads: Iterable[Loading]) -> list[int]:
-    """When the loads ended that began after it."""
+    """Return the end times of the loads that started after the decision, in order."""
     return sorted(load.started_ns + load.took_ns for load in loads if load.started_ns >= made.decided_ns)
 
 
 def scaled_late(orders: Sequence[Scaling], loads: Iterable[Loading], until_ns: int) -> str:
-    """What it says of the slow requests, as the end of a sentence; empty where nothing was ordered."""
+    """Describe the decisions for the slow requests, as the end of a sentence; empty if there are none."""
     if not orders:
         return ""
     first = orders[0]
     seen = clock(first.decided_ns)
     if first.ordered <= first.replicas:
-        return f"; not scaled: at {seen} the policy needed {first.needed} replicas, and max_replicas is {first.most}"
-    began = f"; scaled late: the policy saw it at {seen} ({first.replicas} -> {first.ordered} replicas), "
+        return f"; not scaled: at {seen} the policy needed {first.needed} replicas, but max_replicas is {first.most}"
+    began = f"; scaled late: the policy reacted at {seen} ({first.replicas} -> {first.ordered} replicas), "
     warm = [end_ns for end_ns in _warm_after(first, loads) if end_ns <= until_ns]
     if not warm:
-        return began + "and none of them was warm by then"
+        return began + "and none of them was warm by the end of the window"
     which = "the replica was" if first.ordered == first.replicas + 1 else "the first was"
     return f"{began}{which} warm at {clock(warm[0])}"

@@ -1,1 +1,1 @@
-"""Where traces are read from: files of OTLP JSON, Jaeger, Tempo."""
+"""Trace sources: files of OTLP JSON, Jaeger, Tempo."""

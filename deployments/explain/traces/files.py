@@ -1,8 +1,8 @@
-"""Where traces are read from: files of OTLP JSON lines here, servers in ``backends``.
+"""The interface of trace sources, and files of OTLP JSON lines; servers are in ``jaeger`` and ``tempo``.
 
-Files are the local store, or what a Collector's file exporter wrote. They are read as streams, once for each question,
-so that a large store needs little memory. Compressed ones are told by their first bytes: gzip and zstd files, and the
-Collector's own form (``compression: zstd``), in which every object is a zstd frame behind its length (4 bytes,
+Files are the local store, or the output of a Collector's file exporter. They are streamed, once per query, so that a
+large store needs little memory. Compressed files are detected by their first bytes: gzip and zstd files, and the
+Collector's own format (``compression: zstd``), in which every object is a zstd frame preceded by its length (4 bytes,
 big-endian).
 """
 
@@ -27,39 +27,39 @@ _ENDINGS = tuple(f".{form}{packed}" for form in ("jsonl", "json") for packed in 
 _CHUNK = 1 << 16
 _LINES_A_STEP = 200
 _CLOCKS_NS = 60 * 10**9
-"""By how much the clocks of a file system and of the processes that write to it may differ."""
+"""Maximum difference between the clocks of a file system and of the processes that write to it."""
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 class Source(Protocol):
-    """Traces, wherever they are.
+    """A source of traces.
 
     Attributes:
-        broken: what the last question had to pass over, because it could not be read.
-        lost: spans and records that the processes say they lost, in the time of the last ``spans``; 0 where no metrics
-            are there.
+        broken: how many items the last query skipped because they could not be read.
+        lost: spans and records that the processes report as lost, in the period of the last ``spans`` call; 0 if there
+            are no metrics.
     """
 
     broken: int
     lost: int
 
     def newest(self) -> str:
-        """The trace id of the request that ended last. Raises LookupError where there is none."""
+        """Return the trace id of the request that ended last. Raises LookupError if there is none."""
 
     def trace(self, trace_id: str) -> list[Span]:
-        """The spans of a trace, each once. Raises LookupError where there is none."""
+        """Return the spans of a trace, each once. Raises LookupError if there are none."""
 
     def traces(self, trace_ids: Collection[str]) -> list[Span]:
-        """The spans of these traces, as far as they are there, each once."""
+        """Return the spans of these traces that can be found, each once."""
 
     def linked(self, trace: list[Span]) -> list[Span]:
-        """The spans of other traces that these link to."""
+        """Return the spans of other traces that these link to."""
 
     def roots(self, since_ns: int) -> Iterator[Root]:
-        """Of all requests; it may leave out those that ended before ``since_ns``."""
+        """Yield the roots of all requests; may omit those that ended before ``since_ns``."""
 
     def spans(self, survey: Survey) -> Iterator[Span]:
-        """Those that the survey wants, and the runs of its requests. It may give more, and one twice."""
+        """Yield the spans that the survey wants, and the runs of its requests; may include others and duplicates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,10 @@ class _OnlyRoots:
 class TraceFiles:
     """The traces of a file, or of the files of a folder whose names end in ``.jsonl`` or ``.json`` (``.gz``, ``.zst``).
 
-    Raises FileNotFoundError where there is nothing of that name.
+    Raises FileNotFoundError if the path does not exist.
 
     Attributes:
-        on_progress: is told, while a question is answered, how many of how many bytes have been read.
+        on_progress: called during a query with the bytes read so far and the total.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,7 +93,7 @@ class TraceFiles:
     def trace(self, trace_id: str) -> list[Span]:
         found = self.traces({trace_id})
         if not found:
-            raise LookupError(f"no span of trace {trace_id} is here")
+            raise LookupError(f"no spans found for trace {trace_id}")
         return found
 
     def traces(self, trace_ids: Collection[str]) -> list[Span]:
@@ -119,11 +119,11 @@ class TraceFiles:
     def read(
         self, *containing: str, span_filter: SpanFilter | None = None, since_ns: int = 0, losses: Losses | None = None
     ) -> Iterator[Span]:
-        """All spans, or those that are wished for; with words only those of lines that contain one of them, and others
-        that stand beside them. Metrics go to ``losses``. Files of a folder that nobody wrote to since ``since_ns`` are
-        passed over.
+        """Yield all spans, or those that the filter wants. Metrics go to ``losses``.
 
-        ``broken`` then counts, of the other lines, those that were cut short.
+        With words, only lines that contain one of them are decoded, including any other spans on these lines; of the
+        skipped lines, ``broken`` counts those that are truncated. Files of a folder that were not modified since
+        ``since_ns`` are skipped.
         """
         self.broken = 0
         words = [word.encode() for word in containing]
@@ -164,7 +164,7 @@ class TraceFiles:
         except FileNotFoundError:
             return
         except (OSError, EOFError, ZstdError):
-            # Compressed, and cut short or damaged: what came before it has been read.
+            # Compressed, and truncated or damaged: everything before that point has been read.
             self.broken += 1
         finally:
             self.broken += decoder.broken
@@ -181,7 +181,7 @@ class TraceFiles:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """One JSON object each, whatever the file's form."""
+    """Yield one JSON object at a time, whatever the file's format."""
     head = file.read(8)
     file.seek(0)
     if head.startswith(_GZIP):
@@ -195,7 +195,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
             if not frame.eof:
                 raise EOFError
     elif file.readline().strip() in (b"{", b"["):
-        # One document over many lines.
+        # One document that spans many lines.
         file.seek(0)
         yield file.read()
     else:
@@ -204,7 +204,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Of one or several zstd frames. Raises EOFError where the last one was cut short."""
+    """Yield the lines of one or more zstd frames. Raises EOFError if the last one is truncated."""
     frame = ZstdDecompressor().decompressobj()
     is_open, rest = False, b""
     while packed := file.read(_CHUNK):

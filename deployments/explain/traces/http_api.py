@@ -1,7 +1,7 @@
-"""What the HTTP APIs of Jaeger and Tempo have in common.
+"""Common parts of the HTTP clients for Jaeger and Tempo.
 
-Both answer a search with so many traces at most. A window whose answer is full is therefore asked for again in halves.
-A user and a password may stand in the URL, a bearer token in ``SLOWLENS_SOURCE_TOKEN``.
+Both limit the number of traces per search. A window that reaches the limit is therefore searched again in halves. The
+URL may contain a user and a password; ``SLOWLENS_SOURCE_TOKEN`` may hold a bearer token.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ LOOKBACK_NS = 3600 * 10**9
 _AT_ONCE, _FETCHES = 500, 8
 _SHORTEST_NS = 10**9
 LONGEST_REQUEST_NS = 600 * 10**9
-"""How long before the window a request may have begun that ended in it."""
+"""How long before the window a request that ended in it may have started."""
 
 
 class SourceError(Exception):
-    """The backend cannot be asked, or does not answer as its API says."""
+    """The backend cannot be queried, or does not respond as its API specifies."""
 
 
 def without_password(url: str) -> str:
-    """What may be shown of it; a path is left as it is."""
+    """Return the part of a URL that may be shown; a path is returned unchanged."""
     if "://" not in url:
         return url
     parts = urlsplit(url)
@@ -44,7 +44,7 @@ class Api:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SourceError(f"{without_password(url)!r} is no http or https URL")
+            raise SourceError(f"{without_password(url)!r} is not an http or https URL")
         self.url = without_password(url)
         self._headers = {"Accept": "application/json"}
         if parts.username is not None:
@@ -54,7 +54,7 @@ class Api:
             self._headers["Authorization"] = f"Bearer {token}"
 
     def text(self, path: str, query: dict[str, str]) -> str | None:
-        """What is there; None where nothing is (404). Raises SourceError."""
+        """Return the response body; None if it is a 404. Raises SourceError."""
         where = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")
         try:
             with urllib.request.urlopen(
@@ -64,7 +64,7 @@ class Api:
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 return None
-            raise SourceError(f"{self.url} answered {error.code} {error.reason} to {path}") from None
+            raise SourceError(f"{self.url} returned {error.code} {error.reason} for {path}") from None
         except (OSError, ValueError) as error:
             raise SourceError(f"{self.url} cannot be reached: {error}") from None
         return content.decode(errors="replace")
@@ -77,12 +77,12 @@ class Api:
             return json.loads(content)
         except ValueError:
             raise SourceError(
-                f"{self.url} is neither Jaeger's nor Tempo's HTTP API: no JSON in its answer to {path}"
+                f"{self.url} is neither Jaeger's nor Tempo's HTTP API: its response to {path} is not JSON"
             ) from None
 
 
 class Backend:
-    """What Jaeger and Tempo have in common: whole traces by their id."""
+    """Common base of Jaeger and Tempo: fetches whole traces by id."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -92,7 +92,7 @@ class Backend:
         self.broken = 0
         found = self._spans(trace_id)
         if not found:
-            raise LookupError(f"no span of trace {trace_id} is here")
+            raise LookupError(f"no spans found for trace {trace_id}")
         return found
 
     def traces(self, trace_ids: Collection[str]) -> list[Span]:
@@ -114,9 +114,9 @@ class Backend:
 def in_windows(
     ask: Callable[[int, int, int], Sequence[dict[str, Any]]], begin_ns: int, end_ns: int
 ) -> Iterator[dict[str, Any]]:
-    """All that is found between two times, by asking for so many at most.
+    """Yield everything found between two times, with a limit on the results per query.
 
-    Of a second that has more than an answer holds, what the answer holds.
+    If a single second has more results than the limit, the rest is dropped.
     """
     found = ask(begin_ns, end_ns, _AT_ONCE)
     if len(found) < _AT_ONCE or end_ns - begin_ns <= _SHORTEST_NS:
@@ -128,6 +128,6 @@ def in_windows(
 
 
 def window(since_ns: int) -> tuple[int, int]:
-    """When the requests may have begun that ended since then; the last hour where nothing is said."""
+    """Return when requests that ended since ``since_ns`` may have started; 0 stands for the last hour."""
     now_ns = time.time_ns()
     return (since_ns or now_ns - LOOKBACK_NS) - LONGEST_REQUEST_NS, now_ns + _SHORTEST_NS

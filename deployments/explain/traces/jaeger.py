@@ -1,4 +1,4 @@
-"""Jaeger's query service, by its HTTP API: ``/api/traces``
+"""Jaeger's query service, through its HTTP API: ``/api/traces``
 (https://www.jaegertracing.io/docs/latest/architecture/apis/, "HTTP JSON")."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _INGRESS, _MODEL, _AUTOSCALER = (f"{names.NAMESPACE}.{service}" for service in (
 
 
 class Jaeger(Backend):
-    """A search answers with whole traces, so they are kept for when they are asked for."""
+    """A search returns whole traces, so ``roots`` keeps them for ``spans``."""
 
     def __init__(self, api: Api) -> None:
         super().__init__(api)
@@ -81,7 +81,7 @@ def _resource(process: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_jaeger(span: dict[str, Any], resource: dict[str, Any]) -> Span:
-    """Jaeger's times are microseconds; a link is a reference that is not the parent."""
+    """Jaeger's times are in microseconds; a link is a reference that is not the parent."""
     trace_id = _padded(span["traceID"], 32)
     references = [
         (one["refType"], _padded(one["traceID"], 32), _padded(one["spanID"], 16)) for one in span.get("references", [])
@@ -105,5 +105,5 @@ def _from_jaeger(span: dict[str, Any], resource: dict[str, Any]) -> Span:
 
 
 def _padded(ident: str, length: int) -> str:
-    """Jaeger leaves leading zeros out."""
+    """Jaeger omits leading zeros."""
     return ident.lower().zfill(length)

@@ -1,6 +1,7 @@
-"""How much telemetry the processes lost, by their own counters: what a trace that is not there cannot say.
+"""How much telemetry the processes lost, according to their own counters: a missing trace cannot show it.
 
-Counters are summed by series over the window. Cumulative ones (what we export) by their growth since the window began.
+Counters are summed over the window, per series. Cumulative ones (which we export) count by their growth since the
+window began.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from deployments.telemetry import metrics, names
 
 _ALWAYS = {metrics.DROPPED_RECORDS.name, metrics.UNWRITTEN_SPANS.name}
 _OF_FAILURES = {"otel.sdk.exporter.span.exported", "otel.sdk.processor.span.processed"}
-"""OpenTelemetry's own: what they count with ``error.type`` is lost."""
+"""OpenTelemetry's own metrics: what they count with ``error.type`` is lost."""
 _DELTA = (1, "AGGREGATION_TEMPORALITY_DELTA")
 _Series = tuple[str, str, str]
 
 
 class Losses:
-    """Of the metrics that it is shown."""
+    """Sums the losses reported in metrics."""
 
     def __init__(self, since_ns: int) -> None:
         self._since_ns = since_ns
@@ -27,7 +28,7 @@ class Losses:
         self._most: dict[_Series, float] = defaultdict(float)
 
     def add(self, data: Any) -> None:
-        """A ``MetricsData`` object. Raises ValueError, KeyError, TypeError or AttributeError where it is none."""
+        """Add a ``MetricsData`` object. Raises ValueError, KeyError, TypeError or AttributeError if it is not one."""
         for part in data["resourceMetrics"]:
             process = repr(part.get("resource", {}))
             for scope in part.get("scopeMetrics", []):
@@ -49,12 +50,12 @@ class Losses:
                 self._most[series] = max(value, self._most[series])
 
     def total(self) -> int:
-        """Spans and records, over all processes."""
+        """Return the number of lost spans and records of all processes."""
         return round(sum(max(0.0, most - self._before[series]) for series, most in list(self._most.items())))
 
 
 def _points(counted: dict[str, Any]) -> Iterator[tuple[list[str], int, float]]:
-    """The attributes' names and values, the time and the value of each."""
+    """Yield the attribute names and values, the time and the value of each point."""
     for point in counted.get("dataPoints", []):
         attributes = [text for pair in point.get("attributes", []) for text in (pair["key"], repr(pair["value"]))]
         yield attributes, int(point.get("timeUnixNano", 0)), float(point.get("asInt", point.get("asDouble", 0)))

@@ -1,4 +1,4 @@
-"""Where the traces are: files, or a server by its URL."""
+"""Opens a trace source: files, or a server by its URL."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from deployments.explain.traces.tempo import Tempo
 
 
 def source_at(where: str) -> Source:
-    """The traces of a file, a folder, a Jaeger query service or Tempo. Raises FileNotFoundError and SourceError.
+    """Open a file, a folder, a Jaeger query service or Tempo as a source. Raises FileNotFoundError and SourceError.
 
-    Which of the two servers answers is asked once: Tempo has ``/api/echo``.
+    A single request determines which of the two servers it is: Tempo has ``/api/echo``.
     """
     if "://" not in where:
         return TraceFiles(Path(where))

@@ -1,4 +1,4 @@
-"""Spans out of OTLP JSON, as files and servers give it."""
+"""Decodes spans from OTLP JSON, as found in files and returned by servers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BASE64_LENGTHS = (12, 24)
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span, ids in lower-case hex, times in Unix nanoseconds."""
+    """A span, with ids in lowercase hex and times in Unix nanoseconds."""
 
     trace_id: str
     span_id: str
@@ -41,22 +41,22 @@ class Span:
 
 
 class SpanFilter(Protocol):
-    """Which spans are wanted, told by its name and its trace."""
+    """Selects spans by name and trace."""
 
     def wants(self, name: str, trace_id: str) -> bool: ...
 
 
 class Decoder:
-    """Makes spans of OTLP JSON objects: all, or those that are wished for.
+    """Decodes spans from OTLP JSON objects: all, or those that the filter wants.
 
     Attributes:
-        broken: objects and spans that were passed over, because they are not what OTLP says.
+        broken: objects and spans that were skipped because they are not valid OTLP.
     """
 
     def __init__(self, span_filter: SpanFilter | None = None) -> None:
         self.broken = 0
         self._span_filter = span_filter
-        # Every line repeats its process's resource.
+        # Cached, because every line repeats its process's resource.
         self._resources: dict[str, dict[str, Any]] = {}
 
     def spans(self, data: Any) -> Iterator[Span]:
@@ -96,7 +96,7 @@ def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
         span_id=_hex(span["spanId"]),
         parent_id=_hex(span.get("parentSpanId") or ""),
         name=sys.intern(str(span["name"])),
-        # A million spans share these few words.
+        # Interned, because a million spans share these few strings.
         service=sys.intern(str(resource.get("service.name", ""))),
         instance=sys.intern(str(resource.get("service.instance.id", ""))),
         start_ns=int(span["startTimeUnixNano"]),
@@ -109,7 +109,7 @@ def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
 
 
 def _hex(ident: str) -> str:
-    """OTLP's JSON has ids in hex; protobuf's own, which Tempo answers with, has them in base64."""
+    """OTLP JSON has ids in hex; protobuf's own JSON, which Tempo returns, has them in base64."""
     if len(ident) in _BASE64_LENGTHS:
         return base64.b64decode(ident, validate=True).hex()
     return ident.lower()
@@ -120,7 +120,7 @@ def _attributes(owner: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: dict[str, Any]) -> Any:
-    """Of an attribute; None for one without a value and for kinds that we never write."""
+    """Return the value of an attribute; None if it has no value or is of a kind that we never write."""
     for kind, content in value.items():
         if kind == "intValue":
             return int(content)

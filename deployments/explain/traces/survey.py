@@ -1,9 +1,10 @@
-"""First look at a window: every request's latency, and which requests to read closely.
+"""First pass over a window: every request's latency, and which requests to read in full.
 
-1. All requests count in the percentiles, the errors and the window; of each only a few numbers are kept.
-2. Read closely are the slow ones (the slowest part, five at least), as many of the others as tell what is usual, and
-   the longest of those that failed. So memory grows with the slow ones, not with all.
-3. Which of the others are read is drawn with a fixed seed: the same traces get the same verdict.
+1. All requests count in the percentiles, the errors and the window; only a few numbers are kept for each.
+2. These are read in full: the slow requests (the slowest share, at least five), a sample of the others that is large
+   enough to show what is usual, and the longest failed requests. Memory therefore grows with the slow requests, not
+   with all of them.
+3. The sample is drawn with a fixed seed: the same traces get the same verdict.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from deployments.telemetry import names, span_specs
 Key = tuple[str, str]
 """Trace id and span id."""
 ORDINARY, FAILED = 5_000, 500
-"""How many are read closely of the ordinary requests and of those that failed on our side."""
+"""How many ordinary requests, and how many that failed on the server's side, are read in full."""
 _MIN_SLOW = 5
 NOT_OURS = frozenset({"cancelled", "invalid_json", "invalid_field", "too_large", "model_not_found"})
-"""``error.type`` of requests at whose failure the server has no part."""
+"""``error.type`` of requests whose failure is not the server's fault."""
 OF_A_REQUEST = {spec.name for spec in span_specs.SPANS if spec.parent != "none"} - {
     names.LOAD_WEIGHTS,
     names.LOAD_DEVICE_MOVE,
@@ -33,13 +34,13 @@ _OF_A_PROCESS = {names.BATCH_FORWARD, names.MODEL_LOAD, names.SCALING_DECISION}
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """What the span of a whole request says of itself."""
+    """The data of a request's root span."""
 
     key: Key
     started_ns: int
     latency_ns: int
     error: str
-    """``error.type``; empty where there was none."""
+    """``error.type``; empty if there was none."""
 
     @classmethod
     def of(cls, span: Span) -> Root:
@@ -57,31 +58,31 @@ class Survey:
     errors: dict[str, int] = field(default_factory=dict)
     """Requests by ``error.type``."""
     failed_ms: float = 0.0
-    """Spent by all requests that failed on our side."""
+    """Time spent by all requests that failed on the server's side."""
     latencies_ms: list[float] = field(default_factory=list)
     """Of all answered requests, ascending."""
     window_ns: tuple[int, int] = (0, 0)
-    """From the first request's start to the last one's end, in Unix nanoseconds; zeros of none."""
+    """From the first request's start to the last one's end, in Unix nanoseconds; zeros if there are none."""
     since_ns: int = 0
     slow: set[Key] = field(default_factory=set)
     ordinary: set[Key] = field(default_factory=set)
     failed: set[Key] = field(default_factory=set)
-    """Of those that failed on our side, the longest."""
+    """The longest of those that failed on the server's side."""
     weight: float = 1.0
-    """For how many ordinary requests each of those that are read stands."""
+    """The number of ordinary requests that each one that is read represents."""
     trace_ids_to_read: set[str] = field(default_factory=set)
     known: set[str] = field(default_factory=set)
     """The traces of all requests."""
 
     def wants(self, name: str, trace_id: str) -> bool:
-        """Whether this span is to be read. Those of a request without a root are, so that it is missed."""
+        """Whether to read this span. Spans of a request without a root are read, so that it counts as incomplete."""
         if name in _OF_A_PROCESS:
             return True
         return trace_id in self.trace_ids_to_read or (trace_id not in self.known and name in OF_A_REQUEST)
 
 
 def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0) -> Survey:
-    """Over all requests that ended at ``since_ns`` or later; ``slowest`` (0 to 1) is the part that is slow."""
+    """Survey all requests that ended at ``since_ns`` or later; ``slowest`` (0 to 1) is the share that is slow."""
     every = list({root.key: root for root in roots if root.ended_ns >= since_ns}.values())
     answered = sorted((root for root in every if not root.error), key=lambda root: (root.latency_ns, root.key))
     failed = sorted(

@@ -30,7 +30,7 @@ class Tempo(Backend):
             except (ValueError, KeyError, TypeError, AttributeError):
                 self.broken += 1
                 continue
-            # Versions before TraceQL name the trace only.
+            # Versions before TraceQL return only the trace id.
             yield from matched or map(Root.of, (s for s in self._spans(trace_id) if s.name == names.PREDICT))
 
     def spans(self, survey: Survey) -> Iterator[Span]:
@@ -45,7 +45,7 @@ class Tempo(Backend):
         yield from self._fetched(sorted(linked - survey.trace_ids_to_read))
 
     def _between(self, begin_ns: int, end_ns: int, limit: int, name: str = names.PREDICT) -> list[dict[str, Any]]:
-        # Whole seconds; a trace that two windows share comes twice and counts once.
+        # Whole seconds; a trace in two windows is returned twice and counts once.
         window = {"start": str(begin_ns // 10**9), "end": str(-(-end_ns // 10**9))}
         return self._search({**window, "limit": str(limit), "spss": "100"}, name)
 
@@ -63,7 +63,7 @@ class Tempo(Backend):
 
 
 def _tempo_id(summary: dict[str, Any]) -> str:
-    """Tempo leaves leading zeros out."""
+    """Tempo omits leading zeros."""
     return str(summary["traceID"]).lower().zfill(32)
 
 

@@ -61,5 +61,5 @@ def test_the_verdict_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "all.jsonl").write_text(f'{otlp(window({}))}\n{counted}\n{{"resourceMetrics": 5}}\n')
     assert main(["why", "--source", str(tmp_path)]) == 0
     printed = capsys.readouterr()
-    assert "1. telemetry_loss\n   the processes lost 7 spans by their own count\n" in printed.out
+    assert "1. telemetry_loss\n   the processes report 7 lost spans\n" in printed.out
     assert printed.err == "1 broken lines or spans were passed over\n"

@@ -33,15 +33,15 @@ def mixed(number: int) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
-    "replica": (lambda _: {"replica": "b", "host": "two"}, "nearly all on the replica b"),
-    "host": (lambda n: {"replica": f"c{n}", "host": "three"}, "nearly all on the host three"),
-    "client": (lambda _: {"client": "10.0.0.9"}, "nearly all from the client 10.0.0.9"),
+    "replica": (lambda _: {"replica": "b", "host": "two"}, "nearly all on replica b"),
+    "host": (lambda n: {"replica": f"c{n}", "host": "three"}, "nearly all on host three"),
+    "client": (lambda _: {"client": "10.0.0.9"}, "nearly all from client 10.0.0.9"),
     "route": (lambda _: {"route": "/predict"}, "nearly all to /predict"),
     "characters": (
         lambda _: {"chars": 5000},
-        "with 5000 characters or more, where nine of ten others have 40 at most",
+        "with at least 5000 characters, where 90% of the others have at most 40",
     ),
-    "tokens": (lambda _: {"tokens": 200}, "with 200 tokens or more, where nine of ten others have 10 at most"),
+    "tokens": (lambda _: {"tokens": 200}, "with at least 200 tokens, where 90% of the others have at most 10"),
     "nothing": (lambda _: {}, ""),
 }
 
@@ -56,7 +56,7 @@ def test_what_they_have_in_common(case: str) -> None:
 @pytest.mark.parametrize(
     ("slow", "expected"),
     [
-        (lambda n: 100 <= n < 120, ", all within 4.8 of the 59.8 s seen, from 01:47:05Z"),
+        (lambda n: 100 <= n < 120, ", all within 4.8 of the 59.8 s observed, from 01:47:05Z"),
         (lambda n: n >= 150, ", since 01:47:17Z"),
         (lambda n: n % 30 < 3, ", every 7.5 s"),
         (lambda n: random.Random(n).random() < 0.1, ""),

@@ -147,7 +147,7 @@ def test_a_wait_for_the_first_replica_advises_to_keep_one() -> None:
     spans = window(CASES["replica_queue"])
     (finding,) = verdict([replace(s, resource={**s.resource, f"slowlens.{least}": 0}) for s in spans]).findings
 
-    assert fix_text(finding).startswith(f"keep a replica of the deployment Tokenizer: {least}: 0 -> 1")
+    assert fix_text(finding).startswith(f"keep a replica of the Tokenizer deployment running: {least}: 0 -> 1")
 
 
 @pytest.mark.parametrize("cause", ["device_queue", "cold_start"])
@@ -156,7 +156,7 @@ def test_a_wait_for_replicas_says_when_the_policy_saw_it_and_when_one_was_warm(c
     (finding,) = verdict([*spans, decision(9_000), load_of_model(9_500, 20_000)]).findings
 
     seen, warm = (clock_at(spans, ms) for ms in (9_001, 29_500))
-    said = f"; scaled late: the policy saw it at {seen} (1 -> 3 replicas), the first was warm at {warm}"
+    said = f"; scaled late: the policy reacted at {seen} (1 -> 3 replicas), the first was warm at {warm}"
     assert said in finding.summary
     assert "deployments.Model.autoscaling_config.min_replicas: 1 -> " in fix_text(finding)
 
@@ -170,7 +170,7 @@ def test_replicas_that_did_not_come_are_missed() -> None:
     spans = scaled(window(CASES["device_queue"]))
     (finding,) = verdict([*spans, decision(9_000)]).findings
 
-    assert finding.summary.endswith("(1 -> 3 replicas), and none of them was warm by then")
+    assert finding.summary.endswith("(1 -> 3 replicas), and none of them was warm by the end of the window")
 
 
 def test_replicas_that_were_on_their_way_before_the_requests_came_count() -> None:
@@ -180,7 +180,7 @@ def test_replicas_that_were_on_their_way_before_the_requests_came_count() -> Non
     (finding,) = verdict([*spans, decision(-30_000), earlier, load_of_model(-25_000, 45_000)]).findings
 
     seen, warm = (clock_at(spans, ms) for ms in (-29_999, 20_000))
-    assert f"the policy saw it at {seen} (1 -> 3 replicas), the first was warm at {warm}" in finding.summary
+    assert f"the policy reacted at {seen} (1 -> 3 replicas), the first was warm at {warm}" in finding.summary
 
 
 def test_a_limit_that_was_met_a_minute_ago_is_named() -> None:
@@ -188,7 +188,7 @@ def test_a_limit_that_was_met_a_minute_ago_is_named() -> None:
     at_limit = decision(-50_000, from_replicas=4, to_replicas=4, needed_replicas=9)
     (finding,) = verdict([*spans, at_limit]).findings
 
-    assert "the policy needed 9 replicas, and max_replicas is 4" in finding.summary
+    assert "the policy needed 9 replicas, but max_replicas is 4" in finding.summary
 
 
 def test_a_limit_that_was_too_low_is_named() -> None:
@@ -196,7 +196,7 @@ def test_a_limit_that_was_too_low_is_named() -> None:
     at_limit = decision(9_000, from_replicas=4, to_replicas=4, needed_replicas=9)
     (finding,) = verdict([*spans, at_limit]).findings
 
-    assert f"; not scaled: at {clock_at(spans, 9_001)} the policy needed 9 replicas, and max_replicas is 4" in (
+    assert f"; not scaled: at {clock_at(spans, 9_001)} the policy needed 9 replicas, but max_replicas is 4" in (
         finding.summary
     )
     assert "deployments.Model.autoscaling_config.max_replicas: 4 -> 5" in fix_text(finding)

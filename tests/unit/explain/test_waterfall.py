@@ -71,7 +71,7 @@ def test_the_newest_request_is_drawn_with_its_batch(store: Path, capsys: pytest.
         f"  hop.model              ingress           40.00 ms |{'=' * bars}| transit_ms 10.00",
         f"    batched_predict      model             20.00 ms |{' ' * 10}{'x' * 20}{' ' * 10}|",
         f"      forward_pass       model             10.00 ms |{' ' * 20}{'=' * 10}{' ' * 10}|",
-        f"linked: 2 requests in it, trace {BATCH}",
+        f"linked: batch of 2 requests, trace {BATCH}",
         f"batch_forward            model             10.00 ms |{' ' * 20}{'=' * 10}{' ' * 10}| actual_size 2",
         "",
         "40.00 ms were spent on",
@@ -95,7 +95,7 @@ def test_a_span_whose_parent_is_missing_is_shown_all_the_same(store: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["d" * 32], f"no span of trace {'d' * 32} is here"),
+        (["d" * 32], f"no spans found for trace {'d' * 32}"),
         (["--source", "/nowhere"], "no traces at /nowhere"),
     ],
 )

@@ -167,7 +167,7 @@ DRAWN = [
     f"  hop.model              ingress           40.00 ms |{'=' * 40}| transit_ms 10",
     f"    batched_predict      model             30.00 ms |{' ' * 10}{'x' * 30}|",
     f"      forward_pass       model             30.00 ms |{' ' * 10}{'=' * 30}|",
-    f"linked: 0 requests in it, trace {BATCH}",
+    f"linked: batch of 0 requests, trace {BATCH}",
     f"batch_forward            model             30.00 ms |{' ' * 10}{'=' * 30}|",
     "",
     "40.00 ms were spent on",
@@ -197,8 +197,8 @@ def test_a_request_and_its_batch(api: dict[str, Any], given: list[str], capsys: 
 @pytest.mark.parametrize(
     ("api", "message"),
     [
-        (JAEGER, f"no span of trace {'d' * 32} is here"),
-        (TEMPO, f"no span of trace {'d' * 32} is here"),
+        (JAEGER, f"no spans found for trace {'d' * 32}"),
+        (TEMPO, f"no spans found for trace {'d' * 32}"),
         ({f"/api/traces/{'d' * 32}": b"<html>"}, "is neither Jaeger's nor Tempo's HTTP API"),
     ],
 )
