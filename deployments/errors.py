@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 
 class ConfigError(ValueError):
-    """A configuration value is wrong; the message names its key. Raised at start only."""
+    """A configuration value is invalid; the message names its key. Raised only at startup."""
 
 
 class ApiError(Exception):
-    """A request failed in a way that its caller should understand.
+    """A request failure with a status and a message for the client.
 
     Attributes:
         status: HTTP status.
         type: OpenAI's error type (``invalid_request_error``, ``rate_limit_error``, ...).
-        code: a stable word for programs to match.
+        code: a stable identifier for programs to match.
         outcome: the value of ``outcome`` on the counter ``ai.inference.requests``.
-        param: the request field at fault, if one is.
-        retry_after_s: seconds for ``Retry-After``, if trying again makes sense.
+        param: the request field at fault, if any.
+        retry_after_s: seconds for ``Retry-After``, if a retry makes sense.
     """
 
     status = 500
@@ -75,7 +75,7 @@ class ReplicaDied(ApiError):
 
 
 class SourceUnavailable(ApiError):
-    """The page's traces are not there, or the server that has them does not answer."""
+    """The page's traces do not exist, or the server that holds them does not respond."""
 
     status, type, code, outcome = 503, "service_unavailable_error", "source_unavailable", "error"
 
@@ -85,24 +85,24 @@ class DeadlinePassed(ApiError):
 
 
 class Cancelled(ApiError):
-    """The client hung up. Nobody reads the answer; 499 is what proxies write into their logs for it."""
+    """The client disconnected. The response is never read; 499 is the status that proxies log in this case."""
 
     status, type, code, outcome = 499, "client_closed_request", "cancelled", "cancelled"
 
 
 class ModelFailed(ApiError):
-    """The model raised on this input, and on this input alone."""
+    """The model raised an exception on this input alone."""
 
     status, type, code, outcome = 500, "internal_error", "model_failed", "error"
 
 
 class InternalError(ApiError):
-    """A fault of ours. The message carries the trace id and nothing else."""
+    """An internal fault. The message contains the trace id and no other details."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An ``ApiError`` as it travels in a reply: the class by its name, and the arguments."""
+    """An ``ApiError`` as sent in a reply: the class name and the arguments."""
 
     kind: str
     message: str

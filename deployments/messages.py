@@ -1,14 +1,15 @@
-"""What crosses processes. All of it frozen, compact and free of behaviour.
+"""Messages between processes. All are frozen, compact and free of behaviour.
 
-1. A ``Call`` is a request to a stage in its ``Envelope``: the trace it belongs to (the caller's hop span, as W3C text),
-   its id for logs, and how much of its time is left.
-2. An actor call carries a tuple of them, because requests that wait for the same stage share one; each keeps its own
-   times and outcome. Replies come as a tuple in the same order, or, from the model, as tuples of ``(index, reply)`` as
-   they become ready.
-3. Every ``Reply`` says how long the stage held the request by its own monotonic clock. The caller's duration minus this
-   one is the cost of the hop; clocks of two machines are never subtracted from each other.
-4. ``cost_us`` estimates how long a request keeps its stage busy, the model apart, so that large ones travel alone.
-5. Sequences of token ids are one flat array and their lengths, not lists of numbers.
+1. A ``Call`` is a request to a stage with its ``Envelope``: its trace context (the caller's hop span, as W3C text), its
+   id for logs, and the time left until its deadline.
+2. An actor call carries a tuple of ``Call`` objects, because requests that wait for the same stage share one; each
+   keeps its own times and outcome. Replies arrive as a tuple in the same order, or, from the model, as tuples of
+   ``(index, reply)`` as they become ready.
+3. Every ``Reply`` reports how long the stage held the request, by the stage's monotonic clock. The caller's duration
+   minus this one is the cost of the hop; clocks of different machines are never subtracted from each other.
+4. ``cost_us`` estimates how long a request keeps its stage busy, excluding the model, so that large requests are sent
+   alone.
+5. Sequences of token ids are sent as one flat array and their lengths, not as lists of numbers.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ Ids = npt.NDArray[np.int32]
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 INPUT_COST_US = 50
-"""Cost of one input in the model's replica, the model apart."""
+"""Cost of one input in the model replica, excluding the model itself."""
 Task = Literal["embeddings", "text-classification", "token-classification", "fill-mask"]
 
 
 class _Message:
-    """Pickled as a call of the class: what dataclasses do by themselves costs ten times as much."""
+    """Pickles as a call of the class: the default pickling of dataclasses costs ten times as much."""
 
     __slots__: tuple[str, ...] = ()
 
@@ -52,9 +53,9 @@ class Envelope(_Message):
     carrier: Carrier
     request_id: str
     remaining_ms: float
-    """Milliseconds until the deadline, counted when the message was sent."""
+    """Milliseconds until the deadline, measured when the message was sent."""
     sent_unix_ns: int
-    """Sender's wall clock: only to tell whether the receiver was ready by then, never to measure a duration."""
+    """Sender's wall clock: used only to check whether the receiver was ready by then, never to measure a duration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Ragged(_Message):
 
 @dataclass(frozen=True, slots=True)
 class Reply(_Message, Generic[Result]):
-    """What a stage sends back for one request: a result or a failure, and how long the stage had the request."""
+    """What a stage sends back for one request: a result or a failure, and how long the stage held the request."""
 
     held_ns: int
     result: Result | None = None
@@ -99,7 +100,7 @@ class Reply(_Message, Generic[Result]):
 @dataclass(frozen=True, slots=True)
 class TokenizeRequest(_Message):
     inputs: tuple[str, ...] | tuple[tuple[int, ...], ...]
-    """Texts, or token ids that the caller made itself (used as they are, no special tokens added)."""
+    """Texts, or token ids supplied by the caller (used as they are, without adding special tokens)."""
     truncate: bool
     param: str
     """The request field that the inputs came from, for error messages."""
@@ -114,7 +115,7 @@ class Tokenized(_Message):
     ids: Ragged
     truncated: tuple[bool, ...]
     offsets: Ragged | None = None
-    """Characters ``[tokens, 2]`` of each token, special tokens as ``(0, 0)``: only for token-classification."""
+    """Start and end of each token, ``[tokens, 2]``; ``(-1, -1)`` for special tokens. Only for token-classification."""
 
 
 # --- model -----------------------------------------------------------------------------------------------------------
@@ -133,9 +134,9 @@ class PredictRequest(_Message):
 @dataclass(frozen=True, slots=True)
 class Predicted(_Message):
     outputs: tuple[Any, ...]
-    """One per input, see ``engine.base.Output``."""
+    """One per input, see ``engine.protocol.Output``."""
     forward_ns: int
-    """The union of the runs that the request was in. The rest of ``Reply.held_ns`` it was in the queue."""
+    """Length of the union of the runs that the request was in. It spent the rest of ``Reply.held_ns`` in the queue."""
     device: str
 
 
@@ -144,7 +145,7 @@ class Predicted(_Message):
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions(_Message):
-    """How the caller wants the predictions. ``route`` decides the shape; the others apply to tasks that know them."""
+    """Output options of a request. ``route`` decides the shape; the others apply to the tasks that support them."""
 
     route: Literal["/v1/embeddings", "/predict"]
     top_k: int | None = None
@@ -162,11 +163,11 @@ class PostprocessRequest(_Message):
 
     @property
     def cost_us(self) -> int:
-        # A candidate of fill-mask is decoded to text, a number is only printed.
+        # A fill-mask candidate is decoded to text; a number is only formatted.
         return sum(50 + (output.size // 5 if isinstance(output, np.ndarray) else 5_000) for output in self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
 class Postprocessed(_Message):
     fragments: tuple[bytes, ...]
-    """One JSON object per input. Numbers become text here, in a stage that scales, not in the ingress."""
+    """One JSON object per input. Numbers are formatted as text in this stage, which scales, not in the ingress."""

@@ -1,7 +1,8 @@
-"""The verdict as a page of the running application: a Serve application of its own, ``/slowlens``.
+"""The verdict as a web page of the running application: a separate Serve application at ``/slowlens``.
 
-Off unless ``args.enabled`` says otherwise: then no process runs for it, and a request is told how to turn it on. It
-runs on the head node, whose local store it reads, and takes nothing from the deployments that serve the model.
+Off unless ``args.enabled`` is set. While it is off, no process runs for it, and the response to a request says how to
+turn it on. It runs on the head node, whose local store it reads, and takes no resources from the deployments that
+serve the model.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _FORMS: dict[str, tuple[Callable[[Verdict], str], str]] = {
     "html": (as_html, "text/html"),
     "json": (as_json, "application/json"),
 }
-# The page needs its own text and nothing else.
+# The page is self-contained and loads nothing else.
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -62,7 +63,7 @@ class DiagnosisPage:
             return error_response(error, error.body())
 
     async def _verdict(self, wanted: tuple[int, float]) -> Verdict:
-        """One reading at a time; a request that waited for one with the same parameters gets its verdict."""
+        """Run one reading at a time; a request that waited for one with the same parameters reuses its verdict."""
         async with self._reading:
             now = time.monotonic()
             if self._last is not None and self._last[0] == wanted and now < self._last[1] + self._config.max_age_s:
@@ -81,7 +82,7 @@ class DiagnosisPage:
         app = FastPathApp(
             {}, title="slowlens page", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
         )
-        # With and without a slash behind the route prefix.
+        # With and without a slash after the route prefix.
         for path in ("", "/"):
             app.router.add_api_route(path, self._page, methods=["GET"])
         return app
@@ -92,8 +93,8 @@ def build(args: dict[str, Any]) -> Application:
     config = PageConfig.parse(args)
     if config.enabled and config.source is None and destination("traces") != "store":
         raise ConfigError(
-            "args.source: traces do not go to the local store here (see OTEL_EXPORTER_OTLP_ENDPOINT); name the URL of "
-            "the Jaeger query service or of the Tempo that has them"
+            "args.source: traces do not go to the local store here (see OTEL_EXPORTER_OTLP_ENDPOINT); set it to the "
+            "URL of the Jaeger query service or the Tempo that stores them"
         )
     replicas: dict[str, Any] = {"num_replicas": 1}
     if not config.enabled:

@@ -1,6 +1,6 @@
-"""Decisions as operators see them: a log line for each change, spans and metrics, all from a thread of their own.
+"""Announces decisions to operators: a log line for each change, spans and metrics, all from a separate thread.
 
-The controller waits for none of it, and imports neither Ray's client nor OpenTelemetry for it.
+The controller does not wait for any of it, and imports neither Ray's client nor OpenTelemetry for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Announcement:
     application: str
     deployment: str
     seen_unix_ns: int
-    """When the newest report that it was made on was taken, by the clock of its replica."""
+    """When the newest report behind the decision was taken, by its replica's clock."""
     decided_unix_ns: int
     max_replicas: int
     target_queue_wait_ms: float
@@ -43,7 +43,7 @@ class Announcement:
         return (
             f"{self.deployment}: {made.from_replicas} -> {made.to_replicas} replicas ({made.reason}, "
             f"{made.needed_replicas} needed{limit}), {made.running_replicas} running, {made.reports} of them reported; "
-            f"{made.queue_depth} inputs wait, {made.queue_wait_ms:.0f} ms of work (target "
+            f"{made.queue_depth} inputs waiting, {made.queue_wait_ms:.0f} ms of work (target "
             f"{self.target_queue_wait_ms:g} ms), the oldest for {made.oldest_age_ms:.0f} ms; demand {made.demand:.2f} "
             f"replicas at {made.throughput:.1f} inputs per second each; a replica starts in "
             f"{made.start_ms / 1e3:.1f} s"
@@ -55,7 +55,7 @@ Announce = Callable[[Announcement, bool], None]
 
 
 def start_announcing(owner: object, directory: str | None) -> Announce:
-    """A thread that logs and exports, until ``owner`` is gone."""
+    """Start a thread that logs and exports decisions until ``owner`` is gone; return the function that feeds it."""
     set_up_logging()
     queued: queue.SimpleQueue[tuple[Announcement, bool] | None] = queue.SimpleQueue()
     threading.Thread(target=_announce_all, args=(queued, directory), name="slowlens-autoscaling", daemon=True).start()
@@ -64,7 +64,7 @@ def start_announcing(owner: object, directory: str | None) -> Announce:
 
 
 def set_up_logging() -> None:
-    """Serve's controller sets up Serve's own loggers only."""
+    """Add a handler: Serve's controller sets up only Serve's own loggers."""
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler(sys.stderr))
         logger.setLevel(logging.INFO)
@@ -74,7 +74,7 @@ def _announce_all(queued: queue.SimpleQueue[tuple[Announcement, bool] | None], d
     telemetry: Any = None
     last: tuple[str, str] | None = None
     try:
-        # Not above: the controller must not wait for OpenTelemetry, and may have been given this package alone.
+        # Not at the top: the controller must not wait for OpenTelemetry, and may have been given only this package.
         import ray
 
         from deployments.telemetry.decisions import ScalingRecord, decision_telemetry
@@ -92,6 +92,6 @@ def _announce_all(queued: queue.SimpleQueue[tuple[Announcement, bool] | None], d
             try:
                 telemetry.take(record, is_news)
             except Exception as error:
-                logger.warning("a decision is not exported: %r", error)
+                logger.warning("a decision could not be exported: %r", error)
     if telemetry is not None and last is not None:
         telemetry.forget(*last)

@@ -1,20 +1,19 @@
-"""How many replicas would keep the wait within what the operator accepts. Pure; standard library only.
+"""Computes how many replicas keep the wait within what the operator accepts. Pure; standard library only.
 
-1. Each replica reports what waits in it, how long it would take it to run that, and how much work arrives
-   (``LoadReport``).
-2. What arrives must not exceed ``target_utilization`` of the replicas: that is the least number. A replica that is
-   ordered now runs one start time later, so what counts is the demand then, if it keeps rising as it did.
-3. Where the running replicas need longer than ``target_queue_wait_ms`` for the backlog, there are as many as would run
-   it within that time. Where a replica takes longer than that to start, it comes too late for the present backlog;
-   then there are as many as will, once they run, clear within another start time what waits by then. Replicas that are
-   starting already count for what they will have run by then. A backlog that is gone before a replica has started
-   orders none. A backlog also confirms that the demand of the last second is no accident.
-4. More replicas are ordered at once, but not for less than a twentieth more. Some are given up only when for
-   ``quiet_s``, and for five start times, no more were needed; then as many are kept as were needed at most in that
-   time. So a pause between two bursts costs no replica, and one that is slow to start stays longer.
-5. A replica whose report is stale, or is no number, counts like the average of the others; one that never reported has
-   nothing to do yet. Without any report nothing changes, and while inputs wait in a replica whose rate is not known, no
-   replica is given up.
+1. Each replica reports its backlog, how long it needs to run it, and how much work arrives (``LoadReport``).
+2. Arriving work must not exceed ``target_utilization`` of the replicas: that is the minimum number. A replica ordered
+   now runs one start time later, so the demand at that time counts, assuming that it keeps rising as it did.
+3. If the running replicas need longer than ``target_queue_wait_ms`` for the backlog, the number is as many as would run
+   it within that time. If a replica takes longer than that to start, it is too late for the current backlog; then the
+   number is as many as will, once running, clear within another start time what is waiting by then. Replicas that are
+   already starting count for what they will have run by then. A backlog that will be gone before a replica has started
+   orders none. A backlog also confirms that the demand of the last second is not noise.
+4. Scaling up is immediate, but not for an increase of less than a twentieth. Replicas are removed only if fewer were
+   enough for ``quiet_s`` and for five start times; the largest number needed in that time is kept. So a pause between
+   two bursts removes no replica, and replicas that are slow to start are kept longer.
+5. A replica whose report is stale or not a number counts as the average of the others; one that never reported has
+   nothing to do yet. Without any report nothing changes, and while inputs wait in a replica whose rate is unknown, no
+   replica is removed.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ from deployments.autoscaling.report import LoadReport
 
 Reason = Literal["queue", "demand", "quiet", "bounds", "at_max"]
 _MARGIN_UP, _MARGIN_DOWN = 0.05, 0.1
-"""Fractions of the replicas by which more, or fewer, must be needed."""
+"""Smallest increase and decrease that are acted on, as fractions of the replicas."""
 _QUIET_STARTS, _TREND_STARTS = 5.0, 2.0
-"""In start times of a replica: the quiet before some are given up, and how far back the trend of demand is measured."""
+"""In start times of a replica: the quiet time before some are removed, and how far back the demand trend reaches."""
 _MAX_QUIET_S = 600.0
-"""Longest such quiet, where ``quiet_s`` asks for no more: Serve's own default."""
+"""Longest such quiet time, unless ``quiet_s`` is longer: Serve's own default."""
 _MAX_START_S = 600.0
-"""Longest start time that is believed: beyond, the replica waits for room in the cluster."""
+"""Longest credible start time: beyond it, the replica is waiting for cluster resources."""
 _REMEMBERED_STARTS = 3
-"""The quickest of them counts: one that waited for room says nothing of the next."""
+"""The shortest of them counts: a start that waited for resources does not predict the next."""
 _REPLICA_CEILING = 10**6
 _DEMAND_SAMPLES = 20
-"""Over the time in which the trend is measured."""
+"""Number of samples over the time in which the trend is measured."""
 _NEGLIGIBLE_DEMAND = 1e-3
-"""In replicas: what one request leaves in a decaying average."""
+"""In replicas: what remains of one request in a decaying average."""
 _EXACT = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What the operator wants."""
+    """The operator's targets and bounds."""
 
     queue_wait_s: float
     utilization: float = 0.8
@@ -64,71 +63,71 @@ class Observation:
     """On a monotonic clock."""
     running: int
     target: int
-    """Replicas that are ordered, running ones included."""
+    """Ordered replicas, including running ones."""
     reports: tuple[LoadReport, ...]
-    """The fresh ones, of running replicas."""
+    """The fresh reports of running replicas."""
     queued_calls: float = 0.0
-    """Calls that wait in the callers, because every replica has as many as it may (``max_ongoing_requests``)."""
+    """Calls waiting in the callers because every replica is at its limit (``max_ongoing_requests``)."""
     stale: int = 0
-    """Running replicas that reported before, but not lately."""
+    """Running replicas that reported before, but not recently."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What was observed before. The first one is empty."""
+    """Earlier observations; empty at first."""
 
     needs: tuple[tuple[float, int], ...] = ()
-    """When how many replicas were needed, within the quiet time; only those that no later need exceeds."""
+    """Times and the replicas needed then, within the quiet time; only those that no later need exceeds."""
     orders: tuple[float, ...] = ()
-    """When each replica that does not run yet was ordered, the oldest first."""
+    """When each replica that is not running yet was ordered, oldest first."""
     starts: tuple[float, ...] = ()
-    """Seconds that the latest starts took."""
+    """Durations of the latest starts, in seconds."""
     running: int = 0
     demands: tuple[tuple[float, float], ...] = ()
-    """Moments and the demand then."""
+    """Times and the demand then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many replicas there should be, and what that was decided on.
+    """How many replicas there should be, and what the decision is based on.
 
-    The fields, ``memory`` apart, are the attributes of the span ``ai.autoscaling.decision``.
+    All fields except ``memory`` are attributes of the span ``ai.autoscaling.decision``.
     """
 
     reason: Reason
     from_replicas: int
-    """The target before."""
+    """The previous target."""
     to_replicas: int
-    """The target from now on, within the bounds."""
+    """The new target, within the bounds."""
     needed_replicas: int
-    """Without bounds."""
+    """Before the bounds are applied."""
     running_replicas: int
     reports: int
     demand: float
-    """Replicas' worth of work that arrives."""
+    """Arriving work, as the number of replicas it keeps busy."""
     queue_depth: int
     queue_wait_ms: float
-    """How long the running replicas need for the backlog."""
+    """Time the running replicas need to clear the backlog."""
     oldest_age_ms: float
     throughput: float
     """Inputs per second of one replica."""
     start_ms: float
-    """How long a replica takes to start; 0 where that is not known."""
+    """How long a replica takes to start; 0 if unknown."""
     memory: Memory = field(compare=False, repr=False, default_factory=Memory)
-    """For the next decision."""
+    """Input of the next decision."""
 
 
 def decide(seen: Observation, memory: Memory, goal: Goal) -> Decision:
-    """The replicas that there should be. Pure."""
+    """Decide how many replicas there should be. Pure."""
     seen = _credible(seen)
     orders, starts = _follow_starts(seen, memory)
     usual_s = min(starts) if starts else max((report.start_ms / 1e3 for report in seen.reports), default=0.0)
-    # A replica that has been starting for longer than usual says that starts take longer now.
+    # A replica that has been starting for longer than usual shows that starts take longer now.
     start_s = max(usual_s, min(_MAX_START_S, seen.at_s - orders[0]) if orders else 0.0)
     demand, demand_now, backlog_s = _sums(seen)
     is_late = backlog_s > max(1, seen.running) * goal.queue_wait_s
     if is_late:
-        # The backlog confirms that the last second is no accident.
+        # The backlog confirms that the demand of the last second is not noise.
         demand = max(demand, demand_now)
     demands = memory.demands
     if seen.reports:
@@ -141,7 +140,7 @@ def decide(seen: Observation, memory: Memory, goal: Goal) -> Decision:
             needed = max(needed, seen.target, 1)
     else:
         needed, reason = seen.target, "bounds"
-    # The first observation does not know what was needed before; it takes what there is.
+    # The first decision does not know what was needed before; it assumes the current target.
     quiet_s = max(goal.quiet_s, min(_MAX_QUIET_S, _QUIET_STARTS * usual_s))
     needs = _add_need(memory.needs or ((seen.at_s, seen.target),), seen.at_s, needed, quiet_s)
     most_needed = max(count for _, count in needs)
@@ -171,7 +170,7 @@ def decide(seen: Observation, memory: Memory, goal: Goal) -> Decision:
 
 
 def _credible(seen: Observation) -> Observation:
-    """Reports that cannot be true count as missing."""
+    """Treat impossible reports as missing."""
     reports = tuple(report for report in seen.reports if report.is_credible)
     queued_calls = seen.queued_calls if math.isfinite(seen.queued_calls) and seen.queued_calls > 0 else 0.0
     return replace(
@@ -180,19 +179,19 @@ def _credible(seen: Observation) -> Observation:
 
 
 def _sums(seen: Observation) -> tuple[float, float, float]:
-    """Demand, demand of the last second, and the backlog in seconds of one replica: sums over running replicas."""
+    """Demand, demand of the last second, and the backlog in seconds of one replica, summed over running replicas."""
     stale = max(0, min(seen.stale, seen.running - len(seen.reports)))
     scale = 1 + stale / max(1, len(seen.reports))
     demand = sum(report.demand for report in seen.reports) * scale
     demand_now = sum(report.demand_now for report in seen.reports) * scale
     backlog_s = sum(report.queue_wait_ms for report in seen.reports) / 1e3 * scale
-    # Each of the queued calls has an input or more.
+    # Each queued call has at least one input.
     throughput = _throughput(seen)
     return demand, demand_now, backlog_s + (seen.queued_calls / throughput if throughput > 0 else 0.0)
 
 
 def _throughput(seen: Observation) -> float:
-    """Inputs per second of one replica, on average over those that have run some."""
+    """Inputs per second of one replica, averaged over those that have run some."""
     known = [report.throughput for report in seen.reports if report.throughput > 0]
     return sum(known) / max(1, len(known))
 
@@ -200,7 +199,7 @@ def _throughput(seen: Observation) -> float:
 def _for_queue(
     seen: Observation, orders: Sequence[float], start_s: float, demand: float, backlog_s: float, queue_wait_s: float
 ) -> float:
-    """Replicas that run the backlog within the accepted wait."""
+    """Number of replicas that run the backlog within the accepted wait."""
     if start_s <= queue_wait_s:
         return backlog_s / queue_wait_s
     running = max(1, seen.running)
@@ -216,7 +215,7 @@ def _follow_starts(seen: Observation, memory: Memory) -> tuple[tuple[float, ...]
     missing = max(0, seen.target - seen.running)
     gone = len(orders) - missing
     if gone > 0:
-        # Those are running now, or were given up because fewer are wanted.
+        # Those are running now, or were cancelled because fewer are wanted.
         if seen.running > memory.running:
             starts = (*starts, min(_MAX_START_S, seen.at_s - orders[0]))[-_REMEMBERED_STARTS:]
         orders = orders[gone:]
@@ -233,7 +232,7 @@ def _sample_demand(
 
 
 def _rise(past: Sequence[tuple[float, float]], start_s: float) -> float:
-    """By how much demand will have grown when a replica has started, by its trend; at most as much again."""
+    """How much demand will have grown, by its trend, when a replica has started; at most the recent demand."""
     if len(past) < _DEMAND_SAMPLES // 2:
         return 0.0
     quarter = len(past) // 4

@@ -1,4 +1,4 @@
-"""Meters of a replica's load: what it reports to the autoscaling policy, measured where the work is."""
+"""Load meters of a replica: they measure what it reports to the autoscaling policy, where the work is done."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from deployments.batching.gate import AdmissionGate
 
 _MEMORY_S, _NOW_S = 5.0, 1.0
 _IDLE_S = 2.0
-"""This long after the last request, what the process does is not for requests."""
+"""After this time without a request, CPU time is no longer attributed to requests."""
 
 
 class DecayingRate:
-    """An amount per second; what was added ``memory_s`` ago counts 1/e of what is added now."""
+    """An amount per second; an amount added ``memory_s`` ago counts 1/e as much as one added now."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, memory_s: float = _MEMORY_S) -> None:
         self._clock, self._memory_s = clock, memory_s
@@ -29,7 +29,7 @@ class DecayingRate:
         self._sum += amount
 
     def per_second(self) -> float:
-        """Over the time that there has been, so that it is right from the start."""
+        """The rate over the time elapsed so far, so that it is correct from the start."""
         self._decay()
         weight = 1 - math.exp(-max(self._at_s - self._since_s, self._memory_s / 10) / self._memory_s)
         return self._sum / (self._memory_s * weight)
@@ -41,12 +41,12 @@ class DecayingRate:
 
 
 class EventLoopMeter:
-    """The load of a stage whose work is done in its event loop, or in threads beside it.
+    """The load of a stage that works in its event loop, or in threads beside it.
 
-    The loop's thread is one processor at most: its share is how much of that it used. ``report`` must be called in it.
+    The loop's thread uses at most one processor; its share is the fraction it used. Call ``report`` in that thread.
 
     Args:
-        started_s: when the constructor of the stage began, by ``time.monotonic``.
+        started_s: when the stage's constructor began, by ``time.monotonic``.
     """
 
     def __init__(self, started_s: float) -> None:
@@ -62,7 +62,7 @@ class EventLoopMeter:
 
     @contextmanager
     def requests(self, count: int) -> Iterator[None]:
-        """Around the handling of ``count`` requests."""
+        """Meter the handling of ``count`` requests."""
         self.arrive(count)
         self._next += 1
         key = self._next
@@ -76,17 +76,17 @@ class EventLoopMeter:
             self._last_s = time.monotonic()
 
     def arrive(self, count: int) -> None:
-        """``count`` requests arrive."""
+        """Record the arrival of ``count`` requests."""
         self._requests.add(count)
         self._last_s = time.monotonic()
 
     def arriving(self) -> float:
-        """Requests per second."""
+        """Arriving requests per second."""
         return self._requests.per_second()
 
     @contextmanager
     def in_thread(self) -> Iterator[None]:
-        """Around awaiting work that a thread does."""
+        """Meter work in a thread while it is awaited."""
         began_s = time.monotonic()
         try:
             yield
@@ -94,7 +94,7 @@ class EventLoopMeter:
             self._worked(time.monotonic() - began_s)
 
     def share(self) -> float:
-        """Seconds of work per second: of the loop's thread, and of the threads beside it."""
+        """Seconds of work per second, in the loop's thread and in the threads beside it."""
         loop_s = time.thread_time()
         if self._loop_s is not None:
             self._worked(loop_s - self._loop_s)
@@ -126,8 +126,8 @@ class EventLoopMeter:
 class BatchQueueMeter:
     """The load of the model: what waits in its gate and what arrives there, at the rate of full batches.
 
-    ``a + b * padded tokens`` is what a run costs (see ``cost``), so a device that is always busy with small batches can
-    take more: how busy it is says little. So what arrives is compared with the rate of full batches.
+    A run costs ``a + b * padded tokens`` (see ``cost``), so a device that is always busy with small batches can take
+    more, and how busy it is says little. Arriving work is therefore compared with the rate of full batches.
     """
 
     def __init__(self, gate: AdmissionGate[Any], started_s: float) -> None:
@@ -136,7 +136,7 @@ class BatchQueueMeter:
         self._tokens_now = DecayingRate(memory_s=_NOW_S)
 
     def arrive(self, lengths: tuple[int, ...]) -> None:
-        """Inputs of these lengths in tokens arrive, whether they are admitted or not."""
+        """Record the arrival of inputs of these lengths in tokens, whether they are admitted or not."""
         tokens = sum(map(self._gate.planner.rounded, lengths))
         self._loop.arrive(len(lengths))
         self._tokens.add(tokens)

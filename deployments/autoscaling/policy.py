@@ -1,6 +1,6 @@
-"""What Serve calls, ten times a second, in its controller: an adapter around ``decide``.
+"""The policy that Serve's controller calls ten times a second: an adapter around ``decide``.
 
-Serve takes the policy by value, so this package imports nothing but the standard library until it announces.
+Serve pickles the policy by value, so this package imports only the standard library until it announces a decision.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from deployments.autoscaling.report import LoadReport
 from deployments.autoscaling.settings import PolicySettings
 
 _INTERVAL_S = 0.4
-"""Between two decisions: replicas report twice a second."""
+"""Minimum time between two decisions: replicas report twice a second."""
 _LIMIT_EVERY_NS = 60 * 10**9
-"""Between two announcements that max_replicas is too few."""
+"""Minimum time between two announcements that max_replicas is too low."""
 _FIELDS = tuple(one.name for one in fields(LoadReport))
 
 
 class QueueWaitPolicy:
     """``autoscaling_config.policy.policy_function``, as ``settings.POLICY`` names it.
 
-    Set ``upscale_delay_s`` and ``downscale_delay_s`` to 0 beside it: Serve would wait that long after each decision.
-    The log of Serve's controller, metrics and spans say what was decided, and on what. With wrong settings it changes
-    nothing and says so: an exception would stop Serve's controller for all applications. The replicas refuse to start
-    with them.
+    Also set ``upscale_delay_s`` and ``downscale_delay_s`` to 0; otherwise Serve waits that long after each decision.
+    The log of Serve's controller, metrics and spans show each decision and its inputs. With invalid settings the policy
+    changes nothing and logs an error: an exception would stop Serve's controller for all applications. The replicas
+    refuse to start with invalid settings.
 
     Args, in ``policy_kwargs``:
-        target_queue_wait_ms: the wait before the device that is accepted.
-        target_utilization: how much of what the replicas can run may arrive, above 0 and at most 1.
-        quiet_s: for so long no more replicas were needed before some are given up.
-        stale_s: a report that is older counts as none.
-        telemetry_directory: the local store, where ``telemetry.directory`` of the application names one.
+        target_queue_wait_ms: the accepted wait for the device.
+        target_utilization: fraction of the replicas' capacity that arriving work may use, above 0 and at most 1.
+        quiet_s: how long fewer replicas must have been enough before some are removed.
+        stale_s: age at which a report is stale.
+        telemetry_directory: the local store, if ``telemetry.directory`` of the application sets one.
     """
 
     # For tests to replace.
@@ -66,8 +66,8 @@ class QueueWaitPolicy:
             return ctx.target_num_replicas, {}
         now_s = self.monotonic_s()
         if now_s < self._again_at_s:
-            # Nothing new has been reported since; of thousands of replicas even the reading takes time. Serve may have
-            # changed its mind: from zero it starts the first replica itself.
+            # Nothing new has been reported since, and with thousands of replicas just reading the reports takes time.
+            # Serve may have changed the target: from zero it starts the first replica itself.
             return self._wanted if ctx.target_num_replicas == self._target else ctx.target_num_replicas, {}
         self._again_at_s = now_s + _INTERVAL_S
         self._wanted = self._target = ctx.target_num_replicas
@@ -96,7 +96,7 @@ class QueueWaitPolicy:
         return made.to_replicas
 
     def _reports(self, ctx: Any, now_s: float, stale_s: float) -> tuple[tuple[LoadReport, ...], int, float]:
-        """The fresh reports, how many are stale, and when the newest was taken, by its replica's clock (0 of none)."""
+        """The fresh reports, how many are stale, and when the newest was taken, by its replica's clock (0 if none)."""
         series: Mapping[str, Mapping[Any, Sequence[Any]]] = ctx.raw_metrics or {}
         last = {replica: points[-1].timestamp for replica, points in series.get(_FIELDS[0], {}).items() if points}
         # Clocks of two machines are never compared: a report's age counts from when it was first seen here.
@@ -112,7 +112,7 @@ class QueueWaitPolicy:
         return reports, len(last) - len(fresh), max((last[replica] for replica in fresh), default=0.0)
 
     def _tell_operators(self, ctx: Any, made: Decision, goal: Goal, newest_s: float) -> None:
-        """Every decision updates the gauges; a change is news, once."""
+        """Announce the decision. Every decision updates the gauges; each change is news only once."""
         now_ns = self.unix_ns()
         announcement = Announcement(
             ctx.app_name or "",
@@ -124,7 +124,7 @@ class QueueWaitPolicy:
             made,
         )
         change = (made.from_replicas, made.to_replicas)
-        # Serve may follow late, and a deployment at its limit stays there for a while.
+        # Serve may apply it late, and a deployment at its limit stays there for a while.
         is_news = made.to_replicas != made.from_replicas and change != self._announced
         self._announced = change
         if made.reason == "at_max" and now_ns >= self._limit_announced_ns + _LIMIT_EVERY_NS:
@@ -144,4 +144,4 @@ def _warn_of_delays(ctx: Any) -> None:
     for key in ("upscale_delay_s", "downscale_delay_s"):
         delay_s = getattr(ctx.config, key, 0)
         if delay_s:
-            logger.warning("%s: Serve follows each decision %s s late (%s)", ctx.deployment_name, delay_s, key)
+            logger.warning("%s: Serve applies each decision %s s late (%s)", ctx.deployment_name, delay_s, key)

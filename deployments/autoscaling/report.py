@@ -1,4 +1,4 @@
-"""What one replica says of its load: the numbers of ``record_autoscaling_stats``. Standard library only."""
+"""What one replica reports about its load: the numbers of ``record_autoscaling_stats``. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ class LoadReport:
     """Measured by ``meters``, read by Serve twice a second."""
 
     queue_depth: float = 0.0
-    """Inputs (in stages without batches: requests) that wait in it."""
+    """Inputs (requests in stages without batches) waiting in the replica."""
     oldest_age_ms: float = 0.0
-    """How long the first of them has waited."""
+    """How long the oldest of them has waited."""
     queue_wait_ms: float = 0.0
-    """How long it would take this replica to run all that waits in it, at the rate that it is seen to run."""
+    """Time the replica needs to run everything waiting in it, at its observed rate."""
     demand: float = 0.0
-    """Seconds of its work that arrive per second, refused requests included: of the last seconds. Above 1 it cannot
-    keep up."""
+    """Seconds of work for the replica that arrive per second, over the last few seconds, refused requests included.
+    Above 1 it cannot keep up."""
     demand_now: float = 0.0
-    """The same of the last second."""
+    """The same over the last second."""
     throughput: float = 0.0
-    """Inputs a second that it can run, as it is seen to run them."""
+    """Inputs per second that it can run, by its observed rate."""
     start_ms: float = 0.0
-    """How long it took from the start of its constructor until it was ready."""
+    """Time from the start of its constructor until it was ready."""
 
     def stats(self) -> dict[str, float]:
         return asdict(self)
 
     @property
     def is_credible(self) -> bool:
-        # Written out: there may be thousands, several times a second. Infinity or NaN in one of them is in the sum.
+        # Written out for speed: there may be thousands of reports, several times a second. An infinity or NaN in any
+        # value carries over to the sum.
         values = (
             self.queue_depth,
             self.oldest_age_ms,

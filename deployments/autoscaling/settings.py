@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 POLICY = "deployments.autoscaling:QueueWaitPolicy"
-"""As serve_config.yaml names it."""
+"""The policy's name in serve_config.yaml."""
 _KEY = "autoscaling_config.policy.policy_kwargs"
 _LARGEST = 1e12
 
@@ -24,7 +24,7 @@ class PolicySettings:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> PolicySettings:
-        """Raises ValueError, with a line for each wrong key, naming the key, the rule and the value."""
+        """Parse the arguments. Raises ValueError with a line per invalid key: the key, the rule and the value."""
         problems = list(_problems(given))
         if problems:
             raise ValueError("\n  ".join(problems))
@@ -37,7 +37,7 @@ def _problems(given: Mapping[str, Any]) -> Iterator[str]:
         if key not in known:
             yield f"{_KEY}.{key}: unknown key; known here: {', '.join(known)}"
     if "target_queue_wait_ms" not in given:
-        yield f"{_KEY}.target_queue_wait_ms: must be given: the wait that is accepted, in milliseconds"
+        yield f"{_KEY}.target_queue_wait_ms: must be given: the accepted wait, in milliseconds"
     rules: dict[str, tuple[str, Callable[[float], bool]]] = {
         "target_queue_wait_ms": ("above 0", lambda value: value / 1e3 > 0),
         "target_utilization": ("above 0 and at most 1", lambda value: 0 < value <= 1),

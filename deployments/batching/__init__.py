@@ -1,1 +1,1 @@
-"""What runs together and when: the queue in front of the device. Plain asyncio, no Ray, no torch."""
+"""The queue in front of the device: which inputs run together, and when. Plain asyncio, no Ray, no torch."""

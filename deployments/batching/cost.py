@@ -1,8 +1,9 @@
-"""What a run of the model costs: ``a + b * padded tokens``, learned while serving.
+"""Cost of a run of the model: ``a + b * padded tokens``, learned while serving.
 
-``a`` is what any run costs (launches, Python, the smallest matrices), ``b`` what each padded token adds. Both follow
-the machine by normalised least mean squares (Widrow and Hoff): the error of each run moves the term that had the larger
-part in it, and one run moves neither by more than a fifth, so that a single stall does not spoil the estimate.
+``a`` is the fixed cost of any run (launches, Python, the smallest matrices), ``b`` the cost of each padded token. Both
+are tracked by normalised least mean squares (Widrow and Hoff): the error of each run mainly adjusts the term that
+contributed more to it, and no run adjusts either by more than a fifth, so that a single stall does not spoil the
+estimate.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _REJECTION_DECAY = 0.95
 
 
 class RunCost:
-    """Nanoseconds of a run by its padded tokens (longest input times inputs, rounded as the engine pads)."""
+    """Nanoseconds of a run by its padded tokens (longest input, rounded as the engine pads, times inputs)."""
 
     def __init__(self, run_ns: float = 1e6, token_ns: float = 1e4) -> None:
         self.run_ns, self.token_ns = run_ns, token_ns
@@ -23,10 +24,10 @@ class RunCost:
         return self.run_ns + self.token_ns * padded_tokens
 
     def observe(self, padded_tokens: int, took_ns: float) -> None:
-        """Learn from one run."""
+        """Update the estimate from one run."""
         expected = self.estimate(padded_tokens)
         error = max(-1.0, min(1.0, (took_ns - expected) / expected))
-        # The parts of the two terms in the estimate are the inputs of the filter; their squares normalise its step.
+        # The inputs of the filter are the shares of the two terms in the estimate; their squares normalise its step.
         of_run = self.run_ns / expected
         of_tokens = 1 - of_run
         step = _STEP * error / (of_run**2 + of_tokens**2)
@@ -34,7 +35,7 @@ class RunCost:
         self.token_ns *= max(0.5, 1 + step * of_tokens)
 
     def fit(self, runs: Sequence[tuple[int, float]]) -> None:
-        """Start from ``(padded tokens, nanoseconds)`` of a warm-up: least squares of the relative errors."""
+        """Initialise from ``(padded tokens, nanoseconds)`` of warm-up runs, by least squares of the relative errors."""
         if len({tokens for tokens, _ in runs}) < 2:
             return
         weights = [1 / max(took, 1.0) ** 2 for _, took in runs]
@@ -42,7 +43,7 @@ class RunCost:
         self.run_ns = max(1_000.0, run_ns)
 
     def decay_after_rejection(self) -> None:
-        """Called for each input refused on the estimate: one that is wrong must not refuse for ever."""
+        """Lower the estimate after it rejected an input, so that a wrong estimate does not reject inputs forever."""
         self.run_ns *= _REJECTION_DECAY
         self.token_ns *= _REJECTION_DECAY
 
@@ -50,9 +51,9 @@ class RunCost:
 def fit_line(
     points: Sequence[tuple[float, float]], weights: Sequence[float], *, least_slope: float = 0.0
 ) -> tuple[float, float]:
-    """``(a, b)`` of ``y = a + b x`` through ``(x, y)`` by weighted least squares, ``b`` at least ``least_slope``.
+    """Fit ``y = a + b x`` to points ``(x, y)`` by weighted least squares, with ``b`` at least ``least_slope``.
 
-    Where all ``x`` are alike, ``b`` is ``least_slope``.
+    Returns ``(a, b)``. If all ``x`` are equal, ``b`` is ``least_slope``.
     """
     s0 = sx = sxx = sy = sxy = 0.0
     for (x, y), weight in zip(points, weights, strict=True):

@@ -1,4 +1,4 @@
-"""One input on its way through the queue, and the batch that takes it."""
+"""An input in the queue, and the batch that takes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 DispatchReason = Literal["full", "token_budget", "timeout", "device_idle", "deadline"]
 Payload = TypeVar("Payload")
 NEVER = -1
-"""A time that has not come."""
+"""A time that has not been set."""
 
 
 @dataclass(eq=False, slots=True)
@@ -17,20 +17,20 @@ class BatchEntry(Generic[Payload]):
     """One input from its arrival in the queue to its result. Times are monotonic nanoseconds of this process.
 
     Attributes:
-        result: what the input's caller awaits. Whoever runs the batch sets it with ``deliver`` or ``fail``.
+        result: awaited by the input's caller. The runner of the batch sets it with ``deliver`` or ``fail``.
     """
 
     payload: Payload
     tokens: int
     deadline_ns: int
     padded: int = 0
-    """Tokens as the engine pads them in a run of its own."""
+    """Tokens after padding, if the input runs alone."""
     arrived_ns: int = NEVER
     depth_on_arrival: int = 0
     busy_total_at_arrival_ns: int = 0
     started_ns: int = NEVER
     left_ns: int = NEVER
-    """When it left without having run."""
+    """When it was withdrawn without having run."""
     busy_wait_ns: int = 0
     batch: Batch[Payload] | None = None
     """The batch that took it from the queue."""
@@ -42,7 +42,7 @@ class BatchEntry(Generic[Payload]):
 
     @property
     def is_gone(self) -> bool:
-        """Whether its caller gave it up before it ran."""
+        """Whether it was withdrawn before it ran."""
         return self.left_ns != NEVER
 
     @property
@@ -54,12 +54,12 @@ class BatchEntry(Generic[Payload]):
         return self.wait_ns - self.busy_wait_ns
 
     def deliver(self, output: Any) -> None:
-        """End with this result, unless the caller is gone or it has ended before."""
+        """Set the result, unless the caller is gone or the entry has already ended."""
         if not self.result.done():
             self.result.set_result(output)
 
     def fail(self, error: Exception) -> None:
-        """End with this exception, unless the caller is gone or it has ended before."""
+        """Set the exception, unless the caller is gone or the entry has already ended."""
         if not self.result.done():
             self.result.set_exception(error)
 
@@ -70,10 +70,10 @@ class Batch(Generic[Payload]):
 
     entries: list[BatchEntry[Payload]]
     reason: DispatchReason
-    """What ended the collecting."""
+    """Why the batch was released."""
     started_ns: int = NEVER
     queue_behind: int = 0
-    """Inputs that waited behind it when it started."""
+    """Inputs still in the queue when it started."""
 
     @property
     def has_started(self) -> bool:
@@ -81,5 +81,5 @@ class Batch(Generic[Payload]):
 
     @property
     def present(self) -> list[BatchEntry[Payload]]:
-        """Those whose callers still wait, or waited when it started."""
+        """Entries whose callers are still waiting, or were when the batch started."""
         return [entry for entry in self.entries if not entry.is_gone]

@@ -1,21 +1,23 @@
-"""When a batch runs: an admission gate in front of the device. Plain asyncio, no Ray, no torch.
+"""Decides when a batch runs: an admission gate in front of the device. Plain asyncio, no Ray, no torch.
 
-1. Inputs wait here until the device is free. A free device and a waiting input make a batch at once; while the device
-   is busy, inputs wait and the next batch grows. With ``max_wait_ms`` an idle device waits that long for a batch to
-   fill. Handing a batch to the device takes a moment in which it would be idle, so at most one batch is released while
-   the one before it still runs: a full one at once, because it has nothing to gain by waiting, and what is there
-   shortly before the run is expected to end. A run that lasts longer than expected does not release another batch.
-2. A batch is the oldest waiting input and those that cost least to run with it (see ``planner``), out of the first
-   ``grouping_window`` in order of arrival: at most ``max_batch_size`` inputs and ``max_batch_tokens`` padded tokens. An
-   input that exceeds those tokens runs alone. Every batch takes the oldest input, so an input is overtaken by at most
-   as many batches as there were inputs waiting when it arrived.
-3. Whoever runs batches pulls them (``next_batch``), calls ``begin`` when the run starts and ``end`` when it is over,
-   and sets the result of every entry in between. A batch belongs to its puller from ``next_batch`` to ``end``.
-4. A request is admitted whole or refused whole (``QueueFull``), so a limit of the queue never splits a request.
-5. A cancelled input leaves the queue at once. When a batch is formed, an input whose deadline has passed, or would pass
-   during a run of its own at the estimated cost (see ``cost``), is discarded; and a batch is made smaller until all its
-   inputs meet their deadlines.
-6. After a run that did not fit the device's memory, batches stay below half of its tokens and grow again slowly.
+1. Inputs wait here until the device is free. If the device is free, a waiting input forms a batch immediately; while
+   the device is busy, inputs wait and the next batch grows. With ``max_wait_ms``, an idle device waits that long for a
+   batch to fill. Handing a batch to the device takes a moment in which it would be idle, so at most one batch is
+   released while the previous one still runs: a full batch immediately, because waiting gains nothing, otherwise
+   whatever is waiting shortly before the run is expected to end. A run that takes longer than expected does not release
+   another batch.
+2. A batch consists of the oldest waiting input and the inputs that are cheapest to run with it (see ``planner``), taken
+   from the first ``grouping_window`` in order of arrival: at most ``max_batch_size`` inputs and ``max_batch_tokens``
+   padded tokens. An input that exceeds those tokens runs alone. Every batch takes the oldest input, so an input is
+   overtaken by at most as many batches as there were inputs waiting when it arrived.
+3. The runner pulls batches (``next_batch``), calls ``begin`` when the run starts and ``end`` when it is over, and sets
+   the result of every entry in between. A batch belongs to its puller from ``next_batch`` to ``end``.
+4. A request is admitted or rejected (``QueueFull``) as a whole, so a queue limit never splits a request.
+5. A cancelled input leaves the queue immediately. When a batch is formed, an input whose deadline has passed, or would
+   pass during a run of its own at the estimated cost (see ``cost``), is discarded, and the batch is shrunk until all
+   its inputs meet their deadlines.
+6. After a run that did not fit in the device's memory, batches are limited to half of its tokens; the limit grows back
+   slowly.
 7. Each input's wait is split into the time that the device was busy and the rest, in which an idle device waited for
    the batch to fill. The parts add up to the wait exactly, because they are differences of one running total.
 """
@@ -35,13 +37,13 @@ from deployments.batching.planner import BatchPlanner, GateLimits
 from deployments.errors import DeadlinePassed, QueueFull
 
 _CAUTION, _TIMER_NS = 1.1, 1_000_000
-"""What waiting to fill leaves a deadline: this factor of the run's estimate, and this much for a late timer."""
+"""Margin kept before a deadline while a batch fills: factor on the run's estimate, and allowance for a late timer."""
 _LEAD_NS, _LEAD_PART = 4_000_000, 0.25
-"""How long before a run's expected end the next batch is formed, and at most which part of what is left of the run."""
+"""How long before a run's expected end the next batch is formed, and the most it may be of the rest of the run."""
 
 
 class AdmissionGate(Generic[Payload]):
-    """See the module's rules.
+    """See the rules in the module docstring.
 
     Args:
         limits: what a batch and the queue may hold.
@@ -54,7 +56,7 @@ class AdmissionGate(Generic[Payload]):
         self._waiting: deque[BatchEntry[Payload]] = deque()
         self._waiting_tokens = 0
         self._pullers: deque[asyncio.Future[Batch[Payload]]] = deque()
-        # The first one runs, or is on its way to the device; the second is ready to follow it.
+        # The first is running or being handed to the device; the second is ready to follow it.
         self._released: list[Batch[Payload]] = []
         self._running_batches = 0
         self._busy_since_ns: int | None = None
@@ -67,7 +69,7 @@ class AdmissionGate(Generic[Payload]):
 
     @property
     def depth(self) -> int:
-        """Inputs waiting, those of a batch that is ready to follow included."""
+        """Waiting inputs, including those of a batch that is ready to follow."""
         return len(self._waiting) + sum(1 for _ in self._ready_to_follow())
 
     @property
@@ -77,17 +79,17 @@ class AdmissionGate(Generic[Payload]):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a batch runs now."""
+        """Whether a batch is running."""
         return self._running_batches > 0
 
     @property
     def running(self) -> int:
-        """Inputs on the device, or on their way to it."""
+        """Inputs running on the device or being handed to it."""
         return len(self._released[0].present) if self._released else 0
 
     @property
     def oldest_age_ms(self) -> float:
-        """How long the first waiting input has waited; 0 with none. May be read from another thread."""
+        """How long the oldest waiting input has waited; 0 if there is none. May be read from another thread."""
         waiting = [*self._ready_to_follow(), *itertools.islice(tuple(self._waiting), 1)]
         return (self._clock() - min(entry.arrived_ns for entry in waiting)) / 1e6 if waiting else 0.0
 
@@ -98,9 +100,9 @@ class AdmissionGate(Generic[Payload]):
     # --- the path of an input ---
 
     async def submit(self, entries: Sequence[BatchEntry[Payload]]) -> list[Any]:
-        """Queue the inputs of one request and return, in order, each one's result or the exception it ended with.
+        """Queue the inputs of one request and return, in order, the result or the exception of each.
 
-        Raises QueueFull, with nothing queued, where they do not all fit.
+        Raises QueueFull, without queueing any, if they do not all fit.
         """
         for entry in entries:
             entry.padded = self.planner.rounded(entry.tokens)
@@ -136,7 +138,7 @@ class AdmissionGate(Generic[Payload]):
         )
 
     def _withdraw(self, entry: BatchEntry[Payload]) -> None:
-        """Its caller no longer waits. One that runs stays in its batch until the run is over."""
+        """Withdraw an entry whose caller no longer waits. A running entry stays in its batch until the run is over."""
         if entry.has_started or entry.is_gone:
             return
         entry.left_ns = self._clock()
@@ -151,7 +153,7 @@ class AdmissionGate(Generic[Payload]):
     # --- the path of a batch ---
 
     async def next_batch(self) -> Batch[Payload]:
-        """Wait until the device may take a batch, and take it. The caller owns it until it calls ``end``."""
+        """Wait until the device can take a batch, and return it. The caller owns it until it calls ``end``."""
         ready = asyncio.get_running_loop().create_future()
         self._pullers.append(ready)
         self._release_next()
@@ -159,7 +161,7 @@ class AdmissionGate(Generic[Payload]):
         return batch
 
     def begin(self, batch: Batch[Payload], at_ns: int | None = None) -> None:
-        """The batch's run starts now, or started ``at_ns``."""
+        """Record that the batch's run starts now, or started at ``at_ns``."""
         now = self._clock() if at_ns is None else at_ns
         present = batch.present
         if not present:
@@ -175,7 +177,7 @@ class AdmissionGate(Generic[Payload]):
         self._look_ahead(now + self.planner.run_ns(present))
 
     def end(self, batch: Batch[Payload]) -> None:
-        """Its run is over, or nobody wanted it any more; the device may take the next batch."""
+        """Record that the batch's run is over, or that it was no longer needed; the device can take the next batch."""
         now = self._clock()
         if batch.has_started:
             self._drain_rate.add(sum(entry.padded for entry in batch.present), now - batch.started_ns)
@@ -200,7 +202,7 @@ class AdmissionGate(Generic[Payload]):
     # --- releasing a batch ---
 
     def _release_next(self, *, is_nearly_idle: bool = False) -> None:
-        """Release a batch if the device can take it and somebody pulls, or set the timer that will."""
+        """Release a batch if the device can take it and a puller is waiting, or set the timer that will."""
         is_ahead = len(self._released) == 1 and self._running_batches > 0
         if self._released and not (is_ahead and (is_nearly_idle or self._may_be_full())):
             return
@@ -238,7 +240,7 @@ class AdmissionGate(Generic[Payload]):
         puller.set_result(batch)
 
     def _look_ahead(self, run_ends_ns: float) -> None:
-        """Set the timer that releases the next batch a moment before the run is over."""
+        """Set the timer that releases the next batch shortly before the run is expected to end."""
         self._stop_looking_ahead()
         left_ns = run_ends_ns - self._clock()
         if left_ns > 0:
@@ -276,13 +278,13 @@ class AdmissionGate(Generic[Payload]):
         needs_ms = self.planner.cost.estimate(entry.padded) / 1e6
         self.planner.cost.decay_after_rejection()
         return DeadlinePassed(
-            f"after {waited_ms:.0f} ms in the queue {left_ms:.0f} ms are left, and the model needs about "
+            f"after {waited_ms:.0f} ms in the queue, {left_ms:.0f} ms remain and the model needs about "
             f"{needs_ms:.0f} ms; it was not run"
         )
 
 
 class _Rate:
-    """How fast a busy device drains the queue: tokens per second, smoothed over the last runs."""
+    """Rate at which a busy device drains the queue: tokens per second, smoothed over recent runs."""
 
     _WEIGHT = 0.2
 
@@ -296,5 +298,5 @@ class _Rate:
             self._per_second = rate if old is None else old + self._WEIGHT * (rate - old)
 
     def seconds_for(self, tokens: int) -> int:
-        """Whole seconds, at least 1, in which that many tokens are done: for ``Retry-After``."""
+        """Whole seconds, at least 1, to process ``tokens``; for ``Retry-After``."""
         return 1 if not self._per_second else max(1, math.ceil(tokens / self._per_second))

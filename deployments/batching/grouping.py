@@ -1,8 +1,8 @@
-"""Which of the waiting inputs run together, by length: the split into runs that costs least.
+"""Groups waiting inputs by length: the split into runs with the lowest total cost.
 
-A run costs ``a + b * padded tokens`` (see ``cost``), and every input in it is padded to the longest. Putting a short
-input with long ones saves it a run of its own (``a``) and wastes the padding. Which is cheaper depends on the device,
-so the rule is the cost itself: on a GPU ``a`` outweighs much padding, on a CPU hardly any.
+A run costs ``a + b * padded tokens`` (see ``cost``), and every input in it is padded to the longest. Running a short
+input with long ones saves a separate run (``a``) but wastes padding. Which is cheaper depends on the device, so the
+estimated cost decides: on a GPU ``a`` outweighs much padding, on a CPU hardly any.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from deployments.batching.cost import RunCost
 
 
 def group_with_oldest(lengths: Sequence[int], cost: RunCost, max_size: int, max_tokens: int) -> list[int]:
-    """The places of the inputs that run with ``lengths[0]`` when all are split into runs at the least cost.
+    """Return the indices of the inputs that share a run with ``lengths[0]`` in the cheapest split of all into runs.
 
     Args:
-        lengths: tokens of each waiting input, the oldest first, as the engine pads them.
-        cost: of a run.
-        max_size: inputs in a run at most.
-        max_tokens: padded tokens in a run at most; a longer input runs alone.
+        lengths: tokens of each waiting input as the engine pads them, oldest first.
+        cost: cost of a run.
+        max_size: maximum inputs per run.
+        max_tokens: maximum padded tokens per run; a longer input runs alone.
 
     Returns:
-        Places in order of arrival, 0 among them.
+        Indices in order of arrival, including 0.
     """
     count = fifo_prefix(lengths, max_size, max_tokens)
     waste = max(lengths[:count]) * count - sum(lengths[:count])
@@ -39,7 +39,7 @@ def group_with_oldest(lengths: Sequence[int], cost: RunCost, max_size: int, max_
 
 
 def fifo_prefix(lengths: Sequence[int], max_size: int, max_tokens: int) -> int:
-    """How many fit into a run in order of arrival."""
+    """Return how many inputs fit into one run, in order of arrival."""
     longest = 0
     for count, length in enumerate(lengths[:max_size]):
         longest = max(longest, length)
@@ -49,7 +49,7 @@ def fifo_prefix(lengths: Sequence[int], max_size: int, max_tokens: int) -> int:
 
 
 def _cheapest_split(ascending: Sequence[int], cost: RunCost, max_size: int, max_tokens: int) -> list[int]:
-    """For each end of a prefix, where its last run starts. Dynamic programming over runs of neighbours in length."""
+    """For each prefix, return the start of its last run. Dynamic programming over runs of inputs adjacent in length."""
     best = [0.0]
     starts = [0]
     a, b = cost.run_ns, cost.token_ns

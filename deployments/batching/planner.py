@@ -1,7 +1,7 @@
-"""What goes into the next batch: the choice among the waiting inputs, and what runs have taught about the device.
+"""Chooses the inputs of the next batch, using what was learned about the device from past runs.
 
-A batch is the oldest waiting input and those that cost least to run with it (see ``grouping``), within limits of inputs
-and padded tokens, made smaller until all its inputs meet their deadlines.
+A batch consists of the oldest waiting input and the inputs that are cheapest to run with it (see ``grouping``), within
+the limits on inputs and padded tokens, shrunk until all its inputs meet their deadlines.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from deployments.batching.entry import Batch, BatchEntry, DispatchReason, Payloa
 from deployments.batching.grouping import fifo_prefix, group_with_oldest
 
 _REGROWTH = 1.02
-"""Factor by which a limit learned from an out-of-memory error grows with every run that fitted."""
+"""Factor by which a limit learned from an out-of-memory error grows with every run that fits."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateLimits:
-    """``batching`` of the configuration, and what the engine rounds lengths up to."""
+    """The ``batching`` section of the configuration, and the multiple that the engine rounds lengths up to."""
 
     max_batch_size: int
     max_batch_tokens: int
@@ -32,7 +32,7 @@ class GateLimits:
 
 
 class BatchPlanner:
-    """Forms batches within ``limits``, by the measured time and memory of past runs."""
+    """Forms batches within ``limits``, based on the measured time and memory of past runs."""
 
     def __init__(self, limits: GateLimits) -> None:
         self.limits = limits
@@ -41,25 +41,25 @@ class BatchPlanner:
 
     @property
     def max_batch_tokens(self) -> int:
-        """Of a batch now: as configured, or what fits the memory."""
+        """Current limit of a batch: as configured, or what fits in memory if that is less."""
         return int(min(self.limits.max_batch_tokens, self._memory_tokens))
 
     def observe(self, padded_tokens: int, took_ns: float) -> None:
-        """A run of so many padded tokens took so long."""
+        """Learn from a run of ``padded_tokens`` that took ``took_ns``."""
         self.cost.observe(padded_tokens, took_ns)
         self._memory_tokens *= _REGROWTH
 
     def ran_out_of_memory(self, padded_tokens: int) -> None:
-        """A run of so many padded tokens did not fit."""
+        """Learn that a run of ``padded_tokens`` did not fit in memory."""
         self._memory_tokens = min(self._memory_tokens, padded_tokens / 2)
 
     def rounded(self, tokens: int) -> int:
-        """As the engine pads an input in a run of its own."""
+        """Length to which the engine pads an input that runs alone."""
         multiple = self.limits.pad_to_multiple_of
         return -(-tokens // multiple) * multiple
 
     def padded_tokens(self, entries: Sequence[BatchEntry[Payload]]) -> int:
-        """Of a run of these entries."""
+        """Padded tokens of a run of these entries."""
         return max(entry.padded for entry in entries) * len(entries)
 
     def run_ns(self, entries: Sequence[BatchEntry[Payload]]) -> float:
@@ -67,21 +67,21 @@ class BatchPlanner:
         return self.cost.estimate(self.padded_tokens(entries))
 
     def tokens_per_second(self, padded: float) -> float:
-        """What the device runs, in full batches of inputs of so many padded tokens."""
+        """Throughput of the device in full batches of inputs with ``padded`` tokens each."""
         size = max(1, min(self.limits.max_batch_size, int(self.max_batch_tokens // max(1.0, padded))))
         tokens = size * padded
         return tokens / (self.cost.run_ns + self.cost.token_ns * tokens) * 1e9
 
     def is_late(self, entry: BatchEntry[Payload], now_ns: int) -> bool:
-        """Whether it misses its deadline even in a run of its own that starts now."""
+        """Whether the entry misses its deadline even in a run of its own that starts now."""
         return now_ns + self.cost.estimate(entry.padded) > entry.deadline_ns
 
     def may_be_full(self, count: int, tokens: int) -> bool:
-        """Cheaply, whether so many inputs of so many tokens in all could fill a batch."""
+        """Cheap check whether ``count`` inputs with ``tokens`` tokens in total could fill a batch."""
         return count >= self.limits.max_batch_size or tokens >= self.max_batch_tokens
 
     def next_batch(self, waiting: Collection[BatchEntry[Payload]], now_ns: int) -> Batch[Payload]:
-        """The batch that would run next. ``waiting`` is in order of arrival and not empty; it is left as it is."""
+        """Return the batch that would run next. ``waiting`` is in order of arrival, not empty, and not modified."""
         limits, max_tokens = self.limits, self.max_batch_tokens
         window = list(itertools.islice(waiting, max(limits.grouping_window, limits.max_batch_size)))
         lengths = [entry.padded for entry in window]
@@ -103,7 +103,7 @@ class BatchPlanner:
         return "device_idle"
 
     def _shrink_to_deadlines(self, entries: list[BatchEntry[Payload]], now_ns: int) -> bool:
-        """Remove the longest, but never the oldest, until the rest meet their deadlines. Returns whether any went."""
+        """Remove the longest, but never the oldest, until the rest meet their deadlines. Returns whether it did."""
         size = len(entries)
         while len(entries) > 1:
             if now_ns + self.run_ns(entries) <= min(entry.deadline_ns for entry in entries):

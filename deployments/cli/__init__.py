@@ -1,1 +1,1 @@
-"""The command ``slowlens``."""
+"""The ``slowlens`` command."""

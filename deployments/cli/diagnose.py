@@ -1,4 +1,4 @@
-"""``slowlens why``, ``trace`` and ``live`` in a terminal: the questions, and where their answers go."""
+"""``slowlens why``, ``trace`` and ``live`` in a terminal: run the query and write the result."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from deployments.explain.verdict import Verdict, examine
 
 Format = Literal["text", "json", "html"]
 _WIDTH = 120
-"""Of text that goes to no terminal."""
+"""Width of text that is not written to a terminal."""
 _LONG_BYTES = 20_000_000
-"""From where on a terminal is shown how far the reading is."""
+"""Size above which a terminal shows the progress of reading."""
 
 
 class NothingToShow(Exception):
-    """There are no traces, not these, or the source does not answer."""
+    """There are no traces, the requested ones are missing, or the source does not respond."""
 
 
 def why(where: str, since_ns: int, slowest: float, form: Format, output: Path | None) -> None:
@@ -48,7 +48,7 @@ def why(where: str, since_ns: int, slowest: float, form: Format, output: Path | 
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise NothingToShow(f"{output or 'standard output'} cannot be written: {error.strerror}") from None
+        raise NothingToShow(f"cannot write {output or 'standard output'}: {error.strerror}") from None
     _say_what_is_broken(source)
 
 
@@ -74,13 +74,13 @@ def trace(trace_id: str | None, where: str) -> None:
     lines = [*waterfall(spans, linked), *members(spans[0].trace_id, linked, beside)]
     for request in split(spans):
         lines += ["", *spent(break_down(request))]
-    # As wide as it is: a terminal breaks lines, a pipe must not.
+    # At full width: a terminal wraps lines, a pipe must not.
     _console(sys.stdout).print(Text("\n".join(lines)), soft_wrap=True)
     _say_what_is_broken(source)
 
 
 def live(where: str, since_s: int, slowest: float, every_s: float) -> None:
-    """Until it is interrupted. Raises NothingToShow where the source is a server that does not answer."""
+    """Repeat ``why`` until interrupted. Raises NothingToShow if the source is a server that does not respond."""
     console = _console(sys.stdout)
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, transient=False) as shown:
         while True:
@@ -91,7 +91,7 @@ def live(where: str, since_s: int, slowest: float, every_s: float) -> None:
             else:
                 _print(newest, sys.stdout)
                 sys.stdout.flush()
-            # Reading a large store must not take all of a processor that the server needs.
+            # Reading a large store must not take up a whole CPU that the server needs.
             time.sleep(max(every_s, 3 * (time.monotonic() - begun)))
 
 
@@ -114,7 +114,7 @@ def _now(where: str, since_s: int, slowest: float) -> RenderableType:
 
 @contextlib.contextmanager
 def _opened(where: str) -> Iterator[Source]:
-    """The source, with a bar on a terminal while a long file is read. Raises NothingToShow."""
+    """Open the source, with a progress bar on a terminal while a long file is read. Raises NothingToShow."""
     console = Console(stderr=True)
     columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), DownloadColumn())
     try:
@@ -135,7 +135,7 @@ def _print(content: RenderableType, file: IO[str]) -> None:
     if console.is_terminal:
         console.print(content)
         return
-    # Tables fill their lines with blanks, which nobody wants in a file.
+    # Tables pad their lines with spaces, which do not belong in a file.
     with console.capture() as written:
         console.print(content)
     file.writelines(f"{line.rstrip()}\n" for line in written.get().splitlines())
@@ -150,4 +150,4 @@ def _console(file: IO[str]) -> Console:
 
 def _say_what_is_broken(source: Source) -> None:
     if source.broken:
-        print(f"{source.broken} broken lines or spans were passed over", file=sys.stderr)  # noqa: T201
+        print(f"{source.broken} broken lines or spans were skipped", file=sys.stderr)  # noqa: T201

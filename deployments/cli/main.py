@@ -20,9 +20,9 @@ Value = TypeVar("Value")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0; 1 with one line on stderr where there is nothing to show; 2 where the call is wrong."""
+    """Return the exit status: 0; 1, with one line on stderr, if there is nothing to show; 2 if the call is invalid."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # What follows CONFIG is not ours to parse.
+    # Arguments after CONFIG belong to ``serve run`` and are not parsed here.
     own = 2 if len(given) > 1 and given[0] == "serve" and not given[1].startswith("-") else 1
     passed_on = given[own:] if given[:1] == ["serve"] and given[own:] not in (["-h"], ["--help"]) else []
     options = _parser().parse_args(given[: len(given) - len(passed_on)])
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"slowlens: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except BrokenPipeError:
-        # Whoever read it has seen enough (`| head`); nothing may be written at exit either.
+        # The reader closed the pipe (`| head`); nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -53,7 +53,7 @@ def _ask(options: argparse.Namespace, where: str) -> None:
 
 
 def _serve(config: Path, rest: Sequence[str]) -> int:
-    # Imported only here: the other commands must not wait for it.
+    # Imported only here so that the other commands do not wait for it.
     from deployments.cli.serve import launch
 
     try:
@@ -64,7 +64,7 @@ def _serve(config: Path, rest: Sequence[str]) -> int:
 
 
 def _argument(parse: Callable[[str], Value]) -> Callable[[str], Value]:
-    """``parse`` with what it says of a wrong value, where argparse would only name the type."""
+    """Wrap ``parse`` so that its own message for an invalid value is shown; argparse would only name the type."""
 
     def told(text: str) -> Value:
         try:
@@ -83,23 +83,21 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
         "serve",
-        help="serve run, with the environment that makes Serve fast",
-        description="Checks the configuration, sets the environment that makes Serve fast, and becomes `serve run`. "
-        "Further arguments are passed on to it.",
+        help="start `serve run` with the environment that makes Serve fast",
+        description="Checks the configuration, sets the environment that makes Serve fast, and executes `serve run`. "
+        "Further arguments are passed to it.",
         usage="slowlens serve [CONFIG] [arguments of serve run ...]",
     )
     serve.add_argument("config", nargs="?", type=Path, default=Path("serve_config.yaml"), metavar="CONFIG")
-    verdict = commands.add_parser("why", help="why the slow requests were slow")
+    verdict = commands.add_parser("why", help="explain why the slow requests were slow")
     _add_source(verdict)
     _add_window(verdict, None)
     verdict.add_argument("--format", choices=("text", "json", "html"), default="text")
-    verdict.add_argument(
-        "-o", dest="output", type=Path, metavar="FILE", help="where to write; default: standard output"
-    )
-    one = commands.add_parser("trace", help="one request as a waterfall, with its batch")
-    one.add_argument("trace_id", nargs="?", help="in hex, as in the header traceresponse; default: the newest request")
+    verdict.add_argument("-o", dest="output", type=Path, metavar="FILE", help="output file; default: standard output")
+    one = commands.add_parser("trace", help="show one request as a waterfall, with its batch")
+    one.add_argument("trace_id", nargs="?", help="in hex, as in the traceresponse header; default: the newest request")
     _add_source(one)
-    again = commands.add_parser("live", help="why, again and again while the server runs")
+    again = commands.add_parser("live", help="repeat `why` while the server runs")
     _add_source(again)
     _add_window(again, 300)
     again.add_argument(
@@ -118,15 +116,19 @@ def _add_source(command: argparse.ArgumentParser) -> None:
 
 
 def _add_window(command: argparse.ArgumentParser, since_s: int | None) -> None:
-    what = "all that is there (of a server: the last hour)" if since_s is None else f"{since_s // 60}m"
+    what = "all requests (from a server: the last hour)" if since_s is None else f"{since_s // 60}m"
     command.add_argument(
         "--since",
         dest="since_s",
         type=_argument(duration_s),
         default=since_s,
         metavar="15m",
-        help=f"only requests that ended so long ago at most; default: {what}",
+        help=f"only requests that ended within this period; default: {what}",
     )
     command.add_argument(
-        "--slowest", type=_argument(share), default=0.05, metavar="5%", help="which requests are slow; default: 5%%"
+        "--slowest",
+        type=_argument(share),
+        default=0.05,
+        metavar="5%",
+        help="share of the requests that count as slow; default: 5%%",
     )

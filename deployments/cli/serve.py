@@ -1,7 +1,7 @@
 """``slowlens serve``: ``serve run`` with the environment that makes Serve fast.
 
 Ray reads these variables when it starts, in all its processes, so neither the configuration file nor a ``runtime_env``
-can set them. What the environment says already is left alone.
+can set them. Variables that are already set are left alone.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ class Setting:
 
 
 FAST: dict[str, Setting] = {
-    "RAY_SERVE_ENABLE_HA_PROXY": Setting("1", "HAProxy in front, instead of a proxy in Python."),
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": Setting("1", "Router, calls and replica code in one event loop."),
+    "RAY_SERVE_ENABLE_HA_PROXY": Setting("1", "HAProxy as the HTTP proxy, instead of one in Python."),
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": Setting("1", "Run router, calls and replica code in one event loop."),
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": Setting(
-        "0", "Not the proxy's own count of requests, for Ray's dashboard: `http.server.request.duration` has it."
+        "0", "Disable the proxy's request count for Ray's dashboard; `http.server.request.duration` has it."
     ),
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": Setting(
-        "0.5", "Serve's controller looks at everything twice a second, not ten times."
+        "0.5", "Run the control loop of Serve's controller twice a second, not ten times."
     ),
 }
 IMPORT_PATH, PAGE_IMPORT_PATH = "deployments.app:build", "deployments.page:build"
 
 
 def launch(config: Path, arguments: Sequence[str]) -> NoReturn:
-    """Become ``serve run CONFIG ARGUMENTS``.
+    """Replace this process with ``serve run CONFIG ARGUMENTS``.
 
-    Raises ConfigError, before anything is started, where the file cannot be read or our part of it is wrong.
+    Raises ConfigError, before anything is started, if the file cannot be read or slowlens' part of it is invalid.
     """
     check(config)
     program = _serve()
     environment = environment_for(os.environ)
     for name, value in environment.items():
-        note = "" if name not in os.environ else "  (set before)"
+        note = "" if name not in os.environ else "  (already set)"
         print(f"{name}={value}{note}", file=sys.stderr)  # noqa: T201
     command = [program, "run", str(config), *arguments]
     print(" ".join(command), file=sys.stderr, flush=True)  # noqa: T201
@@ -59,12 +59,12 @@ def launch(config: Path, arguments: Sequence[str]) -> NoReturn:
 
 
 def environment_for(environ: Mapping[str, str]) -> dict[str, str]:
-    """Each variable of ``FAST`` as it will be: as ``environ`` has it, else as it stands there."""
+    """Return each variable of ``FAST`` with its value in ``environ``, or else its value in ``FAST``."""
     return {name: environ.get(name, setting.value) for name, setting in FAST.items()}
 
 
 def check(config: Path) -> None:
-    """Validate ``args`` of every application in the file that is ours. Raises ConfigError."""
+    """Validate ``args`` of every slowlens application in the file. Raises ConfigError."""
     try:
         content: Any = yaml.safe_load(config.read_text())
     except FileNotFoundError:
@@ -87,7 +87,7 @@ def _check_policies(deployments: list[Any]) -> None:
     for deployment in deployments:
         scaling = deployment.get("autoscaling_config") if isinstance(deployment, dict) else None
         policy = scaling.get("policy") if isinstance(scaling, dict) else None
-        # What is none of ours, or no mapping, is for Serve to judge.
+        # Other policies, and values that are not mappings, are left for Serve to validate.
         if isinstance(policy, dict) and policy.get("policy_function") == POLICY:
             given = policy.get("policy_kwargs") or {}
             try:
@@ -97,7 +97,7 @@ def _check_policies(deployments: list[Any]) -> None:
 
 
 def _serve() -> str:
-    """The ``serve`` beside the running Python, or the first on the path."""
+    """The ``serve`` next to the running Python, or the first on the path."""
     beside = Path(sys.executable).with_name("serve")
     found = str(beside) if beside.is_file() else shutil.which("serve")
     if found is None:

@@ -1,1 +1,1 @@
-"""What runs a model: the card (what it is), the tokenizer, the engine, and each task's output to answer."""
+"""Model execution: model card, tokenizer, engine, and the conversion of each task's output to predictions."""

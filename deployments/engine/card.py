@@ -1,6 +1,6 @@
-"""What a model is, read from its folder's JSON files alone: no torch, no transformers, no weights.
+"""Model metadata, read only from the JSON files in the model's folder: no torch, no transformers, no weights.
 
-Every actor reads the card at start, so they agree on the task, the limits and the labels without asking each other.
+Every actor reads the card at startup, so all agree on the task, the limits and the labels without communicating.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _TASK_OF_HEAD: dict[str, Task] = {
     "ForMaskedLM": "fill-mask",
     "Model": "embeddings",
 }
-# They end as a bare encoder does, and are something else.
+# These also end in ``Model`` but are not bare encoders.
 _OTHER_HEADS = ("LMHeadModel", "DoubleHeadsModel", "EncoderModel")
 _POOLING_OF_MODE: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
-# Position ids of these architectures start behind the padding id, so the table holds fewer usable positions.
+# Position ids of these architectures start after the padding id, so the table has fewer usable positions.
 _OFFSET_POSITIONS = {
     "roberta",
     "xlm-roberta",
@@ -42,22 +42,22 @@ _OFFSET_POSITIONS = {
 class ModelCard:
     name: str
     source: str
-    """A folder on this machine, or a hub id."""
+    """A local folder or a hub id."""
     task: Task
     max_length: int
-    """Tokens, special tokens included."""
+    """In tokens, including special tokens."""
     vocab_size: int
     hidden_size: int | None
     pooling: Pooling
     lower_case: bool
     prompt: str
-    """Text put before every input: the default prompt of a sentence-transformers folder."""
+    """Text prepended to every input: the default prompt of a sentence-transformers folder."""
     labels: tuple[str, ...]
     score_function: Literal["softmax", "sigmoid", "none"]
 
     @classmethod
     def load(cls, config: ModelConfig) -> ModelCard:
-        """Read the card. Raises ConfigError, naming the key, where the model is missing or of no known task."""
+        """Read the card. Raises ConfigError, naming the key, if the model is missing or its task is unknown."""
         if config.engine == "fake":
             return _fake_card(config)
         source = resolve_source(config.source)
@@ -65,7 +65,7 @@ class ModelCard:
         model = files.read("config.json")
         if model is None:
             raise ConfigError(
-                f"args.model.source: {config.source!r} has no config.json, so it is no transformers model"
+                f"args.model.source: {config.source!r} has no config.json, so it is not a transformers model"
             )
         sentence = _SentenceTransformers.read(files, config.pooling)
         task = _task(config, model, is_sentence_transformer=sentence is not None)
@@ -86,9 +86,9 @@ class ModelCard:
 
 
 def resolve_source(source: str) -> str:
-    """``pkg:PACKAGE/FOLDER`` and local folders become an absolute path; anything else is a hub id and stays.
+    """Resolve ``pkg:PACKAGE/FOLDER`` and local folders to an absolute path; return anything else, a hub id, unchanged.
 
-    Raises ConfigError where the package is not installed or the folder does not exist.
+    Raises ConfigError if the package is not installed or the folder does not exist.
     """
     if source.startswith("pkg:"):
         package, _, folder = source.removeprefix("pkg:").partition("/")
@@ -103,7 +103,7 @@ def resolve_source(source: str) -> str:
         if not path.is_dir() and not looks_local:
             return source
     if not path.is_dir():
-        raise ConfigError(f"args.model.source: {source!r} is no folder (looked at {path})")
+        raise ConfigError(f"args.model.source: {source!r} is not a folder (looked at {path})")
     return str(path.resolve())
 
 
@@ -128,7 +128,7 @@ class _Files:
             return Path(hf_hub_download(self._source, name, revision=self._revision))
         except LocalEntryNotFoundError as error:
             raise ConfigError(
-                f"args.model.source: {self._source!r} is no folder, and the hub cannot be reached: {error}"
+                f"args.model.source: {self._source!r} is not a folder, and the hub cannot be reached: {error}"
             ) from None
         except EntryNotFoundError:
             return None
@@ -138,7 +138,7 @@ class _Files:
 
 @dataclass(frozen=True, slots=True)
 class _SentenceTransformers:
-    """What a sentence-transformers folder adds to a transformers one."""
+    """Settings that a sentence-transformers folder adds to a transformers one."""
 
     pooling: Pooling
     max_length: int | None
@@ -157,11 +157,11 @@ class _SentenceTransformers:
                 pooling = _pooling(files.read(f"{module['path']}/config.json") or {})
             elif kind == "Transformer" and module["path"]:
                 raise ConfigError(
-                    f"args.model.source: its transformer lies in the folder {module['path']!r}; name that folder itself"
+                    f"args.model.source: its transformer is in the subfolder {module['path']!r}; specify that folder"
                 )
             elif kind not in ("Transformer", "Pooling", "Normalize"):
                 raise ConfigError(
-                    f"args.model.source: modules.json asks for a {kind} module; Transformer, Pooling, Normalize run"
+                    f"args.model.source: modules.json asks for a {kind} module; known: Transformer, Pooling, Normalize"
                 )
         settings = files.read("sentence_bert_config.json") or {}
         library = files.read("config_sentence_transformers.json") or {}
@@ -174,7 +174,7 @@ def _configured(pooling: Pooling | Literal["auto"]) -> Pooling | None:
 
 
 def _pooling(settings: dict[str, Any]) -> Pooling:
-    """Both forms: ``pooling_mode: mean`` and the older ``pooling_mode_mean_tokens: true``."""
+    """Read both forms: ``pooling_mode: mean`` and the older ``pooling_mode_mean_tokens: true``."""
     modes = settings.get("pooling_mode") or [
         key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens")
         for key, on in settings.items()
@@ -201,7 +201,7 @@ def _task(config: ModelConfig, model: dict[str, Any], *, is_sentence_transformer
             if architecture.endswith(head):
                 return task
     raise ConfigError(
-        f"args.model.task: the architecture {architectures} names no task that is served; set it to one of "
+        f"args.model.task: the architecture {architectures} does not imply a supported task; set it to one of "
         f"{', '.join(_TASK_OF_HEAD.values())}"
     )
 
@@ -222,7 +222,7 @@ def _max_length(
             )
         return config.max_length
     stated = [sentence.max_length if sentence else None, tokenizer.get("model_max_length"), positions]
-    # Tokenizers without a limit of their own state an absurdly large one.
+    # Tokenizers without a limit report an absurdly large one.
     usable = [int(limit) for limit in stated if limit is not None and limit < 1_000_000]
     if not usable:
         raise ConfigError("args.model.max_length: the model states no limit; set one")
@@ -230,10 +230,10 @@ def _max_length(
 
 
 def _vocab_size(model: dict[str, Any]) -> int:
-    """Inputs are checked against it, so a model that does not state it cannot be served."""
+    """Inputs are checked against it, so a model that does not specify it cannot be served."""
     size = _integer(model, "vocab_size")
     if size is None:
-        raise ConfigError("args.model.source: its config.json states no vocab_size, so it is no text model")
+        raise ConfigError("args.model.source: its config.json states no vocab_size, so it is not a text model")
     return size
 
 
@@ -245,7 +245,7 @@ def _labels(model: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _score_function(model: dict[str, Any], labels: int) -> Literal["softmax", "sigmoid", "none"]:
-    """The rule of transformers' TextClassificationPipeline."""
+    """Follows transformers' TextClassificationPipeline."""
     problem = model.get("problem_type")
     if problem == "regression":
         return "none"

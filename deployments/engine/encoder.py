@@ -1,4 +1,4 @@
-"""A transformers model on one device: padded in, one output per input out."""
+"""A transformers model on one device: a padded batch in, one output per input out."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ class _Collated:
     mask: torch.Tensor
     lengths: list[int]
     arrived: torch.cuda.Event | None = None
-    """When the copy to the GPU is done."""
+    """Recorded when the copy to the GPU is done."""
 
 
 class EncoderEngine:
-    """See ``engine.base.Engine``.
+    """See ``engine.protocol.BatchEngine``.
 
     Args:
-        config: which model, and how to hold it.
-        card: what the model is.
-        batching: the largest batch, for the warm-up.
-        has_gpu: whether the replica was given a GPU (``device: auto`` follows it).
-        cpus: CPUs that the replica was given; a run on the CPU uses as many threads, rounded up.
+        config: which model to load, and how.
+        card: metadata of the model.
+        batching: limits of a batch, for the warm-up.
+        has_gpu: whether the replica has a GPU (decides ``device: auto``).
+        cpus: CPUs assigned to the replica; a run on the CPU uses as many threads, rounded up.
     """
 
     def __init__(
         self, config: ModelConfig, card: ModelCard, batching: BatchingConfig, *, has_gpu: bool, cpus: float
     ) -> None:
-        # NVML and Ray number GPUs so; CUDA would otherwise put the fastest first.
+        # NVML and Ray number GPUs this way; by default, CUDA puts the fastest first.
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         self._config, self._card, self._batching = config, card, batching
         self._device = _device(config.device, has_gpu)
@@ -94,7 +94,7 @@ class EncoderEngine:
             self._mask_id = tokenizer.mask_token_id
             stated = (tokenizer.pad_token_id, self._model.config.pad_token_id, tokenizer.eos_token_id)
             self._pad_id = next((int(i) for i in stated if i is not None), 0)
-            # Classifiers of decoders find the last token of each row by it.
+            # Decoder-based classifiers use it to find the last token of each row.
             self._model.config.pad_token_id = self._pad_id
         with phase("device_move"):
             self._model = self._model.to(self._device).eval()
@@ -106,7 +106,7 @@ class EncoderEngine:
             return self._warm_up()
 
     def _warm_up(self) -> WarmUp:
-        """The shortest, a typical and the longest input alone, then a full batch of each that the limits allow."""
+        """Run the shortest, a typical and the longest input, each alone and in the largest batch allowed."""
         longest = self._card.max_length
         timings: dict[int, float] = {}
         too_large: int | None = None
@@ -118,7 +118,7 @@ class EncoderEngine:
             for size in sorted({1, full}):
                 try:
                     if length * size <= _SET_UP_TOKENS:
-                        # What the libraries set up for a shape would be much of the time of a small run.
+                        # Untimed: the libraries' setup for a shape would be a large part of the time of a small run.
                         self.run(self.collate([ids] * size))
                     started = time.perf_counter()
                     run = self.run(self.collate([ids] * size))
@@ -143,7 +143,7 @@ class EncoderEngine:
         if self._copies is None:
             return _Collated(both[0], both[1], lengths)
         with torch.cuda.stream(self._copies):
-            # From pinned memory and in a stream of its own, so that it overlaps the run before.
+            # From pinned memory and in a separate stream, so that the copy overlaps the previous run.
             on_device = both.pin_memory().to(self._device, non_blocking=True)
             arrived = self._copies.record_event()
         return _Collated(on_device[0], on_device[1], lengths, arrived)
@@ -152,11 +152,11 @@ class EncoderEngine:
         try:
             return self._run(collated)
         except torch.cuda.OutOfMemoryError as error:
-            # What is cached in pieces of the wrong sizes may be all that a smaller run needs.
+            # Memory cached in blocks of the wrong sizes may be all that a smaller run needs.
             torch.cuda.empty_cache()
-            raise OutOfMemory(f"{collated.ids.numel()} padded tokens did not fit into the GPU's memory") from error
+            raise OutOfMemory(f"{collated.ids.numel()} padded tokens did not fit in the GPU's memory") from error
         except torch.AcceleratorError as error:
-            # An illegal access or a device-side assertion: this process can use the device no more.
+            # An illegal access or a device-side assertion: this process can no longer use the device.
             self.broken = f"{type(error).__name__} on {self.device}"
             raise
 
@@ -168,14 +168,14 @@ class EncoderEngine:
             torch.cuda.reset_peak_memory_stats(self._device)
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(collated.arrived)
-            # Allocated in the stream of the copies: not to be reused before this one is done with it.
+            # Allocated in the copy stream: must not be reused before this stream is done with it.
             ids.record_stream(stream)
         with timer:
             raw = self._model(input_ids=ids, attention_mask=mask)
             hidden = raw.last_hidden_state if self._card.task == "embeddings" else raw.logits
             result = self._reduce(hidden, ids, mask)
         outputs = self._split(result, collated.lengths)
-        # The outputs are on the host by now, so the timer's last event has happened and reading it waits for nothing.
+        # The outputs are on the host by now, so the timer's last event has completed and reading it does not block.
         return Run(
             outputs=outputs,
             inference_ms=timer.elapsed_ms(),
@@ -185,7 +185,7 @@ class EncoderEngine:
         )
 
     def _reduce(self, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> Any:
-        """On the device, make small what would be large to move."""
+        """Reduce the output on the device, so that less is copied to the host."""
         if self._card.task == "embeddings":
             pooled = pool(hidden.float(), mask, self._card.pooling)
             return torch.nn.functional.normalize(pooled, dim=-1)
@@ -197,11 +197,11 @@ class EncoderEngine:
         return hidden.float()
 
     def _masks(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Where the mask tokens are: some models pad with a token of the same id."""
+        """Positions of the mask tokens, without padding: some models pad with the same token id."""
         return ids.eq(-1 if self._mask_id is None else self._mask_id) & mask.bool()
 
     def _split(self, result: Any, lengths: list[int]) -> list[Output]:
-        """To the host, one output per input, padding cut off."""
+        """Copy the result to the host and split it into one output per input, without padding."""
         if self._card.task == "fill-mask":
             probabilities, candidates, counts = (part.cpu().numpy() for part in result)
             ends = np.cumsum(counts)
@@ -218,9 +218,9 @@ class EncoderEngine:
 
 
 def _int8(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights of the linear layers in int8, their inputs quantized at each run; the rest stays in float32."""
+    """Quantize the weights of the linear layers to int8, and their inputs at each run; the rest stays in float32."""
     with warnings.catch_warnings():
-        # It says that a later package replaces it; that one has no build for every platform that this one runs on.
+        # Deprecation warning: the replacement package has no builds for some platforms that this one runs on.
         warnings.simplefilter("ignore")
         quantized: torch.nn.Module = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
             model, {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
@@ -229,9 +229,9 @@ def _int8(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """``hidden`` ``[batch, tokens, hidden]`` and ``mask`` ``[batch, tokens]`` to ``[batch, hidden]``.
+    """Pool ``hidden`` ``[batch, tokens, hidden]`` with ``mask`` ``[batch, tokens]`` to ``[batch, hidden]``.
 
-    The pooling modes of sentence-transformers' Pooling module, padding left out.
+    The modes are those of sentence-transformers' Pooling module; padding is excluded.
     """
     if pooling == "cls":
         return hidden[:, 0]
@@ -255,7 +255,7 @@ class _CpuTimer:
 
 
 class _CudaTimer:
-    """Times the device's own work, without waiting for it: two events in its stream."""
+    """Times the device's work without waiting for it, with two events in its stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device)
@@ -277,11 +277,11 @@ def _device(wanted: str, has_gpu: bool) -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
-        raise ConfigError(f"args.model.device: {wanted!r} is no device: {error}") from None
+        raise ConfigError(f"args.model.device: {wanted!r} is not a device: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            f"args.model.device: {wanted!r}, but this replica sees no CUDA device; give it one with "
-            "ray_actor_options.num_gpus, or say auto"
+            f"args.model.device: {wanted!r}, but this replica sees no CUDA device; assign one with "
+            "ray_actor_options.num_gpus, or set auto"
         )
     return device
 
@@ -293,7 +293,7 @@ def _dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16 itself; emulated, it is slower than float32."""
+    """Whether the hardware supports bfloat16 natively; emulated, it is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":

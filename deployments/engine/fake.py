@@ -1,8 +1,8 @@
-"""A deterministic stand-in for a model: a swapped or lost item shows as a wrong number.
+"""A deterministic stand-in for a model: a swapped or lost item shows up as a wrong number.
 
-The embedding of ids ``i1..in`` is ``[n, i1, in, checksum]`` over its own length, so a test computes what each answer
-must be. It can also be slow, be held, and raise on one token: that is how tests make batches instead of hoping for
-them, and how everything that is not a model is measured.
+The embedding of ids ``i1..in`` is ``[n, i1, in, checksum]`` divided by its norm, so a test can compute each expected
+result. Runs can also be slowed down, held, and made to raise on one token, so that tests can force batches to form and
+everything but the model can be measured.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def fake_token_id(word: str) -> int:
 
 
 def fake_embedding(ids: Sequence[int]) -> np.ndarray:
-    """What ``FakeEngine`` answers for ``ids``: shape ``[4]``, of length 1."""
+    """Output of ``FakeEngine`` for ``ids``: shape ``[4]``, norm 1."""
     raw = np.array([len(ids), ids[0], ids[-1], sum(i * (k + 1) for k, i in enumerate(ids)) % 9973], dtype=np.float32)
     return raw / np.linalg.norm(raw)
 
 
 class FakeTokenizer:
-    """Words between blanks, inside 1 and 2 as special tokens."""
+    """Splits at whitespace; the special tokens 1 and 2 enclose the words."""
 
     mask_token: str | None = None
     mask_token_id: int | None = None
@@ -69,7 +69,7 @@ class FakeEngine:
         if self._config.memory_tokens is not None and padded > self._config.memory_tokens:
             raise OutOfMemory(f"{padded} padded tokens do not fit into {self._config.memory_tokens}")
         if self._config.poison_token is not None and any(self._config.poison_token in ids for ids in batch):
-            raise ValueError("the fake model met its poison token")
+            raise ValueError("the fake model received its poison token")
         while self._config.hold_path is not None and Path(self._config.hold_path).exists():
             time.sleep(0.002)
         time.sleep(self._run_s(padded))

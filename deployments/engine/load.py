@@ -1,4 +1,4 @@
-"""The engine that the configuration asks for. Imports torch only where it is needed."""
+"""Loads the configured engine. Imports torch only if it is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model output to the JSON of one prediction, for each task. The rules are those of transformers' pipelines."""
+"""Converts model output to JSON predictions, for each task. The rules are those of transformers' pipelines."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DEFAULT_FILLS = 5
 
 
 class PredictionBuilder:
-    """Builds the answers of one model.
+    """Builds the predictions of one model.
 
     Args:
-        card: what the model is.
-        pretrained: its transformers tokenizer, for the tasks that answer in words.
+        card: metadata of the model.
+        pretrained: its transformers tokenizer, for tasks whose predictions contain words.
     """
 
     def __init__(self, card: ModelCard, pretrained: Any = None) -> None:
@@ -32,11 +32,11 @@ class PredictionBuilder:
     def fragments(
         self, tokenized: Tokenized, outputs: Sequence[Any], options: OutputOptions, texts: Sequence[str]
     ) -> tuple[bytes, ...]:
-        """One JSON object per input, in order. Raises ModelFailed where an output is not finite."""
+        """Return one JSON object per input, in order. Raises ModelFailed if an output is not finite."""
         for index, output in enumerate(outputs):
             values = output[0] if isinstance(output, tuple) else output
             if not np.isfinite(values).all():
-                raise ModelFailed(f"the model gave a number that is not finite for input {index}")
+                raise ModelFailed(f"the model returned a non-finite number for input {index}")
         if options.route == "/v1/embeddings":
             return tuple(_openai_embedding(index, out, options) for index, out in enumerate(outputs))
         ids, offsets = list(tokenized.ids), list(tokenized.offsets or [])
@@ -85,7 +85,7 @@ class PredictionBuilder:
         return entities
 
     def _fills(self, output: tuple[Floats, Ids], ids: Ids, top_k: int) -> list[dict[str, Any]]:
-        """The ``top_k`` best tokens of each mask in turn. With several masks each fill says which (``mask``)."""
+        """The ``top_k`` best tokens for each mask in turn. With several masks, each fill has its ``mask`` number."""
         probabilities, candidates = output
         positions = np.flatnonzero(ids == self._pretrained.mask_token_id)
         fills = []
@@ -93,7 +93,7 @@ class PredictionBuilder:
             for score, token in zip(probabilities[number, :top_k], candidates[number, :top_k], strict=True):
                 filled = ids.copy()
                 filled[position] = token
-                # With several masks the others must stay readable in the sequence.
+                # With several masks, the others must stay visible in the sequence.
                 sequence = self._pretrained.decode(filled.tolist(), skip_special_tokens=len(positions) == 1)
                 fill = {
                     "token": self._pretrained.decode([int(token)]),
@@ -105,7 +105,7 @@ class PredictionBuilder:
 
 
 def classify(logits: Floats, card: ModelCard, top_k: int | None) -> dict[str, Any]:
-    """The best label, and the ``top_k`` (default: all) best with their scores."""
+    """Return the best label, and the ``top_k`` best (default: all) with their scores."""
     match card.score_function:
         case "softmax":
             scores = softmax(logits)
@@ -126,7 +126,7 @@ def softmax(logits: Floats) -> Floats:
 def _openai_embedding(index: int, embedding: Floats, options: OutputOptions) -> bytes:
     if options.dimensions is not None:
         embedding = embedding[: options.dimensions]
-        # What is left of a unit vector is shorter than one; OpenAI normalises again.
+        # A truncated unit vector has a norm below 1; OpenAI normalises again.
         embedding = embedding / max(float(np.linalg.norm(embedding)), 1e-12)
     value = base64.b64encode(embedding.astype("<f4").tobytes()).decode() if options.base64 else embedding.tolist()
     return to_json({"object": "embedding", "index": index, "embedding": value})

@@ -1,8 +1,8 @@
-"""What the stages ask of a tokenizer and of an engine.
+"""What the stages require of a tokenizer and of an engine.
 
-Every engine loads, warms up and reports the state of its device (``Engine``). How it computes is a protocol of its
-own: a ``BatchEngine`` runs a batch from beginning to end, as encoders do, and is driven by ``stages.batch_runner``. An
-engine that advances many sequences a step at a time extends ``Engine`` beside it, with a runner of its own.
+Every engine loads, warms up and reports the state of its device (``Engine``). How it computes is a separate protocol: a
+``BatchEngine`` runs a batch from start to finish, as encoders do, and is driven by ``stages.batch_runner``. An engine
+that advances many sequences one step at a time extends ``Engine`` in a protocol of its own, with its own runner.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Output = Any
 """
 
 MAX_FILLS = 100
-"""Candidates kept for each mask, and so the largest ``top_k`` of fill-mask."""
+"""Candidates kept for each mask, and therefore the maximum ``top_k`` of fill-mask."""
 
 MAX_MASKS = 16
-"""Masks in one fill-mask input: each costs a row of the vocabulary in the model and many decodings after it."""
+"""Maximum masks in one fill-mask input: each costs a vocabulary-sized row in the model and many decodings after it."""
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -48,34 +48,34 @@ class Tokenizer(Protocol):
     mask_token_id: int | None
 
     def encode(self, texts: Sequence[str], *, with_offsets: bool) -> list[Encoded]:
-        """Tokenize, truncating at the model's ``max_length``. Thread-safe. Holds the GIL only to build the result."""
+        """Tokenize, truncating to the model's ``max_length``. Thread-safe. Holds the GIL only to build the result."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run of the model gave."""
+    """Result of one run of the model."""
 
     outputs: list[Output]
     inference_ms: float
-    """Time of the model itself: CUDA events on a GPU, the clock on a CPU. Collation and copies are not in it."""
+    """Time of the model itself: by CUDA events on a GPU, by the clock on a CPU. Excludes collation and copies."""
     padded_tokens: int
     output_shape: tuple[int, ...]
     peak_memory_gb: float | None = None
 
 
 class OutOfMemory(Exception):
-    """A run did not fit the device's memory. A smaller one may."""
+    """A run did not fit in the device's memory. A smaller one may fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """What the warm-up found."""
+    """Results of the warm-up."""
 
     runs: tuple[tuple[int, float], ...] = ()
     """Padded tokens and nanoseconds of each run, collation included."""
     too_large: int | None = None
-    """The padded tokens of the smallest run that did not fit the memory."""
+    """Padded tokens of the smallest run that did not fit in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +85,14 @@ class Memory:
 
 
 class Engine(Protocol):
-    """What every engine has."""
+    """Interface common to all engines."""
 
     device: str
     broken: str | None
     """Why no further run can succeed in this process; the replica must then be replaced."""
 
     def load(self, phase: Phase) -> WarmUp:
-        """Load weights, move them to the device, warm up: each inside ``with phase(name)``. Blocks."""
+        """Load weights, move them to the device and warm up, each inside ``with phase(name)``. Blocks."""
         ...
 
     def memory(self) -> Memory | None:
@@ -101,18 +101,18 @@ class Engine(Protocol):
 
 
 class BatchEngine(Engine, Protocol):
-    """An engine that runs a batch from beginning to end."""
+    """An engine that runs a batch from start to finish."""
 
     pad_to_multiple_of: int
-    """Inputs are padded to the longest, rounded up to this."""
+    """Inputs are padded to the longest, rounded up to a multiple of this."""
 
     def collate(self, batch: Sequence[Ids]) -> Any:
         """Pad ``batch`` (each ``[tokens]``) and send it to the device. May overlap a run, in another thread."""
         ...
 
     def run(self, collated: Any) -> Run:
-        """Run the model once on what ``collate`` gave. Called from one thread.
+        """Run the model once on the output of ``collate``. Called from one thread.
 
-        May raise anything, OutOfMemory among it; the caller isolates the input that caused it.
+        May raise any exception, including OutOfMemory; the caller isolates the input that caused it.
         """
         ...

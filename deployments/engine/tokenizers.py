@@ -21,7 +21,7 @@ def load_tokenizer(config: ModelConfig, card: ModelCard) -> Tokenizer:
 
 
 def load_pretrained_tokenizer(config: ModelConfig, card: ModelCard) -> Any:
-    """The transformers tokenizer of the model. Raises ConfigError where it has no fast one."""
+    """Load the model's transformers tokenizer. Raises ConfigError if the model has no fast one."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
@@ -35,9 +35,9 @@ def load_pretrained_tokenizer(config: ModelConfig, card: ModelCard) -> Any:
 
 
 class FastTokenizer:
-    """The Rust tokenizer behind a transformers tokenizer, set once to cut at ``max_length`` and never to pad.
+    """The Rust tokenizer behind a transformers tokenizer, set up to truncate to ``max_length`` and not to pad.
 
-    It is called directly because it says what it cut (the overflow), and it releases the GIL while it works.
+    It is called directly because it reports what it truncated (the overflow) and releases the GIL while it works.
     """
 
     def __init__(self, pretrained: Any, card: ModelCard) -> None:

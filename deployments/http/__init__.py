@@ -1,1 +1,1 @@
-"""HTTP around a request: the ASGI application, bodies in, responses and headers out."""
+"""The HTTP layer: the ASGI application, request bodies, responses and headers."""

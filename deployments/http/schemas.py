@@ -1,4 +1,4 @@
-"""The HTTP bodies: what callers may send, checked field by field, and how responses are framed."""
+"""HTTP bodies: validation of requests, field by field, and framing of responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deployments.messages import OutputOptions
 
 Body = TypeVar("Body", bound="_Body")
 _SHOWN_CHARS = 80
-"""Of what a caller sent, in messages: they go into telemetry too."""
+"""Maximum characters of a client's value shown in a message, because messages also go into telemetry."""
 Inputs = tuple[str, ...] | tuple[tuple[int, ...], ...]
 _STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -29,21 +29,21 @@ class _Body(BaseModel):
 
 
 class EmbeddingsBody(_Body):
-    """OpenAI's request. ``user`` is accepted and not used."""
+    """OpenAI's embeddings request. ``user`` is accepted but not used."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = Field(
-        description="A text, texts, one list of token ids, or several."
+        description="A string, a list of strings, a list of token ids, or a list of such lists."
     )
-    model: str | None = Field(None, description="The served model; may be left out.")
+    model: str | None = Field(None, description="The served model; optional.")
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Keep only the first so many, normalised again."
+        None, description="Keep only this many leading dimensions, normalised again."
     )
     user: str | None = None
 
 
 class Parameters(_Body):
-    truncate: bool = Field(True, description="Cut inputs that are too long; if false, refuse them.")
+    truncate: bool = Field(True, description="Truncate inputs that are too long; if false, reject them.")
     top_k: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Labels (text-classification) or tokens (fill-mask, at most 100) to return."
     )
@@ -56,7 +56,7 @@ class PredictBody(_Body):
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """What the stages need of a valid request."""
+    """What the stages need from a valid request."""
 
     inputs: Inputs
     param: str
@@ -179,7 +179,7 @@ def _text(text: Any, where: str, param: str, rule: str, limits: LimitsConfig) ->
 
 def _token_ids(ids: Any, where: str, param: str, limits: LimitsConfig) -> tuple[int, ...]:
     if not isinstance(ids, list) or not ids:
-        raise InvalidField(f"{where} must be a list of token ids, not empty; got {_kind(ids)}", param=param)
+        raise InvalidField(f"{where} must be a non-empty list of token ids; got {_kind(ids)}", param=param)
     if len(ids) > limits.max_input_chars:
         raise InvalidField(
             f"{where} has {len(ids)} token ids; at most {limits.max_input_chars} are allowed", param=param
@@ -199,7 +199,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """The kind of a JSON value in words: content of inputs stays out of messages."""
+    """The type of a JSON value in words, so that input content stays out of messages."""
     kinds = {
         str: "a string",
         bool: "a boolean",

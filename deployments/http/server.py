@@ -1,4 +1,4 @@
-"""HTTP around an inference request: the ASGI application, request bodies, responses and errors."""
+"""The HTTP layer of an inference request: the ASGI application, request bodies, responses and errors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _logger = logging.getLogger("slowlens.ingress")
 class FastPathApp(FastAPI):
     """A FastAPI application that calls the endpoints of the inference routes directly.
 
-    FastAPI's middlewares, dependencies and response models cost more than all that this process does with a request,
-    and an inference route uses none of them. They are routes of the application all the same, for its OpenAPI document.
+    FastAPI's middlewares, dependencies and response models cost more than everything else this process does with a
+    request, and an inference route uses none of them. These endpoints are still registered as routes of the
+    application, for its OpenAPI document.
     """
 
     def __init__(self, fast_path: Mapping[str, Callable[[Request], Awaitable[Response]]], **settings: Any) -> None:
@@ -48,7 +49,7 @@ class FastPathApp(FastAPI):
 
 
 async def read_body(http: Request, limit: int, deadline_ns: int) -> bytes:
-    """The body. Raises TooLarge as soon as that is known, DeadlinePassed where it arrives too slowly."""
+    """Read the body. Raises TooLarge as soon as that is known, DeadlinePassed if it arrives too slowly."""
     announced = http.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise TooLarge(f"the body has {announced} bytes; at most {limit} are allowed")
@@ -58,12 +59,12 @@ async def read_body(http: Request, limit: int, deadline_ns: int) -> bytes:
             async for part in http.stream():
                 size += len(part)
                 if size > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes, the most that are allowed")
+                    raise TooLarge(f"the body has more than {limit} bytes, the maximum allowed")
                 parts.append(part)
     except ClientDisconnect:
         raise Cancelled("the client hung up") from None
     except TimeoutError:
-        raise DeadlinePassed(f"the deadline passed after {size} bytes of the body had come") from None
+        raise DeadlinePassed(f"the deadline passed after {size} bytes of the body had arrived") from None
     return b"".join(parts)
 
 
@@ -79,7 +80,7 @@ def error_response(error: ApiError, body: Any) -> Response:
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
-    """404 for an unknown path and 405, in the shape of all errors."""
+    """Return 404 for an unknown path, and 405, in the same shape as all other errors."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
     body = {"error": {"message": error.detail, "type": "invalid_request_error", "param": None, "code": code}}
@@ -89,7 +90,7 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _unforeseen(_: Request, error: Exception) -> Response:
-    """An error of ours outside the path of an inference request."""
+    """Handle an internal error outside the handling of an inference request."""
     _logger.error("a response failed", exc_info=error)
     internal = InternalError("internal error")
     return error_response(internal, internal.body())

@@ -1,4 +1,4 @@
-"""The header ``Server-Timing``: the same numbers as the spans, for whoever has only the response."""
+"""The ``Server-Timing`` header: the same numbers as the spans, for clients that have only the response."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from deployments.telemetry.records import RequestRecord
 
 
 def server_timing(record: RequestRecord) -> str:
-    """Milliseconds by stage; together they are ``total``, but for the microseconds that framing the response takes.
+    """Milliseconds by stage; they add up to ``total``, except for the microseconds that framing the response takes.
 
-    ``queue`` and ``forward`` are the model replica's time, ``transit`` what the hops cost beside the stages' own time.
-    A request that failed in the model replica has its time there under ``queue``.
+    ``queue`` and ``forward`` are the model replica's time, ``transit`` the cost of the hops beyond the stages' own
+    time. For a request that failed in the model replica, its time there is reported under ``queue``.
     """
     hops = record.hops
     held = {name: hop.held_ns for name, hop in hops.items()}

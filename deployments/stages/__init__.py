@@ -1,1 +1,1 @@
-"""The four Serve deployments, one module each, and what every replica does at its start."""
+"""The four Serve deployments, one module each, and the startup steps of every replica."""

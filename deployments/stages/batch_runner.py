@@ -1,4 +1,4 @@
-"""Batches from the queue, through ``@serve.batch``, onto the device, and back to those who wait for them.
+"""Runs batches from the queue on the device, through ``@serve.batch``, and delivers the outputs to their callers.
 
 The path of a batch is ``_work``, top to bottom: pull it from the gate, run it, deliver every input's output, end it.
 """
@@ -39,17 +39,17 @@ class RunFailed(Exception):
 
 
 def serve_batched(run: RunEntries, max_batch_size: int) -> SubmitEntries:
-    """``run`` under ``@serve.batch``.
+    """Wrap ``run`` in ``@serve.batch``.
 
-    All entries of a batch are handed over in one tick of the loop and the timeout is 0, so the batch that Serve forms
-    is the batch that the gate planned. Decorated here and not on a class: the queue of ``@serve.batch`` belongs to one
-    function and one event loop.
+    All entries of a batch are submitted in one tick of the event loop and the timeout is 0, so the batch that Serve
+    forms is the batch that the gate planned. Decorated here and not on a class because the queue of ``@serve.batch``
+    belongs to one function and one event loop.
     """
 
     async def run_batch(entries: list[Entry]) -> list[None]:
         return await run(entries)
 
-    # ``@serve.batch`` asks for the signature at every call; set, it need not be worked out each time.
+    # ``@serve.batch`` reads the signature on every call; setting it saves computing it each time.
     run_batch.__signature__ = inspect.signature(run_batch)  # type: ignore[attr-defined]
     decorate = serve.batch(max_batch_size=max_batch_size, batch_wait_timeout_s=0, max_concurrent_batches=_WORKERS)
     batched: Any = decorate(run_batch)
@@ -61,14 +61,14 @@ def serve_batched(run: RunEntries, max_batch_size: int) -> SubmitEntries:
 
 
 class BatchRunner:
-    """Runs what the gate releases.
+    """Runs the batches that the gate releases.
 
     Args:
-        engine: runs batches, in a thread of its own.
+        engine: runs batches, in its own thread.
         gate: the queue that batches are pulled from.
         telemetry: for the spans of loads, batches and runs.
-        max_batch_size: inputs in a batch at most.
-        batched: how the function that runs entries is called with a batch of them.
+        max_batch_size: maximum inputs per batch.
+        batched: wraps the function that runs entries so that it is called with a batch of them.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class BatchRunner:
         return record
 
     def start(self) -> None:
-        """Begin to pull batches, on the running loop. Does nothing once it has begun."""
+        """Start pulling batches, on the running loop. Does nothing if already started."""
         if not self._workers:
             self._workers = [asyncio.ensure_future(self._work()) for _ in range(_WORKERS)]
 
@@ -111,17 +111,17 @@ class BatchRunner:
             thread.shutdown(wait=False)
 
     async def _work(self) -> None:
-        """Every batch, from its release to its end."""
+        """Process each batch from its release to its end."""
         while True:
             batch = await self._gate.next_batch()
             try:
                 await self._submit(batch.entries)
             except Exception:
-                # Not a failure of the model, which is isolated below: one of ours.
+                # Not a failure of the model, which is isolated below, but an internal one.
                 _logger.exception("a batch of %d failed", len(batch.entries))
             finally:
                 for entry in batch.entries:
-                    entry.fail(InternalError("the input was given up before it ran"))
+                    entry.fail(InternalError("the input was abandoned before it ran"))
                 self._gate.end(batch)
 
     async def _run_entries(self, entries: list[Entry]) -> list[None]:
@@ -129,7 +129,7 @@ class BatchRunner:
         batch, collated = entries[0].batch, None
         assert batch is not None
         if self._gate.is_busy:
-            # This batch is ready to follow: its collation and its copies overlap the run before.
+            # This batch is ready to follow: its collation and its copies overlap the previous run.
             collated = self._collate_thread.submit(self._engine.collate, _ids(entries))
         await self._run_isolated(batch, entries, collated)
         return [None] * len(entries)
@@ -137,7 +137,7 @@ class BatchRunner:
     async def _run_isolated(
         self, batch: Batch[RunInput], entries: Sequence[Entry], collated: Future[Any] | None = None
     ) -> None:
-        """Run the entries together and deliver. If the run fails, run each half, until the input at fault is alone."""
+        """Run the entries together and deliver. If the run fails, run each half, until the failing input is alone."""
         loop, run = asyncio.get_running_loop(), _DeviceRun(entries, collated)
         begins = functools.partial(loop.call_soon_threadsafe, self._run_begins, batch, run)
         try:
@@ -160,7 +160,7 @@ class BatchRunner:
         await self._run_isolated(batch, entries[half:])
 
     def _run_begins(self, batch: Batch[RunInput], run: _DeviceRun) -> None:
-        """On the loop, while the run is going. The first run of a batch is where its inputs stop waiting."""
+        """On the event loop, while the run is in progress. The first run of a batch ends the wait of its inputs."""
         if not batch.has_started:
             self._gate.begin(batch, run.started_ns)
             self._telemetry.batch_begins(batch)
@@ -168,7 +168,7 @@ class BatchRunner:
         run.record = self._telemetry.run_begins(batch, run.entries, padded_tokens, run.started_ns)
 
     def _run_ends(self, run: _DeviceRun, result: Run | None) -> None:
-        """Deliver. ``result`` is None where all callers were gone before the run."""
+        """Record the run and deliver its outputs. ``result`` is None if all callers were gone before the run."""
         if result is None or run.record is None:
             return
         record = run.record
@@ -193,21 +193,21 @@ class BatchRunner:
                 payload.membership.fault = Fault.of(error)
         else:
             _logger.warning("a run of %d inputs failed: %s", len(run.entries), type(error).__name__)
-        # Its frames hold the tensors of the failed run.
+        # The frames of its traceback hold the tensors of the failed run.
         return error.with_traceback(None)
 
     def _note_out_of_memory(self, padded_tokens: int) -> None:
         self._gate.planner.ran_out_of_memory(padded_tokens)
         self._telemetry.count(metrics.OUT_OF_MEMORY)
         _logger.warning(
-            "a run of %d padded tokens did not fit the memory; batches stay below %d for now",
+            "a run of %d padded tokens did not fit in memory; batches are limited to %d for now",
             padded_tokens,
             self._gate.planner.max_batch_tokens,
         )
 
 
 class _DeviceRun:
-    """One run on its way through the device's thread."""
+    """One run in the device's thread."""
 
     def __init__(self, entries: Sequence[Entry], collated: Future[Any] | None) -> None:
         self.entries, self._collated = entries, collated
@@ -215,7 +215,7 @@ class _DeviceRun:
         self.record: BatchRecord | None = None
 
     def on_device(self, engine: BatchEngine, begins: Callable[[], object]) -> Run | None:
-        """In the device's thread. None where all callers are gone by now."""
+        """Run in the device's thread. Returns None if all callers are gone by now."""
         present = [entry for entry in self.entries if not entry.is_gone]
         if len(present) < len(self.entries):
             self.entries, self._collated = present, None

@@ -1,4 +1,4 @@
-"""Stage 1: HTTP in, the stages in order, the response out.
+"""Stage 1: receives the HTTP request, calls the stages in order and returns the response.
 
 ``_serve`` is the path of every request, top to bottom. The root span begins at its first line and ends with its
 response.
@@ -55,7 +55,7 @@ _logger = logging.getLogger("slowlens.ingress")
 _CONTROLLER_TIMEOUT_S = 5.0
 _TOKENIZER_COOLDOWN = 2.0
 _MAX_REQUEST_ID, _MAX_ADDRESS = 256, 64
-"""Characters that telemetry keeps."""
+"""Maximum characters kept in telemetry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ PREDICT = Route("/predict", "predict", PredictBody, parse_predict, frame_predict
 
 
 class _Common(TypedDict):
-    """What the clients of all stages have in common."""
+    """Arguments common to the clients of all stages."""
 
     telemetry: Telemetry
     readiness: Readiness
@@ -88,7 +88,7 @@ class IngressStage:
         config: the application's configuration.
         tokenizer, model, postprocessor: handles of the other deployments.
         created_unix_s: when the application was built, for ``/v1/models``.
-        placement: where this replica runs; by default Ray is asked.
+        placement: where this replica runs; by default obtained from Ray.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class IngressStage:
             cooldown_factor=_TOKENIZER_COOLDOWN,
             is_busy=lambda: self._meter.in_progress > 1,
         )
-        # No more than fits one run: the rest would wait in that replica, however little the others have to do.
+        # No more than fits in one run: the rest would wait in that replica even if others were idle.
         batch_us = min(MAX_COST_US, INPUT_COST_US * config.batching.max_batch_size)
         self._model: StageClient[PredictRequest, Predicted] = StageClient(
             "model", model, "predict", **common, replies_as_ready=True, max_cost_us=batch_us
@@ -194,7 +194,7 @@ class IngressStage:
             record.texts = request.texts
 
     def _timeout_ms(self, headers: Mapping[str, str]) -> float:
-        """The request's own deadline, or the default. Raises InvalidField."""
+        """The request's own timeout, or the default. Raises InvalidField."""
         wanted = headers.get("x-request-timeout-ms")
         if wanted is None:
             return self._limits.default_timeout_ms
@@ -218,7 +218,7 @@ class IngressStage:
         if told.status == 500:
             trace_id = f"{record.context.trace_id:032x}"
             if trace_id not in told.message:
-                body["error"]["message"] = f"{told.message}; its trace id is {trace_id}"
+                body["error"]["message"] = f"{told.message}; trace id: {trace_id}"
         return error_response(told, body)
 
     # --- everything else over HTTP ---
@@ -245,21 +245,21 @@ class IngressStage:
         return json_response(self._models()[0])
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve, for the autoscaling policy. Requests in the ingress wait for other stages, not for it."""
+        """Called by Serve for the autoscaling policy. Requests in the ingress wait for other stages, not for it."""
         return replace(self._meter.report(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0).stats()
 
     async def _healthz(self) -> Response:
         missing = await self._readiness.missing(_CONTROLLER_TIMEOUT_S)
         if missing == []:
             return json_response({"status": "ok"})
-        problem = "Serve's controller does not say which replicas are ready"
+        problem = "Serve's controller did not report which replicas are ready"
         if missing is not None:
             problem = f"no replica is ready: {', '.join(missing)}"
         unready = NoReplicaReady(problem, retry_after_s=5)
         return error_response(unready, unready.body())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The routes. Serve calls this once, after the constructor."""
+        """Build the routes. Serve calls this once, after the constructor."""
         app = FastPathApp(
             {route.path: self._endpoint(route) for route in (EMBEDDINGS, PREDICT)},
             title="slowlens",
@@ -294,12 +294,12 @@ class IngressStage:
 
 
 def _request_id(headers: Mapping[str, str]) -> str:
-    """The caller's X-Request-ID, or the one that Serve gave the request. Serve itself puts it on every response."""
+    """The client's X-Request-ID, or the one that Serve assigned. Serve itself adds it to every response."""
     return headers.get("x-request-id", "")[:_MAX_REQUEST_ID] or uuid.uuid4().hex
 
 
 def _client(http: Request) -> str:
-    """The client's address: as the first proxy forwarded it, or the peer's."""
+    """The client's address: the one forwarded by the first proxy, or that of the peer."""
     forwarded = http.headers.get("x-forwarded-for", "").partition(",")[0].strip()
     return (forwarded or (http.client.host if http.client is not None else ""))[:_MAX_ADDRESS]
 

@@ -32,7 +32,7 @@ class ModelStage:
 
     Args:
         config: the application's configuration.
-        placement: where this replica runs; by default Ray is asked.
+        placement: where this replica runs; by default obtained from Ray.
         batched: how batches are run; by default under ``@serve.batch``.
     """
 
@@ -62,7 +62,7 @@ class ModelStage:
         try:
             self._load = self._runner.load()
         except BaseException:
-            # Serve kills a replica whose constructor raises: say why before that.
+            # Serve kills a replica whose constructor raises: export the reason first.
             self._telemetry.close()
             raise
         self._ready_unix_ns = time.time_ns()
@@ -73,7 +73,7 @@ class ModelStage:
     async def predict(
         self, calls: tuple[Call[PredictRequest], ...]
     ) -> AsyncIterator[tuple[tuple[int, Reply[Predicted]], ...]]:
-        """Yields the replies, with the index of their request, as the batches that they were in end."""
+        """Yield the replies, each with the index of its request, as their batches end."""
         self._runner.start()
         tasks = {asyncio.ensure_future(self._predict(call)): i for i, call in enumerate(calls)}
         pending = set(tasks)
@@ -89,7 +89,7 @@ class ModelStage:
                 self._in_progress.pop(calls[i].envelope.carrier.traceparent, None)
 
     async def forget(self, traceparents: tuple[str, ...]) -> None:
-        """Give up requests that share a call with others, as if their callers had cancelled them alone."""
+        """Cancel single requests of calls shared with others, as if each had been cancelled by its own caller."""
         for traceparent in traceparents:
             if traceparent in self._in_progress:
                 self._in_progress[traceparent].cancel()
@@ -114,23 +114,23 @@ class ModelStage:
         return record.reply(Predicted(outputs, record.forward_ns(), self._engine.device))
 
     def _note_cold_start(self, record: PredictRecord) -> None:
-        """A request sent before this replica was ready waited for its load, though in the caller's router."""
+        """A request sent before this replica was ready waited in the caller's router for the model load."""
         if record.envelope.sent_unix_ns < self._ready_unix_ns:
             record.load = self._load.context
 
     # --- what Serve and operators see ---
 
     async def check_health(self) -> None:
-        """Asked by Serve: a replica whose device is beyond use is replaced."""
+        """Called by Serve: a replica whose device is no longer usable is replaced."""
         if self._engine.broken is not None:
-            raise RuntimeError(f"the device can be used no more: {self._engine.broken}")
+            raise RuntimeError(f"the device can no longer be used: {self._engine.broken}")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve, for the autoscaling policy."""
+        """Called by Serve for the autoscaling policy."""
         return self._meter.report().stats()
 
     async def queue_state(self) -> dict[str, float]:
-        """The queue as it is now: inputs ``waiting`` and ``running``, and ``oldest_age_ms``."""
+        """Current state of the queue: inputs ``waiting`` and ``running``, and ``oldest_age_ms``."""
         gate = self._gate
         return {"waiting": gate.depth, "running": gate.running, "oldest_age_ms": gate.oldest_age_ms}
 
@@ -148,7 +148,7 @@ class ModelStage:
 
 
 def _unfinished_wait(entries: Sequence[BatchEntry[RunInput]]) -> UnfinishedWait | None:
-    """Of the first input that was queued and never ran."""
+    """The wait of the first input that was queued and never ran."""
     for entry in entries:
         if entry.is_gone and entry.arrived_ns != NEVER:
             return UnfinishedWait(
@@ -158,13 +158,13 @@ def _unfinished_wait(entries: Sequence[BatchEntry[RunInput]]) -> UnfinishedWait 
 
 
 def _output(outcome: Any, index: int, param: str) -> Output:
-    """The output of one input; raises what the request fails with where the input has none."""
+    """Return the output of one input, or raise the error that its request fails with."""
     if isinstance(outcome, ApiError):
         raise outcome
     if isinstance(outcome, RunFailed):
         raise ModelFailed(
             f"the model failed on {param}[{index}] ({type(outcome.__cause__).__name__}); the rest of its batch is "
-            "unharmed",
+            "not affected",
             param=param,
         ) from outcome.__cause__
     if isinstance(outcome, BaseException):

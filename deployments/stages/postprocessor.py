@@ -1,4 +1,4 @@
-"""Stage 4: model output to the JSON of the predictions."""
+"""Stage 4: model output to JSON predictions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PostprocessorStage:
         return tuple(record.reply(result) for record, result in zip(records, results, strict=True))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve, for the autoscaling policy."""
+        """Called by Serve for the autoscaling policy."""
         return self._meter.report().stats()
 
     def __del__(self) -> None:

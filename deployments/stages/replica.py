@@ -1,4 +1,4 @@
-"""What every stage does first: check the settings that Serve has of it, tune the process, ask Ray where it runs."""
+"""Startup steps of every stage: check its settings in Serve, tune the process, and query its placement from Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GC_THRESHOLD = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What Ray gave this replica."""
+    """Identity and resources that Ray assigned to this replica."""
 
     identity: ReplicaIdentity
     app_name: str
@@ -30,7 +30,7 @@ class Placement:
 
 
 def prepare_replica() -> Placement:
-    """Everything above, in a replica. Raises ConfigError."""
+    """Run all startup steps in a replica. Raises ConfigError."""
     context = serve.get_replica_context()
     check_policy(context)
     tune_garbage_collector()
@@ -38,9 +38,9 @@ def prepare_replica() -> Placement:
 
 
 def check_policy(context: ReplicaContext) -> None:
-    """Raises ConfigError, naming the key, where the deployment is scaled by our policy and its settings are wrong.
+    """Raise ConfigError, naming the key, if the deployment is scaled by slowlens' policy and its settings are invalid.
 
-    Serve's controller only gets the policy, and cannot refuse it.
+    Serve's controller only receives the policy and cannot reject it.
     """
     config: Any = getattr(context, "_deployment_config", None)
     policy = getattr(getattr(config, "autoscaling_config", None), "policy", None)
@@ -52,9 +52,9 @@ def check_policy(context: ReplicaContext) -> None:
 
 
 def tune_garbage_collector() -> None:
-    """Look for cycles seldom: a request allocates some hundred objects and leaves none.
+    """Collect cycles less often: a request allocates some hundred objects and leaves none behind.
 
-    At the default of 700 the search costs 5 % of a replica.
+    At the default threshold of 700, collection costs 5 % of a replica.
     """
     gc.set_threshold(_GC_THRESHOLD)
 
@@ -72,7 +72,7 @@ def placement_of(context: ReplicaContext) -> Placement:
 
 
 def _scheduling(context: ReplicaContext) -> Iterator[tuple[str, float]]:
-    """What Serve schedules this deployment by. Serve has no public way to ask; nothing, where it has moved."""
+    """Settings by which Serve schedules this deployment. They have no public API; yields nothing if they moved."""
     config: Any = getattr(context, "_deployment_config", None)
     autoscaling = getattr(config, "autoscaling_config", None)
     known = {

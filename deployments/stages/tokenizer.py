@@ -21,7 +21,7 @@ from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import TokenizeRecord
 
 _INLINE_CHARS = 4_000
-"""Up to here tokenizing costs less than handing it to a thread; beyond, it would hold up the other requests."""
+"""Up to this size, tokenizing costs less than handing it to a thread; beyond it, it would block other requests."""
 
 
 class TokenizerStage:
@@ -51,7 +51,7 @@ class TokenizerStage:
         return tuple(record.reply(result) for record, result in zip(records, results, strict=True))
 
     async def _encode_together(self, texts: Sequence[str]) -> dict[str, Encoded]:
-        """All in one call of the tokenizer. Empty where one of them makes it raise: each request then tries its own."""
+        """Encode all in one tokenizer call. Empty if one of them makes it raise: each request then encodes its own."""
         if not texts:
             return {}
         try:
@@ -90,7 +90,7 @@ class TokenizerStage:
         return self._tokenizer.encode([text], with_offsets=self._with_offsets)[0]
 
     def _check_ids(self, ids: Sequence[int], index: int, param: str) -> Encoded:
-        """Token ids that the caller made: used as they are, if the model knows them all."""
+        """Check token ids supplied by the caller: used as they are if all are in the model's vocabulary."""
         array = np.array(ids, dtype=np.int64)
         wrong = np.flatnonzero((array < 0) | (array >= self._card.vocab_size))
         if wrong.size:
@@ -102,12 +102,12 @@ class TokenizerStage:
         return Encoded(array.astype(np.int32), len(array))
 
     def _truncate(self, encoded: Encoded, index: int, request: TokenizeRequest) -> Encoded:
-        """Refuse what the model cannot take, and truncate token ids (texts are truncated already)."""
+        """Reject inputs that the model cannot take, and truncate token ids (texts are already truncated)."""
         longest = self._card.max_length
         if encoded.full_length == 0:
             raise InvalidField(f"{request.param}[{index}] has no tokens", param=request.param)
         if encoded.ids.max() >= self._card.vocab_size:
-            # A token that was added to the tokenizer and not to the model; on a GPU it would break the device.
+            # A token that was added to the tokenizer but not to the model; on a GPU it would make the device unusable.
             raise InvalidField(
                 f"{request.param}[{index}] contains a token that the model does not know (id {encoded.ids.max()})",
                 param=request.param,
@@ -128,13 +128,13 @@ class TokenizerStage:
         masks = int((encoded.ids == self._tokenizer.mask_token_id).sum())
         if not 0 < masks <= MAX_MASKS:
             raise InvalidField(
-                f"{param}[{index}] must contain the mask token {self._tokenizer.mask_token}, once to {MAX_MASKS} times "
+                f"{param}[{index}] must contain the mask token {self._tokenizer.mask_token} 1 to {MAX_MASKS} times "
                 f"within its first {self._card.max_length} tokens; got {masks}",
                 param=param,
             )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve, for the autoscaling policy."""
+        """Called by Serve for the autoscaling policy."""
         return self._meter.report().stats()
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""W3C trace context, in from HTTP headers and across actors as text in the message."""
+"""W3C trace context: read from HTTP headers, and passed between actors as text in the message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def from_headers(headers: Mapping[str, str]) -> SpanContext | None:
-    """The caller's span, or None where there is none or the header is malformed (W3C: then start a new trace)."""
+    """Return the caller's span, or None if the header is missing or malformed (W3C: then start a new trace)."""
     context = get_current_span(_PROPAGATOR.extract(_combined(headers))).get_span_context()
     return context if context.is_valid else None
 
@@ -29,14 +29,14 @@ def _combined(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def from_carrier(carrier: Carrier) -> SpanContext:
-    """The sender's span. The carrier is our own, so it is well-formed."""
+    """Return the sender's span. The carrier is our own, so it is well-formed."""
     _, trace_id, span_id, flags = carrier.traceparent.split("-")
     state = TraceState.from_header([carrier.tracestate]) if carrier.tracestate else TraceState.get_default()
     return SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)), state)
 
 
 def child_of(parent: SpanContext, span_id: int) -> SpanContext:
-    """A context in the parent's trace, for a span of this process."""
+    """Return a context in the parent's trace for a span of this process."""
     return SpanContext(parent.trace_id, span_id, False, parent.trace_flags, parent.trace_state)
 
 
@@ -45,10 +45,10 @@ def is_sampled(carrier: Carrier) -> bool:
 
 
 def to_carrier(context: SpanContext, span_id: int) -> Carrier:
-    """What to send so that the receiver's spans become children of ``span_id`` in this trace."""
+    """Return the carrier that makes the receiver's spans children of ``span_id`` in this trace."""
     return Carrier(traceparent(context, span_id), context.trace_state.to_header() if context.trace_state else "")
 
 
 def traceparent(context: SpanContext, span_id: int | None = None) -> str:
-    """``00-<trace id>-<span id>-<flags>``; also the form of the header ``traceresponse``."""
+    """``00-<trace id>-<span id>-<flags>``; also the format of the ``traceresponse`` header."""
     return f"00-{context.trace_id:032x}-{span_id or context.span_id:016x}-{int(context.trace_flags):02x}"

@@ -1,4 +1,4 @@
-"""What the autoscaling policy decided, as spans and metrics. Runs in Serve's controller, in a thread of the policy."""
+"""The autoscaling policy's decisions as spans and metrics. Runs in Serve's controller, in a thread of the policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deployments.telemetry.measures import Measures
 from deployments.telemetry.metrics import MetricSpec
 
 Stated = Mapping[str, str | float]
-"""What a decision was made on and what it decided: the attributes of its span, without their prefix."""
+"""The inputs and the outcome of a decision: the attributes of its span, without their prefix."""
 _PREFIX = "ai.autoscaling."
 
 
@@ -28,19 +28,19 @@ class ScalingRecord:
     """One decision on one deployment. Times are Unix nanoseconds.
 
     Attributes:
-        stated: what ``span_specs`` lists for the span; only some of it is read here.
+        stated: the attributes that ``span_specs`` lists for the span; only some are read here.
     """
 
     application: str
     deployment: str
     seen_unix_ns: int
-    """When the newest report that it was made on was taken."""
+    """When the newest report behind the decision was taken."""
     decided_unix_ns: int
     stated: Stated
 
 
 class DecisionTelemetry:
-    """Of all policies of this process that write to the same place."""
+    """Telemetry of all policies of this process that write to the same directory."""
 
     def __init__(self, directory: str | None, node_id: str) -> None:
         config = AppConfig(telemetry=TelemetryConfig(directory=directory))
@@ -58,7 +58,7 @@ class DecisionTelemetry:
         self._show(metrics.SCALING_TARGET_WAIT, "target_queue_wait_ms")
 
     def take(self, record: ScalingRecord, is_news: bool) -> None:
-        """Show it, and if it is a change of mind keep it. From any thread."""
+        """Update the gauges; if ``is_news``, also export a span and count the decision. Thread-safe."""
         with self._lock:
             self._latest[record.application, record.deployment] = record
             if is_news:
@@ -69,7 +69,7 @@ class DecisionTelemetry:
             self._provider.sink.tick()
 
     def forget(self, application: str, deployment: str) -> None:
-        """Its policy is no more."""
+        """Remove the deployment from the gauges; its policy is gone."""
         with self._lock:
             self._latest.pop((application, deployment), None)
 
@@ -77,7 +77,7 @@ class DecisionTelemetry:
         self._provider.close()
 
     def _show(self, spec: MetricSpec, name: str) -> None:
-        """A gauge of what the latest decisions state under this name."""
+        """Register a gauge of the value ``name`` of the latest decisions."""
         self._measures.gauge(
             spec,
             lambda: [(float(record.stated[name]), _deployment_of(record)) for record in list(self._latest.values())],
@@ -89,7 +89,7 @@ _decision_telemetry = functools.cache(DecisionTelemetry)
 
 
 def decision_telemetry(directory: str | None, node_id: str) -> DecisionTelemetry:
-    """One for all policies of the process: Serve makes a policy for each deployment, and anew at each change."""
+    """Return the instance shared by all policies; Serve makes a policy per deployment, and a new one per change."""
     with _one_at_a_time:
         return _decision_telemetry(directory, node_id)
 
@@ -107,7 +107,7 @@ def _span(record: ScalingRecord, ids: RandomIdGenerator) -> Span:
         name=names.SCALING_DECISION,
         trace=own,
         span_id=own.span_id,
-        # The two clocks may belong to two machines.
+        # The two clocks may be on different machines.
         started_unix_ns=min(record.seen_unix_ns, record.decided_unix_ns),
         ended_unix_ns=record.decided_unix_ns,
         attributes={**_deployment_of(record), **{f"{_PREFIX}{name}": value for name, value in record.stated.items()}},

@@ -1,4 +1,4 @@
-"""Records to measurements, and the gauges. Instruments are made from ``names`` alone."""
+"""Turns records into measurements, and registers gauges. Instruments are created from ``metrics`` alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deployments.telemetry.records import (
 
 _NONE: Mapping[str, str | int] = {}
 Reading = Callable[[], Iterable[tuple[float, dict[str, Any]]]]
-"""What a gauge shows: values with their attributes."""
+"""Returns the values of a gauge, each with its attributes."""
 
 
 class Measures:
@@ -63,13 +63,13 @@ class Measures:
     def record(
         self, spec: MetricSpec, value: float, exemplar: Context, attributes: Mapping[str, str | int] = _NONE
     ) -> None:
-        """One value of a histogram. The model's name is added where the metric has it."""
+        """Record one histogram value. The model's name is added if the metric has a ``model`` attribute."""
         self._instruments[spec.name].record(value, self._complete(spec, attributes), context=exemplar)
 
     def count(self, spec: MetricSpec, amount: int = 1, attributes: Mapping[str, str | int] = _NONE) -> None:
         """Add to a counter, from any thread.
 
-        Added up here, and given to the SDK by ``flush``: each measurement of the SDK costs as much as a span.
+        Summed here and passed to the SDK by ``flush``: each SDK measurement costs as much as a span.
         """
         with self._lock:
             self._counts[spec, tuple(attributes.items())] += amount

@@ -1,6 +1,6 @@
 """Every name in our traces: services, spans, their attributes and events. Data only.
 
-``span_specs`` says which span carries what; ``metrics`` has the names of metrics.
+``span_specs`` declares which span has which attributes; metric names are in ``metrics``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal
 SCOPE = "slowlens"
 NAMESPACE = "slowlens"
 SETTING = "slowlens."
-"""Prefix of resource attributes that say how the process is configured: behind it, the key in serve_config.yaml."""
+"""Prefix of resource attributes with the process's configuration, followed by the key in serve_config.yaml."""
 Service = Literal["ingress", "tokenizer", "model", "postprocessor", "autoscaler"]
 
 # --- spans -----------------------------------------------------------------------------------------------------------

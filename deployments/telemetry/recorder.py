@@ -1,7 +1,7 @@
-"""Telemetry as the stages see it: one object, injected, with a context manager for each kind of work.
+"""The telemetry interface of the stages: one injected object with a context manager for each kind of work.
 
-Inside a ``with`` a stage only works and fills in its record. When it ends, by whatever way, the record is complete
-and queued; a thread makes spans and measurements of it later. An unsampled request costs its few clock readings.
+Inside a ``with`` block a stage only works and fills in its record. However the block ends, the record is complete and
+queued; a thread turns it into spans and measurements later. An unsampled request costs only a few clock readings.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Telemetry:
         service: which stage this process is.
         config: the application's configuration.
         model: the served model's name.
-        identity: who this process is.
-        gpus: the devices that this replica was given.
+        identity: this process's identity in Ray.
+        gpus: the devices assigned to this replica.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Telemetry:
         request_id: str,
         headers: Mapping[str, str],
     ) -> Iterator[RequestRecord]:
-        """The root span. The block must set ``status``; an ApiError is the caller's to answer."""
+        """Record the root span. The block must set ``status``; the caller must turn an ApiError into a response."""
         parent = from_headers(headers)
         record = RequestRecord(
             context=self._root_context(parent),
@@ -132,23 +132,23 @@ class Telemetry:
             self._emit(record)
 
     def fail(self, record: RequestRecord, error: BaseException) -> ApiError:
-        """Note why a request failed, and return the error that its client gets."""
+        """Record why a request failed, and return the error to send to the client."""
         error = translate_cancellation(error)
         record.fault = Fault.of(error)
         trace_id = f"{record.context.trace_id:032x}"
-        answer = error if isinstance(error, ApiError) else InternalError(f"internal error; its trace id is {trace_id}")
+        answer = error if isinstance(error, ApiError) else InternalError(f"internal error; trace id: {trace_id}")
         record.outcome, record.status = answer.outcome, answer.status
         return answer
 
     @contextmanager
     def interval(self, record: RequestRecord, name: str) -> Iterator[Interval]:
-        """A part of the request that the ingress does itself."""
+        """Record a part of the request that the ingress handles itself."""
         interval = Interval(name, record.boundary_ns)
         yield from self._in_interval(record, interval)
 
     @contextmanager
     def hop(self, record: RequestRecord, stage: Service) -> Iterator[HopRecord]:
-        """One actor call, from the ingress to ``stage``."""
+        """Record one actor call from the ingress to ``stage``."""
         hop = HopRecord(stage, record.boundary_ns, span_id=self._ids.generate_span_id())
         yield from self._in_interval(record, hop)
 
@@ -178,13 +178,13 @@ class Telemetry:
 
     @contextmanager
     def stage(self, record: Stage) -> Iterator[Stage]:
-        """The stage's own span. Failures end in the record, for ``record.reply``; cancellation goes on."""
+        """Record the stage's own span. Failures are kept for ``record.reply``; cancellation propagates."""
         with self.stages([record]), self.part(record):
             yield record
 
     @contextmanager
     def stages(self, records: Sequence[Stage]) -> Iterator[None]:
-        """The spans of requests that a stage works on together; each notes its own failure with ``part``."""
+        """Record the spans of requests that a stage handles together; ``part`` records each request's own failure."""
         error: BaseException | None = None
         try:
             yield
@@ -198,7 +198,7 @@ class Telemetry:
 
     @contextmanager
     def part(self, record: Stage) -> Iterator[None]:
-        """Work for one of them: its failure is its own."""
+        """Wrap the work for one request: its failure does not affect the others."""
         try:
             yield
         except ApiError as failure:
@@ -210,7 +210,7 @@ class Telemetry:
     # --- one batch ---
 
     def batch_begins(self, batch: Batch[RunInput]) -> None:
-        """Note, in each request with an input in this batch, that its inputs run from now on."""
+        """Record, for each request with an input in this batch, that its inputs run from now on."""
         memberships: dict[PredictRecord, Membership] = {}
         for entry in batch.present:
             record = entry.payload.record
@@ -232,7 +232,7 @@ class Telemetry:
         padded_tokens: int,
         started_ns: int,
     ) -> BatchRecord:
-        """One run of the model on these entries of a batch, linked with every request that has an input among them.
+        """Start the record of one model run on these entries, linked to every request that has an input among them.
 
         ``run_ends`` must follow.
         """
@@ -267,12 +267,12 @@ class Telemetry:
         self._emit(record)
 
     def _child_of(self, record: StageRecord) -> SpanContext:
-        """A context for a span of this request. For an unsampled one it is only told apart, never exported."""
+        """Return a context for a span of this request; if unsampled, a placeholder that is never exported."""
         if not is_sampled(record.carrier):
             return SpanContext(0, 0, False)
         return child_of(from_carrier(record.carrier), self._ids.generate_span_id())
 
-    # --- the load of the model ---
+    # --- model load ---
 
     @contextmanager
     def model_load(self) -> Iterator[ModelLoadRecord]:
@@ -304,7 +304,7 @@ class Telemetry:
         self._measures.count(spec, amount)
 
     def gauge(self, spec: MetricSpec, reading: Reading) -> None:
-        """Show, at every export, what ``reading`` gives; the model's name is added."""
+        """Report the values of ``reading`` at every export; the model's name is added."""
         self._measures.gauge(spec, lambda: [(value, {"model": self._model, **more}) for value, more in reading()])
 
     # --- off the request path ---
@@ -320,7 +320,7 @@ class Telemetry:
             self.flush()
 
     def flush(self) -> None:
-        """Make spans and measurements of everything recorded so far, in the calling thread."""
+        """Turn everything recorded so far into spans and measurements, in the calling thread."""
         with self._drain_lock:
             factory = SpanFactory(
                 ids=self._ids,
@@ -332,7 +332,7 @@ class Telemetry:
             for number in range(len(self._queue)):
                 self._export(self._queue.popleft(), factory)
                 if number % _RECORDS_AT_ONCE == 0:
-                    # Let the event loop have the GIL now, not only at the interpreter's next switch.
+                    # Yield the GIL to the event loop now, not only at the interpreter's next switch.
                     time.sleep(0)
             self._provider.sink.tick()
             unwritten = self._provider.sink.unwritten

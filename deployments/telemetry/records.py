@@ -1,7 +1,7 @@
-"""What a stage writes down while it works: plain times and counts, no spans.
+"""Records that a stage fills in while it works: plain times and counts, no spans.
 
 Times are monotonic nanoseconds of the process that took them. Records never leave their process; what other stages
-need travels in the replies.
+need is sent in the replies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MESSAGE_LIMIT = 500
 
 
 def translate_cancellation(error: BaseException) -> BaseException:
-    """The same error, but that asyncio's cancellation becomes ``Cancelled``: a client that hung up."""
+    """Return ``error``, or ``Cancelled`` in place of asyncio's cancellation: the client hung up."""
     if isinstance(error, asyncio.CancelledError):
         return Cancelled("the client hung up").with_traceback(error.__traceback__)
     return error
@@ -34,14 +34,14 @@ class Fault:
     """Why a span has status ERROR."""
 
     error_type: str
-    """``error.type``: our error code, or the class of an exception that we did not foresee."""
+    """``error.type``: our error code, or the class of an unexpected exception."""
     exception_type: str
     message: str
     stacktrace: str
 
     @classmethod
     def of(cls, error: BaseException) -> Fault:
-        """Messages of unforeseen exceptions stay out: they may quote the input."""
+        """Build from an error. Messages of unexpected exceptions are left out: they may quote the input."""
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         frames = "".join(traceback.format_tb(error.__traceback__))
@@ -58,7 +58,7 @@ class StageRecord:
     started_ns: int = field(default_factory=time.monotonic_ns)
     ended_ns: int = 0
     error: Exception | None = None
-    """Noted while the stage still works on others of the same call."""
+    """Set while the stage is still working on other requests of the same call."""
     fault: Fault | None = None
     failure: Failure | None = None
 
@@ -80,13 +80,13 @@ class StageRecord:
             return
         error = translate_cancellation(error)
         if isinstance(error, Cancelled) and self._past_deadline():
-            passed = DeadlinePassed("the deadline passed while this stage had the request")
+            passed = DeadlinePassed("the deadline passed while the request was in this stage")
             error = passed.with_traceback(error.__traceback__)
         self.fault = Fault.of(error)
         self.failure = Failure.of(error if isinstance(error, ApiError) else InternalError("internal error"))
 
     def _past_deadline(self) -> bool:
-        """Whether a cancellation now is the ingress's deadline: by its clock, which began before the way here did."""
+        """Whether a cancellation now is due to the ingress's deadline, which counts from before the transit here."""
         sent_for_ms = (time.time_ns() - self.envelope.sent_unix_ns) / 1e6
         return self.ended_ns >= self.deadline_ns or sent_for_ms >= self.envelope.remaining_ms
 
@@ -112,7 +112,7 @@ class PostprocessRecord(StageRecord):
 
 @dataclass(slots=True, eq=False)
 class BatchRecord:
-    """One run of the model: its own trace."""
+    """One model run, in a trace of its own."""
 
     context: SpanContext
     started_ns: int
@@ -141,11 +141,11 @@ class BatchRecord:
 class Membership:
     """A request's part in one batch: one ``queue`` and one ``forward_pass`` span.
 
-    ``runs`` has more than one entry where a run failed and was repeated in parts to find the input at fault.
+    ``runs`` has more than one entry if a run failed and was repeated in parts to find the faulty input.
     """
 
     context: SpanContext
-    """Of the ``forward_pass`` span."""
+    """Context of the ``forward_pass`` span."""
     started_ns: int
     depth_on_arrival: int
     busy_wait_ns: int
@@ -155,12 +155,12 @@ class Membership:
 
     @property
     def wait_ns(self) -> int:
-        """In the queue, before the batch started."""
+        """Time in the queue before the batch started."""
         return self.busy_wait_ns + self.fill_wait_ns
 
     @property
     def is_over(self) -> bool:
-        """Whether its runs have ended; a request can end before, by a hang-up or its deadline."""
+        """Whether its runs have ended; a request can end earlier, if the client hangs up or the deadline passes."""
         return all(run.ended_ns for run in self.runs)
 
     @property
@@ -170,7 +170,7 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedWait:
-    """A wait in the queue that no run ended."""
+    """A wait in the queue that ended without a run."""
 
     started_ns: int
     ended_ns: int
@@ -185,10 +185,10 @@ class PredictRecord(StageRecord):
     load: SpanContext | None = None
     """The model load that the request had to wait for."""
     unfinished: UnfinishedWait | None = None
-    """Where the request ended while inputs of it still waited."""
+    """Set if the request ended while some of its inputs were still waiting."""
 
     def forward_ns(self) -> int:
-        """The union of the request's runs; the last one lasts until the request has its result."""
+        """Length of the union of the request's runs; the last run counts until the request has its result."""
         spans = sorted((m.started_ns, m.ended_ns) for m in self.memberships)
         if not spans:
             return 0
@@ -202,17 +202,17 @@ class PredictRecord(StageRecord):
 
 @dataclass(slots=True, eq=False)
 class RunInput:
-    """One input of a request, as the model gets it."""
+    """One input of a request, as passed to the model."""
 
     record: PredictRecord
     ids: Ids
     membership: Membership | None = None
-    """The request's part in the batch that this input is in."""
+    """The request's part in the batch that contains this input."""
 
 
 @dataclass(slots=True)
 class ModelLoadRecord:
-    """Loading the model: its own trace, with the phases as children."""
+    """One model load, in a trace of its own with the phases as children."""
 
     context: SpanContext
     started_ns: int
@@ -238,7 +238,7 @@ class Interval:
 class HopRecord(Interval):
     span_id: int = 0
     held_ns: int = 0
-    """What the stage reported; 0 where no reply came."""
+    """Time the stage reported holding the request; 0 without a reply."""
     has_reply: bool = False
     group_size: int = 1
 
@@ -251,7 +251,7 @@ class HopRecord(Interval):
 class RequestRecord:
     """One HTTP request, from its first byte to its response.
 
-    Its intervals follow each other without a gap: each begins where the one before ended.
+    Its intervals are contiguous: each begins where the previous one ended.
     """
 
     context: SpanContext
@@ -262,7 +262,7 @@ class RequestRecord:
     scheme: str
     route: str
     client: str
-    """Its address; empty where it is not known."""
+    """Client address; empty if unknown."""
     started_ns: int
     deadline_ns: int = 0
     """On this process's monotonic clock."""

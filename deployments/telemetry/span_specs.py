@@ -1,6 +1,6 @@
-"""What every span is: who emits it, under which parent, with which attributes. The one declaration of each.
+"""Declares every span, in one place: the service that emits it, its parent and its attributes.
 
-``spans`` makes them, a test holds what it makes against this, and the documentation's table is generated from it.
+``spans`` makes them, a test compares them with this declaration, and the documentation's table is generated from it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPANS: tuple[SpanSpec, ...] = (
         names.PREDICT,
         "SERVER",
         "ingress",
-        "the caller's",
+        "the caller's span",
         (
             names.AI_REQUEST_ID,
             names.AI_INPUT_COUNT,

@@ -1,6 +1,6 @@
-"""Records to spans. Runs in the telemetry thread only; one function per record, in the order of a request.
+"""Turns records into spans. Runs in the telemetry thread only; one function per record, in the order of a request.
 
-What each span is, ``span_specs`` says; here it gets its values.
+``span_specs`` declares each span; this module fills in its values.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PHASE_SPANS = {
 
 
 class Timed(Protocol):
-    """What begins and ends, on this process's monotonic clock."""
+    """Anything with a start and an end on this process's monotonic clock."""
 
     @property
     def started_ns(self) -> int: ...
@@ -62,12 +62,12 @@ class Between:
 
 @dataclass(frozen=True, slots=True)
 class SpanFactory:
-    """Makes spans of one process.
+    """Makes the spans of one process.
 
     Attributes:
         model: the served model's name.
-        max_batch_size, max_wait_ms: settings that spans state.
-        wall_offset_ns: what to add to this process's monotonic clock to get Unix time.
+        max_batch_size, max_wait_ms: settings that spans report.
+        wall_offset_ns: offset to add to this process's monotonic clock to get Unix time.
     """
 
     ids: RandomIdGenerator
@@ -77,7 +77,7 @@ class SpanFactory:
     wall_offset_ns: int
 
     def spans(self, record: object) -> Iterator[Span]:
-        """All spans of a record; none if its trace is not sampled."""
+        """Return all spans of a record; none if its trace is not sampled."""
         return _spans_of(record, self)
 
     def root(
@@ -92,7 +92,7 @@ class SpanFactory:
         links: Sequence[SpanContext] = (),
         events: Sequence[Event] = (),
     ) -> Span:
-        """The span that ``context`` is of; ``parent``, if any, is another process's."""
+        """Return the span identified by ``context``; ``parent``, if any, belongs to another process."""
         return Span(
             name=name,
             trace=context,
@@ -118,7 +118,7 @@ class SpanFactory:
         fault: Fault | None = None,
         links: Sequence[SpanContext] = (),
     ) -> Span:
-        """A span below one of this process, with a new id unless one is given."""
+        """Return a child of a span of this process, with a new id unless one is given."""
         return Span(
             name=name,
             trace=parent,
@@ -141,7 +141,7 @@ class SpanFactory:
         links: Sequence[SpanContext] = (),
         events: Sequence[Event] = (),
     ) -> Span:
-        """The span of a stage, below the hop of its caller."""
+        """Return a stage's span, a child of its caller's hop."""
         hop = from_carrier(record.carrier)
         return Span(
             name=name,
@@ -235,7 +235,7 @@ def _(record: PredictRecord, make: SpanFactory) -> Iterator[Span]:
     for membership in record.memberships:
         queued = Between(membership.started_ns - membership.wait_ns, membership.started_ns)
         yield make.child(names.QUEUE, own, queued, _queue_attributes(membership))
-        # The last run, as the request lived it, is over when it has its result: a busy loop delivers it later.
+        # For the request, the last run ends when its result is delivered, which a busy event loop delays.
         is_last = not membership.is_over or membership.ended_ns == last_ns
         yield _forward_pass(membership, record, own, record.ended_ns if is_last else membership.ended_ns, make)
     waits_ns = [membership.wait_ns for membership in record.memberships]

@@ -1,18 +1,19 @@
-"""Actor calls shared by the requests that wait for the same stage. Plain asyncio, no Ray.
+"""Actor calls shared by requests that wait for the same stage. Plain asyncio, no Ray.
 
-A call costs a millisecond or two, whatever is in it; one call for ten requests costs each of them a tenth. Requests do
-not wait on a timer for others to share a call with:
+A call costs a millisecond or two, whatever it carries; one call for ten requests costs each of them a tenth. Requests
+do not wait on a timer for others to share a call with:
 
 1. If no call is in flight, a request is sent at the end of the loop's tick, with all that arrived in the same tick;
-   else with the next call. Where a stage replies to each request as it is ready (``pipelined``), no call delays
+   otherwise with the next call. If a stage replies to each request as it is ready (``pipelined``), no call delays
    the next.
-2. With ``cooldown_factor``, the next call is sent no sooner than that many durations of the last call after it,
-   ``MAX_COOLDOWN_S`` at most; what arrives meanwhile is sent together. Where calls have become slow, processors are
-   short, and fewer calls are the cure. A request that has the application to itself does not wait (``is_busy``).
-3. A call carries requests up to a weight, and a full one is sent at once. A request heavier than that is sent alone and
-   delays nobody.
-4. A slow call does not delay the others: ``MAX_LINGER_S`` after the first of them arrived, they are sent beside it.
-5. A request that is withdrawn before its call is sent is dropped. If it is withdrawn later, the stage is told
+2. With ``cooldown_factor``, the next call is sent no sooner than that many durations of the last call after its end,
+   ``MAX_COOLDOWN_S`` at most; requests that arrive meanwhile are sent together. Slow calls mean that CPU is scarce, and
+   fewer calls relieve it. If no other request is in progress, a request does not wait (``is_busy``).
+3. A call carries requests up to a maximum weight, and a full one is sent at once. A heavier request is sent alone and
+   does not delay others.
+4. A slow call does not delay waiting requests: ``MAX_LINGER_S`` after the first of them arrived, they are sent in
+   another call.
+5. A request that is withdrawn before its call is sent is dropped. If it is withdrawn later, the stage is notified
    (``forget``), and when all requests of a call are withdrawn the call is cancelled.
 """
 
@@ -27,11 +28,11 @@ from typing import Any
 MAX_LINGER_S = 0.02
 MAX_COOLDOWN_S = 0.04
 Replies = Sequence[tuple[int, Any]]
-"""Some replies of a call, each with the index of its request in it."""
+"""Some replies of a call, each with the index of its request in the call."""
 
 
 class PendingRequest:
-    """One request on its way through a shared call; ``reply`` is its reply, or TimeoutError."""
+    """One request of a shared call; ``reply`` resolves to its reply or raises TimeoutError."""
 
     __slots__ = ("call", "reply", "request", "timer", "weight")
 
@@ -48,7 +49,7 @@ class PendingRequest:
 
     @property
     def group_size(self) -> int:
-        """Requests in its call; 1 where it was not sent."""
+        """Number of requests in its call; 1 if it was not sent."""
         return len(self.call.requests) if self.call is not None else 1
 
 
@@ -64,11 +65,10 @@ class SharedCalls:
     """The calls to one stage.
 
     Args:
-        exchange: sends requests as one call and yields replies as they come. What it raises, every request of the call
-            that has no reply yet gets.
-        forget: tells the stage that a request of a call in flight is not wanted any more; None where the stage need not
-            know.
-        max_weight: of one call.
+        exchange: sends requests as one call and yields replies as they arrive. An exception that it raises is passed to
+            every request of the call that has no reply yet.
+        forget: tells the stage that a request of a call in flight is no longer wanted; None if the stage need not know.
+        max_weight: maximum weight of one call.
         pipelined: whether the stage replies to each request as it is ready.
         cooldown_factor: see rule 2, in durations of the last call.
         is_busy: whether other requests are in progress; only then does the cooldown apply.
@@ -93,12 +93,12 @@ class SharedCalls:
         self._next_send: asyncio.Handle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        # A shared call is nobody's alone: what the first of its requests has in its context must not reach it (Serve
-        # would cancel the call when that request is cancelled).
+        # A shared call must not run in the context of its first request (Serve would cancel the call when that request
+        # is cancelled).
         self._context = contextvars.copy_context()
 
     def submit(self, request: Any, weight: int, timeout_s: float) -> PendingRequest:
-        """Queue the request for a call. Whoever awaits its ``reply`` must call ``withdraw`` in the end."""
+        """Queue the request for a call. The caller that awaits its ``reply`` must call ``withdraw`` afterwards."""
         pending = PendingRequest(request, weight, timeout_s)
         self._waiting.append(pending)
         self._waiting_weight += pending.weight
@@ -106,7 +106,7 @@ class SharedCalls:
         return pending
 
     def withdraw(self, pending: PendingRequest) -> None:
-        """The request is over. Where it has no reply, nobody waits for it any more."""
+        """End the request. If it has no reply, it is withdrawn from its call."""
         pending.timer.cancel()
         reply, call = pending.reply, pending.call
         if not reply.done():
@@ -115,7 +115,7 @@ class SharedCalls:
         if not is_withdrawn or call is None or call.task is None or call.task.done():
             return
         if all(other.reply.done() for other in call.requests):
-            # Cancels the call in the stage too, where it is still running.
+            # Also cancels the call in the stage, if it is still running.
             call.task.cancel()
         elif self._forget is not None:
             self._spawn(self._forget(pending.request))
@@ -132,7 +132,7 @@ class SharedCalls:
             if self._next_send is None or self._is_full():
                 if self._next_send is not None:
                     self._next_send.cancel()
-                # A timer of the past fires in the next tick.
+                # A timer set in the past fires in the next tick.
                 must_cool_down = not self._is_full() and self._is_busy()
                 self._next_send = loop.call_at(self._cooled_at_s if must_cool_down else loop.time(), self._send)
         elif self._linger_timer is None:
@@ -165,7 +165,7 @@ class SharedCalls:
         call.task = self._spawn(self._exchange_and_deliver(call))
 
     def _next_requests(self) -> tuple[list[PendingRequest], int]:
-        """From the head of the queue, what one call carries, and its weight."""
+        """Take the requests of one call from the head of the queue; return them and their weight."""
         requests: list[PendingRequest] = []
         weight = 0
         while self._waiting and (not requests or weight + self._waiting[0].weight <= self._max_weight):

@@ -1,6 +1,6 @@
-"""Whether stages have replicas, asked of Serve's controller, never of the replicas: it cannot queue behind requests.
+"""Checks whether stages have replicas by asking Serve's controller, not the replicas: it never queues behind requests.
 
-A replica counts as running once its constructor is over, which for the model means loaded and warm.
+A replica counts as running once its constructor has returned, which for the model means loaded and warm.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def running_replicas(app_name: str) -> dict[str, int]:
 
 
 class Readiness:
-    """Caches the answer for half a second, and asks once for all who wait for it.
+    """Caches the running replicas for half a second, and shares one query among all waiting callers.
 
     Args:
-        ask: running replicas by deployment name; may block.
+        ask: returns the running replicas by deployment name; may block.
         deployments: the deployment name of each stage.
     """
 
@@ -45,11 +45,11 @@ class Readiness:
         self._asking: asyncio.Task[None] | None = None
 
     async def missing(self, patience_s: float) -> list[Service] | None:
-        """The stages without a running replica; None where the controller fails or does not answer in time."""
+        """The stages without a running replica; None if the controller fails or does not respond in time."""
         try:
             await asyncio.wait_for(self._refresh(), patience_s)
         except Exception as error:
-            _logger.warning("Serve's controller did not say which replicas are running: %r", error)
+            _logger.warning("Serve's controller did not report which replicas are running: %r", error)
             return None
         return [stage for stage, name in self._deployments.items() if self._answer.get(name, 0) == 0]
 
@@ -58,7 +58,7 @@ class Readiness:
             return
         if self._asking is None or self._asking.done():
             self._asking = asyncio.ensure_future(self._fetch())
-        # Shielded: one caller that gives up must not take the answer from the others.
+        # Shielded: a caller that gives up must not cancel the query for the others.
         await asyncio.shield(self._asking)
 
     async def _fetch(self) -> None:

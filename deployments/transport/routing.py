@@ -1,13 +1,13 @@
-"""Which model replica a call goes to: the one with the least work.
+"""Routes each call to the model replica with the least work.
 
 Serve's own router compares the number of outstanding calls. A call carries one request or many, of a few tokens or
-thousands, so the replica with fewer calls may be the one with more to do.
+thousands, so the replica with fewer calls may have more work.
 
-1. The work of a call is the tokens of its requests. A caller knows what it has sent and what has no reply yet. That is
-   never stale; what replicas report once a second is, and callers that follow it swing from one replica to the next.
-   A call counts from when it is sent, at the usual size until the replica has taken it.
-2. Out of a few replicas sampled at random, the one with the least work; callers that all have nothing outstanding would
-   otherwise all go to the same one.
+1. The work of a call is the number of tokens of its requests. A caller knows what it has sent and what has no reply
+   yet. That is never stale, unlike what replicas report once a second: callers that follow those reports swing from
+   one replica to the next. A call counts from when it is sent, at the average size until the replica has accepted it.
+2. Of a few replicas sampled at random, the one with the least work is chosen; otherwise callers with nothing
+   outstanding would all choose the same one.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from deployments.messages import Call, PredictRequest
 ROUTER = "deployments.transport.routing:LeastWorkRouter"
 _SAMPLED = 8
 _WEIGHT = 0.1
-"""Of the newest call in the usual size."""
+"""Weight of the newest call in the average size."""
 _TOKENS_PER_REQUEST = 16
-"""Work of a request beside its tokens, in tokens."""
+"""Work of a request in addition to its tokens, in tokens."""
 
 
 class LeastWorkRouter(FIFOMixin, RequestRouter):
     """For actor calls whose first argument is a tuple of ``Call[PredictRequest]``.
 
-    Calls of other methods of the deployment are no work.
+    Calls to other methods of the deployment count as no work.
     """
 
     def initialize_state(self, **_: Any) -> None:
@@ -54,15 +54,15 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
     ) -> list[list[RunningReplica]]:
         sampled = random.sample(candidate_replicas, min(_SAMPLED, len(candidate_replicas)))
         sampled.sort(key=lambda replica: self.work(replica.replica_id))
-        # One by one: Serve takes the first that has room.
+        # One replica per rank: Serve takes the first that has capacity.
         return [[replica] for replica in sampled]
 
     def work(self, replica_id: ReplicaID) -> float:
-        """Tokens that were sent to the replica from here and have no reply yet."""
+        """Tokens that this router has sent to the replica and that have no reply yet."""
         return self._own[replica_id] + self._usual * self._sent_not_taken[replica_id]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called by Serve when replicas come or go."""
+        """Called by Serve when replicas are added or removed."""
         there = {replica.replica_id for replica in replicas}
         for counted in (self._own, self._sent_not_taken):
             for gone in counted.keys() - there:
@@ -79,7 +79,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         replica_id: ReplicaID,
         result: Any,  # noqa: ARG002 - Serve's signature
     ) -> None:
-        """The replica has taken the call."""
+        """Called by Serve when the replica has accepted the call."""
         self._arrived(replica_id)
         work = _work(pending_request.args)
         if work:
@@ -88,7 +88,7 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         self._own[replica_id] += work
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """The call has its reply; or, where it was never taken, was refused."""
+        """Called by Serve when the call has its reply, or was rejected without being accepted."""
         work = self._sent.pop((replica_id, internal_request_id), None)
         if work is None:
             self._arrived(replica_id)

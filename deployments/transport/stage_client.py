@@ -1,4 +1,4 @@
-"""The client of one stage: a call to it is awaited like an HTTP request, and its failures are raised."""
+"""The client of one stage: calls are awaited like HTTP requests, and failures are raised."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from deployments.transport.readiness import Readiness
 _CONTROLLER_TIMEOUT_S = 1.0
 _GRACE_S = 0.1
 MAX_COST_US = 5_000
-"""Of a shared call, in the stage: how long one request may have to wait for the others. A larger one is sent alone."""
+"""Of a shared call in the stage: how long a request may have to wait for the others. A larger request is sent alone."""
 _logger = logging.getLogger("slowlens.ingress")
 
 
 class StageRequest(Protocol):
     @property
     def cost_us(self) -> int:
-        """How long the request keeps the stage busy, roughly."""
+        """Approximate time the request keeps the stage busy."""
 
 
 Request = TypeVar("Request", bound=StageRequest)
@@ -48,13 +48,13 @@ class StageClient(Generic[Request, Result]):
     Args:
         stage: its name.
         handle: the deployment's handle.
-        method: its method. It takes a tuple of calls and returns a tuple of replies. With ``replies_as_ready`` it
-            yields tuples of ``(index of the call, reply)``, and the deployment has a method ``forget`` that takes a
+        method: the method to call. It takes a tuple of calls and returns a tuple of replies. With ``replies_as_ready``
+            it yields tuples of ``(index of the call, reply)``, and the deployment has a method ``forget`` that takes a
             tuple of traceparents.
-        telemetry: for the hop's span.
-        readiness: whether the stage has a replica, asked only for calls that wait for one.
+        telemetry: records the hop's span.
+        readiness: reports whether the stage has a replica; queried only for calls that wait for one.
         no_replica_wait_ms: how long a call may wait for a first replica.
-        max_cost_us: of one actor call.
+        max_cost_us: maximum cost of one actor call.
         cooldown_factor, is_busy: see ``SharedCalls``.
     """
 
@@ -74,7 +74,7 @@ class StageClient(Generic[Request, Result]):
     ) -> None:
         self._stage, self._telemetry, self._replies_as_ready = stage, telemetry, replies_as_ready
         self._readiness, self._no_replica_wait_s = readiness, no_replica_wait_ms / 1000
-        # By value: over gRPC and not through Ray's object store, at half the cost of a call.
+        # By value: over gRPC instead of Ray's object store, at half the cost per call.
         self._handle = handle.options(
             method_name=method,
             stream=replies_as_ready,
@@ -92,24 +92,25 @@ class StageClient(Generic[Request, Result]):
         )
 
     async def call(self, record: RequestRecord, request: Request) -> Result:
-        """Send ``request`` on behalf of the HTTP request that ``record`` is of, and return the stage's result.
+        """Send ``request`` on behalf of ``record``'s HTTP request, and return the stage's result.
 
         Raises:
-            ApiError: the stage's own failure, or 504 (deadline), 503 (no replica), 429 (queue before the stage full).
+            ApiError: the stage's own failure, or 504 (deadline), 503 (no replica), 429 (the queue in front of
+                the stage is full).
             asyncio.CancelledError: the client hung up; the request is withdrawn from the stage too.
         """
         with self._telemetry.hop(record, self._stage) as hop:
             remaining_s = (record.deadline_ns - time.monotonic_ns()) / 1e9
             if remaining_s <= 0:
-                raise DeadlinePassed(f"the deadline passed before the {self._stage}")
+                raise DeadlinePassed(f"the deadline passed before the request was sent to the {self._stage}")
             carrier = self._telemetry.carrier_of(record, hop)
             envelope = Envelope(carrier, record.request_id, remaining_s * 1e3, time.time_ns())
-            # The stage keeps the deadline itself and says where the time went; it has a moment to say so.
+            # The stage enforces the deadline itself and reports where the time went; the grace time lets it reply.
             pending = self._calls.submit(Call(envelope, request), request.cost_us, remaining_s + _GRACE_S)
             try:
                 reply: Reply[Result] = await pending.reply
             except TimeoutError:
-                raise DeadlinePassed(f"the deadline passed at the {self._stage}") from None
+                raise DeadlinePassed(f"the deadline passed while waiting for the {self._stage}") from None
             finally:
                 self._calls.withdraw(pending)
                 hop.group_size = pending.group_size
@@ -136,7 +137,7 @@ class StageClient(Generic[Request, Result]):
             async for more in replies:
                 yield more
         except (asyncio.CancelledError, NoReplicaReady):
-            # Serve cancels the calls of a request that it cancels itself (a hang-up), but this one is nobody's alone.
+            # When a client hangs up, Serve cancels the calls of its request itself, but not this one, which is shared.
             first.cancel()
             response.cancel()
             raise
@@ -144,14 +145,14 @@ class StageClient(Generic[Request, Result]):
             return
         except BackPressureError as error:
             raise QueueFull(
-                f"{error.args[0]} requests wait for the {self._stage}, the most that may; try again later",
+                f"{error.args[0]} requests are waiting for the {self._stage}, the maximum; try again later",
                 retry_after_s=1,
             ) from None
         except DeploymentUnavailableError:
             raise NoReplicaReady(f"the {self._stage} failed to deploy", retry_after_s=30) from None
         except (ActorDiedError, ActorUnavailableError, ReplicaUnavailableError):
             raise ReplicaDied(
-                f"the replica of the {self._stage} died under this request; try again", retry_after_s=1
+                f"the {self._stage} replica died while handling this request; try again", retry_after_s=1
             ) from None
         except (RequestCancelledError, TaskCancelledError):
             raise Cancelled(f"the call to the {self._stage} was cancelled") from None
@@ -164,14 +165,14 @@ class StageClient(Generic[Request, Result]):
             yield tuple(enumerate(await response))
 
     async def _has_replica(self) -> bool:
-        """Whether to keep waiting. A controller that does not answer says nothing about replicas."""
+        """Whether to keep waiting. True if the controller does not respond: that says nothing about replicas."""
         missing = await self._readiness.missing(_CONTROLLER_TIMEOUT_S)
         return missing is None or self._stage not in missing
 
     async def _forget(self, call: Call[Request]) -> None:
-        """Tell every replica, for Serve does not say which one has the request."""
+        """Notify every replica, because Serve does not say which one has the request."""
         response = self._handle.broadcast("forget", (call.envelope.carrier.traceparent,))
         try:
             await response.results_async(return_exceptions=True)
         except Exception as error:
-            _logger.warning("a request that was given up could not be withdrawn from the %s: %r", self._stage, error)
+            _logger.warning("an abandoned request could not be withdrawn from the %s: %r", self._stage, error)

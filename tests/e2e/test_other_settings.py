@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,6 +54,10 @@ def test_traces_are_whole_and_answers_are_not_swapped(tmp_path: Path) -> None:
     with serve_run(config, tmp_path / "serve.log", env), ThreadPoolExecutor(30) as pool:
         answers = list(pool.map(send, range(60)))
         traces = [receiver.trace(trace_id, names=WHOLE_TRACE) for _, trace_id, _ in callers]
+        # A stage's second replica may start a moment after the first, and `/healthz` answers when the first runs.
+        deadline = time.monotonic() + 60
+        while len(replicas := replicas_of(receiver)) < 2 * len(STAGES) and time.monotonic() < deadline:
+            list(pool.map(send, range(60)))
     receiver.close()
 
     for answer, inputs in zip(answers, texts, strict=True):
@@ -65,5 +70,8 @@ def test_traces_are_whole_and_answers_are_not_swapped(tmp_path: Path) -> None:
         if len(trace) == len(WHOLE_TRACE):
             assert tree(trace, root) == WHOLE_TREE
         assert {span.service.partition(".")[0] for span in trace} == {"slowlens"}
-    replicas = {span.resource["service.instance.id"] for trace in traces for span in trace}
     assert len(replicas) == 2 * len(STAGES)
+
+
+def replicas_of(receiver: OtlpReceiver) -> set[str]:
+    return {span.resource["service.instance.id"] for span in receiver.spans()}

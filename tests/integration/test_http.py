@@ -87,7 +87,7 @@ BAD_FIELDS = [
     ({"input": {"text": "a"}}, "input", "got an object"),
     ({"input": ["a", 1]}, "input", "input[1] is an integer"),
     ({"input": ["a", ["b"]]}, "input", "input[1] is a list"),
-    ({"input": [[]]}, "input", "input[0] must be a list of token ids, not empty"),
+    ({"input": [[]]}, "input", "input[0] must be a non-empty list of token ids"),
     ({"input": [[1, True]]}, "input", "input[0][1] must be a token id; got a boolean"),
     ({"input": [1, "a"]}, "input", "input[0][1] must be a token id; got a string"),
     ({"input": [1, 30_000]}, "input", "input[0][1] must be a token id from 0 to 29999; got 30000"),
@@ -205,7 +205,7 @@ def test_504_for_a_body_that_comes_too_slowly(port: int) -> None:
         body = json.loads(response.read())
 
     assert response.status == 504
-    assert body["error"]["message"] == "the deadline passed after 10 bytes of the body had come"
+    assert body["error"]["message"] == "the deadline passed after 10 bytes of the body had arrived"
 
 
 @pytest.mark.parametrize(

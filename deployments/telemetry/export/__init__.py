@@ -1,1 +1,1 @@
-"""Where spans and metrics go: the SDK of one process, the exporters, the local store."""
+"""Export of spans and metrics: the SDK of one process, the exporters, the local store."""

@@ -1,7 +1,7 @@
-"""Spans to OTLP: as JSON for the local store, as the SDK's own objects for its exporters.
+"""Converts spans to OTLP: to JSON for the local store, to SDK objects for the SDK's exporters.
 
-The JSON form is made here because the SDK takes five times as long for it, and with a dozen spans a request that is
-more than the request's own work. A test holds it against OpenTelemetry's encoder.
+The JSON is encoded here because the SDK takes five times as long, and with a dozen spans per request that is more than
+the request's own work. A test compares it with OpenTelemetry's encoder.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from deployments.telemetry.export.span import Attributes, Event, Span, Value
 
 _SCOPE = InstrumentationScope(names.SCOPE, __version__)
 _KINDS = {spec.name: SpanKind[spec.kind] for spec in span_specs.SPANS}
-# OTLP's numbers for kinds are the API's plus one.
+# OTLP's kind numbers are the API's plus one.
 _KIND_NUMBERS = {name: kind.value + 1 for name, kind in _KINDS.items()}
 _MARK = "the spans"
 _HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200
 
 
 def _completed(span: Span) -> tuple[Attributes, Sequence[Event]]:
-    """Attributes and events, with what a failure adds to them."""
+    """Return attributes and events, including those that a failure adds."""
     fault = span.fault
     if fault is None:
         return span.attributes, span.events
@@ -82,17 +82,17 @@ def _present(attributes: Attributes) -> dict[str, Value]:
 
 
 class JsonEncoder:
-    """Encodes spans of one resource as ``TracesData`` in OTLP's JSON form, one line each."""
+    """Encodes spans of one resource as OTLP JSON lines, each one ``TracesData`` object."""
 
     def __init__(self, resource: Resource) -> None:
-        # Resource and scope as OpenTelemetry writes them, around a mark where the spans go.
+        # Resource and scope as OpenTelemetry encodes them, around a placeholder for the spans.
         empty = ReadableSpan(name="", context=SpanContext(1, 1, False), resource=resource, instrumentation_scope=_SCOPE)
         document = json.loads(encode_spans([empty]).to_json())
         document["resourceSpans"][0]["scopeSpans"][0]["spans"] = [_MARK]
         self._before, self._after = to_json(document).split(to_json(_MARK))
 
     def line(self, spans: Iterable[bytes]) -> bytes:
-        """Of spans as ``span`` encodes them."""
+        """Return one line with spans that ``span`` encoded."""
         return self._before + b",".join(spans) + self._after
 
     @staticmethod
@@ -101,7 +101,7 @@ class JsonEncoder:
         try:
             return to_json(document)
         except PydanticSerializationError:
-            # Half of a surrogate pair has no UTF-8 form, but an escaped one.
+            # A lone surrogate has no UTF-8 encoding, but JSON can escape it.
             return json.dumps(document).encode()
 
 

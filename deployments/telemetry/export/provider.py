@@ -1,9 +1,9 @@
-"""The SDK of one process: resource, sampler, exporters. Ours alone: never set as the global provider, so it lives
-beside Serve's own tracing or an agent's.
+"""The OpenTelemetry SDK of one process: resource, sampler, exporters. It is never set as the global provider, so it
+coexists with Serve's own tracing or an agent's.
 
-Where telemetry goes: to ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or the ``_TRACES_``/``_METRICS_`` forms) if set, by
-``OTEL_EXPORTER_OTLP_PROTOCOL``; else to the local store. ``OTEL_TRACES_EXPORTER`` and ``OTEL_METRICS_EXPORTER`` may say
-``otlp``, ``console`` or ``none``. ``OTEL_SDK_DISABLED=true`` turns all of it off.
+Telemetry goes to ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or the ``_TRACES_``/``_METRICS_`` forms) if set, using
+``OTEL_EXPORTER_OTLP_PROTOCOL``; otherwise to the local store. ``OTEL_TRACES_EXPORTER`` and ``OTEL_METRICS_EXPORTER``
+may be ``otlp``, ``console`` or ``none``. ``OTEL_SDK_DISABLED=true`` disables all of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from deployments.telemetry.names import Service
 Signal = Literal["traces", "metrics"]
 _MB = 1_000_000
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-# Room for a burst of some thousand requests, and fresh traces within a second, where the operator says nothing.
+# Defaults if the operator sets nothing: room for a burst of about a thousand requests, and traces within a second.
 _DEFAULT_QUEUE, _DEFAULT_DELAY_MS = 16_384, 1_000.0
 _FLUSH_S = 5.0
 _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
@@ -62,12 +62,12 @@ _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class ReplicaIdentity:
-    """Who this process is, as Ray knows it."""
+    """This process's identity in Ray."""
 
     replica_id: str
     node_id: str
     settings: Mapping[str, float] = field(default_factory=dict)
-    """What Serve schedules it by, by the key in serve_config.yaml."""
+    """The deployment's Serve settings, by their key in serve_config.yaml."""
 
 
 class Provider:
@@ -76,7 +76,7 @@ class Provider:
     def __init__(self, service: Service, config: AppConfig, identity: ReplicaIdentity) -> None:
         self._config, self._identity = config.telemetry, identity
         self.resource = make_resource(service, config, identity)
-        # The SDK counts what its queues drop and what its exporters fail to deliver (otel.sdk.*), once asked to.
+        # The SDK counts what its queues drop and what its exporters fail to deliver (otel.sdk.*), if enabled.
         os.environ.setdefault("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "true")
         self._meters = self._make_meters()
         # Only its sampler is used: OTEL_TRACES_SAMPLER decides, as in any process with an SDK.
@@ -87,7 +87,7 @@ class Provider:
         return self._meters.get_meter(names.SCOPE, __version__)
 
     def close(self) -> None:
-        """Flush what is left, but do not wait for a collector that does not answer: the replica has to stop in time."""
+        """Flush what is left, but do not wait for an unresponsive collector: the replica has to stop in time."""
         flushes = [
             threading.Thread(target=shutdown, name="slowlens-flush", daemon=True)
             for shutdown in (self.sink.close, self._meters.shutdown)
@@ -165,7 +165,7 @@ class Provider:
 def destination(
     signal: Signal, environ: Mapping[str, str] = os.environ
 ) -> Literal["none", "console", "store", "grpc", "http/protobuf"]:
-    """Where the environment sends a signal. Raises ConfigError on a value that names no exporter or protocol."""
+    """Return where the environment sends a signal. Raises ConfigError on an unknown exporter or protocol."""
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return "none"
     upper = signal.upper()
@@ -184,14 +184,14 @@ def destination(
         case "http/protobuf":
             return "http/protobuf"
         case "":
-            # As OpenTelemetry's Python distribution: gRPC, unless the port is the one registered for HTTP.
+            # Like OpenTelemetry's Python distribution: gRPC, unless the port is the one registered for HTTP.
             return "http/protobuf" if ":4318" in (endpoint or "") else "grpc"
         case other:
             raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL: {other!r} is not one of grpc, http/protobuf")
 
 
 def make_resource(service: Service, config: AppConfig, identity: ReplicaIdentity) -> Resource:
-    """OTEL_RESOURCE_ATTRIBUTES, with our own names over it: the service names are a contract with dashboards."""
+    """Merge OTEL_RESOURCE_ATTRIBUTES with our attributes. Ours win: dashboards rely on the service names."""
     return Resource.create(
         {
             "service.namespace": names.NAMESPACE,
@@ -209,14 +209,14 @@ def make_resource(service: Service, config: AppConfig, identity: ReplicaIdentity
 
 
 def _settings(service: Service, config: AppConfig, identity: ReplicaIdentity) -> Iterator[tuple[str, str | float]]:
-    """What ``slowlens why`` proposes to change, as it is."""
+    """Yield the current values of the settings that ``slowlens why`` may propose to change."""
     for section, key in _SETTINGS[service]:
         yield f"{section}.{key}", getattr(getattr(config, section), key)
     yield from identity.settings.items()
 
 
 def _environment(configured: str | None) -> dict[str, str]:
-    """Our default must not hide what the operator's OTEL_RESOURCE_ATTRIBUTES say."""
+    """Our default must not override the operator's OTEL_RESOURCE_ATTRIBUTES."""
     key = "deployment.environment.name"
     if configured is None and f"{key}=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         return {}
@@ -224,7 +224,7 @@ def _environment(configured: str | None) -> dict[str, str]:
 
 
 def _kubernetes(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a pod knows of itself; the downward API may say more through K8S_* variables."""
+    """Return what the pod knows about itself; the downward API may add more through K8S_* variables."""
     if "KUBERNETES_SERVICE_HOST" not in environ:
         return {}
     namespace = _NAMESPACE_FILE.read_text().strip() if _NAMESPACE_FILE.is_file() else None

@@ -1,4 +1,4 @@
-"""Where spans go once they are made: the local store, the SDK's exporters, nowhere."""
+"""Destinations of finished spans: the local store, the SDK's exporters, or none."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from deployments.telemetry.export.store import JsonLines
 
 _MAX_LINE_SPANS = 512
 _MAX_AGE_S = 1.0
-"""Between a span's coming and its line in the store, at most."""
+"""Maximum time before a span is written to the store."""
 _logger = logging.getLogger("slowlens.telemetry")
 
 
 class SpanSink(Protocol):
     wants_spans: bool
     unwritten: int
-    """Spans that could not be handed on, in all."""
+    """Total number of spans that could not be handed on."""
 
     def take(self, span: Span) -> None: ...
 
@@ -49,7 +49,7 @@ class NoSink:
 
 
 class SdkSink:
-    """Through the SDK's processor, whose queue, batches and retries are those that ``OTEL_BSP_*`` describe."""
+    """Exports through the SDK's processor; ``OTEL_BSP_*`` configures its queue, batches and retries."""
 
     wants_spans = True
     unwritten = 0
@@ -69,7 +69,7 @@ class SdkSink:
 
 
 class StoreSink:
-    """Lines of the local store, each with the spans of about a second."""
+    """Writes lines to the local store, each with the spans of about a second."""
 
     wants_spans = True
 
@@ -106,4 +106,4 @@ class StoreSink:
             self._lines.write(self._encoder.line(spans))
         except OSError as error:
             self.unwritten += len(spans)
-            _logger.warning("the local store cannot be written, %d spans are lost: %s", len(spans), error)
+            _logger.warning("cannot write to the local store, %d spans are lost: %s", len(spans), error)

@@ -1,4 +1,4 @@
-"""A span as plain values: what ``telemetry.spans`` makes of a record, and what the exporters make OTLP of."""
+"""A span as plain values: made from a record by ``telemetry.spans``, converted to OTLP by the exporters."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Event:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Span:
-    """One span. Its kind is that of its name (``span_specs``)."""
+    """One span. Its kind follows from its name (``span_specs``)."""
 
     name: str
     trace: SpanContext
-    """Of any span of the trace: its id, its flags and its state are the trace's."""
+    """Context of any span of the trace; only the trace's id, flags and state are used."""
     span_id: int
     parent_id: int = 0
-    """0 where there is none."""
+    """0 if there is none."""
     parent_is_remote: bool = False
     started_unix_ns: int
     ended_unix_ns: int

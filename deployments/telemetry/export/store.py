@@ -1,10 +1,11 @@
-"""The local store: OTLP JSON lines in one folder, for when no collector is configured.
+"""The local store: OTLP JSON lines in one folder, used when no collector is configured.
 
-1. Every line is one ``TracesData`` or ``MetricsData`` object, as the Collector's file exporter writes them.
-2. Each process writes files of its own, ``traces-<instance>-<pid>-<n>.jsonl`` and ``metrics-...``, so replicas never
-   write into each other's lines, and what a crash cut short is always the last line of a file that nobody continues.
-3. A file is rotated at ``max_file_mb``. All files of the folder together stay below ``max_total_mb``, but for an eighth
-   of a file for each writing process: the oldest go first. A process whose file was removed starts a new one.
+1. Every line is one ``TracesData`` or ``MetricsData`` object, in the format of the Collector's file exporter.
+2. Each process writes its own files, ``traces-<instance>-<pid>-<n>.jsonl`` and ``metrics-...``, so replicas never write
+   into each other's lines, and a line truncated by a crash is always the last line of a file that is not appended to.
+3. Files are rotated at ``max_file_mb``. All files in the folder together stay below ``max_total_mb``, plus up to an
+   eighth of a file per writing process: the oldest are deleted first. If its file is removed, a process starts a new
+   one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _logger = logging.getLogger("slowlens.telemetry")
 class JsonLines:
     """Append-only lines in rotated files. Thread-safe; other processes may use the same folder.
 
-    Raises OSError from ``write`` where the folder cannot be written.
+    ``write`` raises OSError if the folder cannot be written.
     """
 
     def __init__(
@@ -55,11 +56,11 @@ class JsonLines:
             if self._file is None:
                 self._open(len(line) + 1)
             try:
-                # One unbuffered write: a crash leaves either the line or its beginning, and nothing behind it.
+                # One unbuffered write: a crash leaves either the line or its beginning, and nothing after it.
                 if self._file.write(line + b"\n") <= len(line):
                     raise OSError(errno.ENOSPC, "the disk is full")
             except OSError:
-                # What was written of the line must stay the last of its file.
+                # A partly written line must stay the last of its file.
                 self._close()
                 raise
             self._size += len(line) + 1
@@ -90,7 +91,7 @@ class JsonLines:
         self._size = 0
 
     def _remove_oldest(self, room: int) -> None:
-        """Keep the folder below the cap with ``room`` to spare. Only files of our own making are touched."""
+        """Keep the folder below the cap with ``room`` to spare. Only our own files are touched."""
         self._unchecked = 0
         own = self._file.name if self._file is not None else None
         files = []
@@ -122,7 +123,7 @@ class JsonLinesMetricExporter(MetricExporter):
         try:
             self._lines.write(encode_metrics(metrics_data).to_json().encode())
         except OSError as error:
-            _logger.warning("the local store cannot be written, an export of metrics is lost: %s", error)
+            _logger.warning("cannot write to the local store, a metrics export is lost: %s", error)
             return MetricExportResult.FAILURE
         return MetricExportResult.SUCCESS
 

@@ -1,1 +1,1 @@
-"""What every process shows of itself at each export: CPU, memory, GPUs."""
+"""Gauges that every process reports at each export: CPU, memory, GPUs."""

@@ -1,4 +1,4 @@
-"""The gauges that every replica shows of itself: its process, and the GPUs that it was given."""
+"""Gauges that every replica reports: its process and its assigned GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def show_process(measures: Measures) -> None:
 
 
 def show_gpus(measures: Measures, reader: GpuReader) -> None:
-    """Nothing at all for a replica without a GPU; of a device, what it tells."""
+    """Register GPU gauges with the values that each device reports; none for a replica without a GPU."""
     if not reader.has_devices:
         return
 

@@ -1,11 +1,11 @@
 """The GPUs of one replica, read through NVML in the background.
 
-1. Only the devices that the replica was given are opened: indices, ``GPU-`` UUIDs and ``MIG-`` UUIDs, whole or
-   abbreviated, as CUDA_VISIBLE_DEVICES writes them.
+1. Only the replica's assigned devices are opened: indices, ``GPU-`` UUIDs and ``MIG-`` UUIDs, full or abbreviated, as
+   in CUDA_VISIBLE_DEVICES.
 2. One thread samples; spans and gauges read the last sample and never touch NVML themselves.
-3. Whatever NVML does not offer is left out: no library or no device, no GPU telemetry; a missing symbol or a figure
-   that a device does not support (utilisation of a MIG slice), that figure alone; a device that falls off, its last
-   sample is forgotten, and it is tried again.
+3. What NVML does not provide is left out. Without the library or a device there is no GPU telemetry. If a symbol is
+   missing or a device does not support a value (utilization of a MIG slice), only that value is left out. If a device
+   is lost, its last sample is dropped and the device is retried.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class GpuSample:
-    """One reading of one device; None where the device does not say."""
+    """One reading of one device; None for values that the device does not report."""
 
     index: int
     uuid: str
@@ -42,7 +42,7 @@ class GpuSample:
 
 
 class GpuReader:
-    """Samples the given devices every ``interval_s`` until closed. With no devices it does nothing at all."""
+    """Samples the given devices every ``interval_s`` until closed. Does nothing without devices."""
 
     def __init__(self, devices: Sequence[str], interval_s: float) -> None:
         self._interval_s = interval_s
@@ -61,15 +61,15 @@ class GpuReader:
 
     @property
     def has_devices(self) -> bool:
-        """Whether there is something to ask, now or later."""
+        """Whether there are devices to sample, now or later."""
         return self._thread is not None
 
     def samples(self) -> list[GpuSample]:
-        """The last reading of every device that answers."""
+        """The last reading of every device that responds."""
         return [sample for sample in self._samples if sample is not None]
 
     def first(self) -> GpuSample | None:
-        """The last reading of the replica's first device, the one that ``cuda:0`` is; None while it does not answer."""
+        """The last reading of the replica's first device (``cuda:0``); None while it does not respond."""
         return self._samples[0] if self._samples else None
 
     def close(self) -> None:
@@ -99,14 +99,14 @@ class GpuReader:
         return handle if handle is not None else self._open_abbreviated(device)
 
     def _open_abbreviated(self, device: str) -> Any:
-        """CUDA accepts the beginning of a UUID where it is unique; NVML does not."""
+        """Find a device by a unique UUID prefix, which CUDA accepts and NVML does not."""
         nvml = self._nvml
         for index in range(self._ask("nvmlDeviceGetCount", nvml.nvmlDeviceGetCount) or 0):
             handle = self._ask(f"device {index}", partial(nvml.nvmlDeviceGetHandleByIndex, index))
             uuid = self._ask("uuid", partial(nvml.nvmlDeviceGetUUID, handle))
             if uuid is not None and _text(uuid).startswith(device):
                 return handle
-        self._warn(device, f"no GPU telemetry of {device!r}: NVML knows no such device")
+        self._warn(device, f"no GPU telemetry for {device!r}: NVML does not know this device")
         return None
 
     def _work(self) -> None:
@@ -126,7 +126,7 @@ class GpuReader:
             self._handles[device] = handle
         uuid = self._ask("uuid", lambda: _text(nvml.nvmlDeviceGetUUID(handle)))
         if uuid is None:
-            # Even a device that supports nothing else tells this; this one has fallen off.
+            # Every device reports its UUID, even if it supports nothing else; this one is lost.
             return None
         memory = self._ask("memory", lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
         utilization = self._ask("utilization", lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
@@ -143,7 +143,7 @@ class GpuReader:
         )
 
     def _index(self, handle: Any) -> int:
-        """NVML's index of the device; of a MIG slice, that of the GPU it is a part of."""
+        """NVML's index of the device; for a MIG slice, that of its parent GPU."""
         nvml = self._nvml
         index = self._ask("index", lambda: nvml.nvmlDeviceGetIndex(handle), quiet=True)
         if index is None or self._ask("mig", lambda: nvml.nvmlDeviceIsMigDeviceHandle(handle), quiet=True):
@@ -153,12 +153,12 @@ class GpuReader:
         return index if index is not None else -1
 
     def _ask(self, what: str, call: Callable[[], Value], *, quiet: bool = False) -> Value | None:
-        """The answer, or None with one warning per kind of failure."""
+        """Return the result of ``call``, or None with one warning per kind of failure."""
         try:
             return call()
         except Exception as error:
             if not quiet:
-                self._warn(f"{what}: {error}", f"NVML does not tell {what}: {error}")
+                self._warn(f"{what}: {error}", f"NVML does not report {what}: {error}")
             return None
 
     def _warn(self, key: str, message: str) -> None:

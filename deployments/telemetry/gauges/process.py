@@ -15,14 +15,14 @@ class ProcessUsage:
         self._last = (time.monotonic(), time.process_time())
 
     def cpu_utilization(self) -> float:
-        """CPU seconds used since the last call, over the seconds passed and the CPUs of the machine: 0 to 1."""
+        """CPU seconds since the last call, divided by elapsed seconds and the machine's CPU count: 0 to 1."""
         now, used = time.monotonic(), time.process_time()
         (before, used_before), self._last = self._last, (now, used)
         return (used - used_before) / max(now - before, 1e-9) / self._cpus
 
 
 def resident_bytes() -> int:
-    """Resident memory; the peak of it where the system has no /proc."""
+    """Resident memory; its peak on systems without /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -338,7 +338,7 @@ def test_a_decision_is_told_once_with_what_it_was_made_on() -> None:
         "start_ms": 0.0,
     }
     assert str(announcement) == (
-        "Model: 1 -> 6 replicas (queue, 6 needed), 1 running, 1 of them reported; 30 inputs wait, 3000 ms of work "
+        "Model: 1 -> 6 replicas (queue, 6 needed), 1 running, 1 of them reported; 30 inputs waiting, 3000 ms of work "
         "(target 500 ms), the oldest for 700 ms; demand 0.90 replicas at 10.0 inputs per second each; a replica starts "
         "in 0.0 s"
     )

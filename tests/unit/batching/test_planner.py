@@ -53,7 +53,7 @@ async def test_what_cannot_make_its_deadline_is_refused_though_the_device_is_idl
     (error,) = await device.submit("late", deadline_ns=20_000_000)
 
     assert isinstance(error, DeadlinePassed)
-    assert error.message == ("after 0 ms in the queue 20 ms are left, and the model needs about 50 ms; it was not run")
+    assert error.message == ("after 0 ms in the queue, 20 ms remain and the model needs about 50 ms; it was not run")
     assert (device.gate.depth, device.gate.running) == (0, 0)
 
 

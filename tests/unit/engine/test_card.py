@@ -141,9 +141,9 @@ def test_labels_and_their_score_function(tmp_path: Path, extra: dict[str, Any], 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("./nowhere", "is no folder"),
+        ("./nowhere", "is not a folder"),
         ("pkg:no_such_package/model", "no Python package 'no_such_package' is installed"),
-        ("pkg:deployments/nothing", "is no folder"),
+        ("pkg:deployments/nothing", "is not a folder"),
     ],
 )
 def test_a_source_that_is_not_there(source: str, message: str) -> None:

@@ -62,4 +62,4 @@ def test_the_verdict_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["why", "--source", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert "1. telemetry_loss\n   the processes report 7 lost spans\n" in printed.out
-    assert printed.err == "1 broken lines or spans were passed over\n"
+    assert printed.err == "1 broken lines or spans were skipped\n"

@@ -79,7 +79,7 @@ def test_the_newest_request_is_drawn_with_its_batch(store: Path, capsys: pytest.
         f"  transit                                 20.00 ms |{'#' * 20}{' ' * 20}| 50.0%",
         f"  unaccounted                             10.00 ms |{'#' * 10}{' ' * 30}| 25.0%",
     ]
-    assert printed.err == "1 broken lines or spans were passed over\n"
+    assert printed.err == "1 broken lines or spans were skipped\n"
 
 
 def test_a_request_by_its_id_and_from_one_file(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Request bodies: what is accepted, and which message names which field and rule. The tokenizer's rules are not here."""
+"""Request bodies: what is accepted, and which message names which field and rule."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def test_options_of_predict() -> None:
         ({"input": ["a", 1]}, "input", "input[1] is an integer"),
         ({"input": ["a", ["b"]]}, "input", "input[1] is a list"),
         ({"input": ["a", None]}, "input", "input[1] is null"),
-        ({"input": [[]]}, "input", "input[0] must be a list of token ids, not empty"),
-        ({"input": [[1], "a"]}, "input", "input[1] must be a list of token ids, not empty; got a string"),
+        ({"input": [[]]}, "input", "input[0] must be a non-empty list of token ids"),
+        ({"input": [[1], "a"]}, "input", "input[1] must be a non-empty list of token ids; got a string"),
         ({"input": [[1, True]]}, "input", "input[0][1] must be a token id; got a boolean"),
         ({"input": [1, "a"]}, "input", "input[0][1] must be a token id; got a string"),
         ({"input": [1] * 101}, "input", "input[0] has 101 token ids; at most 100 are allowed"),
