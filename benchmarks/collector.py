@@ -1,4 +1,4 @@
-"""A collector that keeps what it gets in a file of OTLP JSON lines: OTLP by HTTP in, and nothing else."""
+"""A minimal collector: receives OTLP over HTTP only, and appends it to a file of OTLP JSON lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS: dict[str, Any] = {"/v1/traces": ExportTraceServiceRequest, "/v1/metrics":
 
 
 class Collector:
-    """Listens for as long as the ``with`` lasts; afterwards its port refuses."""
+    """Listens while the ``with`` block runs; afterwards its port refuses connections."""
 
     port = 14318
 

@@ -1,14 +1,14 @@
-"""Does ``slowlens why`` name what was wrong? Each case starts the application and makes it slow, from outside.
+"""Does ``slowlens why`` name the true cause? Each case starts the application and slows it down from outside.
 
     python benchmarks/diagnosis.py                        # every case
     python benchmarks/diagnosis.py padding cpu_hog
-    python benchmarks/diagnosis.py --rounds 3 -o FILE     # writes the table of truth and verdict
-    python benchmarks/diagnosis.py padding --keep FOLDER  # keeps the traces, to look at them afterwards
-    python benchmarks/diagnosis.py --again FOLDER         # asks for the verdicts on kept traces again
+    python benchmarks/diagnosis.py --rounds 3 -o FILE     # writes a table of the true and the named causes
+    python benchmarks/diagnosis.py padding --keep FOLDER  # keeps the traces for later inspection
+    python benchmarks/diagnosis.py --again FOLDER         # judges kept traces again
 
-Prints each verdict, and ends with status 1 where one was wrong: the first cause must be a true one, all true ones must
-be named, and of a healthy run none. Needs Linux, ports 8000 and 14318, and a C compiler for one case. A case takes
-about a minute.
+Prints each verdict, and exits with status 1 if one is wrong: the first cause must be a true one, all true causes must
+be named, and a healthy run must have none. Needs Linux, ports 8000 and 14318, and a C compiler for one case. A case
+takes about a minute.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from throughput import Server, running
 
 PROGRAMS = Path(sys.executable).parent
 BEGUN = "begun"
-"""The file beside kept traces that says when the traffic began, in Unix seconds."""
+"""Name of the file beside kept traces that holds the start time of the traffic, in Unix seconds."""
 
 
 def named_in(case: Slowdown, keep: Path | None) -> list[str]:
-    """The causes of the verdict, in their order. The traces are left in ``keep``."""
+    """Run a case and return the causes of its verdict, in order. Copy the traces to ``keep``, if given."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         setup = case.setup(folder)
@@ -65,7 +65,7 @@ def verdict_on(store: Path, begun: float) -> list[str]:
 
 
 def is_right(named: list[str], truth: tuple[str, ...]) -> bool:
-    """The first is one of the true ones, and all of those are named; of a healthy run, none."""
+    """Whether the first cause is a true one and all true causes are named; for a healthy run, whether none is named."""
     return named[:1] != [] and named[0] in truth and set(truth) <= set(named) if truth else not named
 
 
@@ -75,7 +75,7 @@ def until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> Non
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5):
                 return
         except urllib.error.HTTPError as error:
-            # Scaled to zero: the front is there, the model is not.
+            # Scaled to zero: the ingress is up, the model is not.
             if b"no replica is ready: model" in error.read():
                 return
         except OSError:
@@ -87,7 +87,7 @@ def until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> Non
 
 
 def get_going(case: Slowdown) -> None:
-    """The replicas' first requests set things up; a case that scales to zero waits until that is forgotten."""
+    """Send warm-up requests, then wait ``rest_s``, in which a case that scales to zero loses its replicas again."""
     for _ in range(20):
         short()
         fills(1, 5)()
@@ -95,7 +95,7 @@ def get_going(case: Slowdown) -> None:
 
 
 def changed(text: str, setup: Setup) -> str:
-    # What an anchor shares is no longer shared: a change is for one deployment.
+    # The JSON round trip copies what YAML anchors share, so that a change affects one deployment only.
     document = json.loads(json.dumps(yaml.safe_load(text)))
     application = document["applications"][0]
     merge(application.setdefault("args", {}), setup.args)
@@ -125,11 +125,11 @@ def table(results: dict[str, list[list[str]]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(SLOWDOWNS)}; default: all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"any of {', '.join(SLOWDOWNS)}; default: all")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where to leave the traces of each case")
-    parser.add_argument("--again", type=Path, metavar="FOLDER", help="judge the traces that were kept there")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="folder in which to keep the traces of each case")
+    parser.add_argument("--again", type=Path, metavar="FOLDER", help="judge the traces kept in this folder")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(SLOWDOWNS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")

@@ -1,10 +1,10 @@
-"""How long ``slowlens why`` takes over many requests, and how much memory.
+"""Measure the time and memory that ``slowlens why`` needs for many requests.
 
     python benchmarks/explain_size.py                    # 25,000, 50,000 and 100,000 requests
     python benchmarks/explain_size.py 1000 10000
 
-Writes stores of made requests (twelve spans each, four processes, files of 16 MB, as the application writes them) into
-a temporary folder, and runs the command on them. For 100,000 requests the folder takes about 1 GB.
+Writes stores of synthetic requests (twelve spans each, four processes, files of 16 MB, as the application writes them)
+to a temporary folder, and runs the command on them. For 100,000 requests the folder takes about 1 GB.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BEGIN_NS, EVERY_NS = 1_750_000_000 * 10**9, 5_000_000
 
 
 class Store:
-    """Writes spans of each process into files of its own, as the local store does."""
+    """Writes the spans of each process to separate files, as the local store does."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -68,7 +68,7 @@ def write(folder: Path, requests: int) -> None:
 
 
 def request(chance: random.Random, at_ns: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One request alone in its run; every 20th waited for the device."""
+    """One request alone in its run; about every 20th waits for the device."""
     trace, run = f"{chance.getrandbits(128):032x}", f"{chance.getrandbits(128):032x}"
     tokens, wait_ms = chance.randint(4, 40), 80.0 if chance.random() < 0.05 else chance.random()
     forward_ms = 5 + 0.3 * tokens + chance.random()
@@ -112,7 +112,11 @@ def request(chance: random.Random, at_ns: int) -> Iterator[tuple[str, dict[str, 
     hop("postprocessor", "ai.inference.postprocess", "a", "b", 0.4)
     made.append(("ingress", span("ai.inference.respond", "c", "1", clock, 0.1)))
     took_ms = (clock - at_ns) / 1e6 + 0.1
-    known = {"http__route": "/v1/embeddings", "gen_ai__usage__input_tokens": tokens, "ai__input_length": 4 * tokens}
+    known: dict[str, Any] = {
+        "http__route": "/v1/embeddings",
+        "gen_ai__usage__input_tokens": tokens,
+        "ai__input_length": 4 * tokens,
+    }
     known |= {f"ai__made__up_{number}": "as many attributes as a real one" for number in range(8)}
     made.append(("ingress", span("ai.inference.predict", "1", "", at_ns, took_ms, **known)))
     yield from made

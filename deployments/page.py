@@ -96,16 +96,20 @@ def build(args: dict[str, Any]) -> Application:
             "args.source: traces do not go to the local store here (see OTEL_EXPORTER_OTLP_ENDPOINT); set it to the "
             "URL of the Jaeger query service or the Tempo that stores them"
         )
-    replicas: dict[str, Any] = {"num_replicas": 1}
-    if not config.enabled:
-        replicas = {"autoscaling_config": {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}}
     page = serve.deployment(
         name="Page",
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
-        **replicas,
+        **replicas_for(config),
     )(serve.ingress()(DiagnosisPage))
     bound: Application = page.bind(config)
     return bound
+
+
+def replicas_for(config: PageConfig) -> dict[str, Any]:
+    """Options of ``serve.deployment``: one replica, or none while the page is off, until it is requested."""
+    if config.enabled:
+        return {"num_replicas": 1}
+    return {"autoscaling_config": {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}}
 
 
 def _known_form(name: str) -> tuple[Callable[[Verdict], str], str]:

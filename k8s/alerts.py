@@ -1,4 +1,4 @@
-"""The alerts, built from the metrics' names. Each says which question to put to ``slowlens why``."""
+"""The alerts, built from the metric names. Each gives the ``slowlens why`` command to run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from k8s.dashboards import LOST_SPANS, REFUSED_SPANS
 from k8s.metrics import label, series
 
 OBJECTIVE = 0.999
-"""Of the requests that are the server's to answer, which part it answers."""
+"""Target share of requests that succeed, not counting invalid and cancelled ones."""
 _DEPLOYMENT = f"{label('ai.autoscaling.application')}, {label('ai.autoscaling.deployment')}"
 _LOSSES = (
     series(metrics.DROPPED_RECORDS),
     series(metrics.UNWRITTEN_SPANS),
     LOST_SPANS,
     REFUSED_SPANS,
-    # The Collector's own metrics; its versions differ on the suffix. One by one: `rate` drops the name.
+    # The Collector's own metrics; the suffix depends on its version. One selector each: `rate` drops the name.
     *(
         f'{{__name__=~"otelcol_{name}(_total)?"}}'
         for name in (
@@ -36,15 +36,15 @@ class Alert:
     name: str
     expr: str
     lasts: str
-    """For so long it must be so."""
+    """How long ``expr`` must hold before the alert fires."""
     severity: str
     summary: str
     what_to_do: str
     since: str
-    """What to ask ``slowlens why`` about."""
+    """The period to pass to ``slowlens why --since``."""
 
     def rule(self) -> dict[str, Any]:
-        """As Prometheus takes it."""
+        """Return the alert as a Prometheus rule."""
         return {
             "alert": self.name,
             "expr": self.expr,
@@ -62,7 +62,7 @@ def _by_deployment(spec: metrics.MetricSpec) -> str:
 
 
 def _burn(window: str) -> str:
-    """How many times faster than allowed the error budget is used."""
+    """PromQL for the burn rate: how many times faster than allowed the error budget is used."""
     ours = f'{series(metrics.REQUESTS)}{{outcome=~"error|overloaded|deadline"}}'
     every = f'{series(metrics.REQUESTS)}{{outcome!~"invalid|cancelled"}}'
     return f"(sum (rate({ours}[{window}])) / sum (rate({every}[{window}])) / {1 - OBJECTIVE:.4g})"
@@ -140,5 +140,5 @@ ALERTS = (
 
 
 def rules() -> dict[str, Any]:
-    """A rule file of Prometheus."""
+    """Return the content of a Prometheus rule file."""
     return {"groups": [{"name": "slowlens", "interval": "30s", "rules": [alert.rule() for alert in ALERTS]}]}

@@ -1,6 +1,6 @@
-"""Writes the manifests that are made from the code and from serve_config.yaml: ``python -m k8s.build``.
+"""Writes the manifests that are generated from the code and serve_config.yaml: ``python -m k8s.build``.
 
-A test fails where the files differ from what this would write.
+A test fails if the files differ from what this would write.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MADE = "# Made by `python -m k8s.build`.\n"
 
 
 class _Block(yaml.SafeDumper):
-    """Long texts as blocks, and every mapping written out: what an anchor shares is shared no longer."""
+    """Writes multi-line texts as blocks, and mappings in full instead of as anchors and aliases."""
 
     def ignore_aliases(self, _: Any) -> bool:
         return True
@@ -40,11 +40,11 @@ def dumped(document: Any) -> str:
 
 
 def serve_config(*, gpus_per_model_replica: float = 0) -> dict[str, Any]:
-    """serve_config.yaml, with what is otherwise on a cluster."""
+    """Return serve_config.yaml with the settings that differ on a cluster."""
     config: dict[str, Any] = copy.deepcopy(yaml.safe_load(SERVE_CONFIG.read_text()))
-    # The pod's own port; who may connect to it is for the NetworkPolicy.
+    # Listen on the pod's address; the NetworkPolicy decides who may connect.
     config["http_options"]["host"] = "0.0.0.0"
-    # For whatever collects the logs of pods.
+    # For the cluster's log collector.
     config["logging_config"]["encoding"] = "JSON"
     for deployment in config["applications"][0]["deployments"]:
         if deployment["name"] == "Model" and gpus_per_model_replica:

@@ -1,4 +1,4 @@
-"""The Grafana dashboards, built from the metrics' names, so that they cannot drift from what the replicas export."""
+"""The Grafana dashboards, built from the metric names, so that they cannot drift from what the replicas export."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH, _HEIGHT = 12, 8
 _DEPLOYMENT = label("ai.autoscaling.deployment")
 LOST_SPANS = 'otel_sdk_exporter_span_exported_total{error_type!=""}'
-"""OpenTelemetry's own: spans that an exporter could not deliver."""
+"""OpenTelemetry SDK metric: spans that an exporter could not deliver."""
 REFUSED_SPANS = 'otel_sdk_processor_span_processed_total{error_type!=""}'
-"""And those that found its queue full."""
+"""OpenTelemetry SDK metric: spans rejected because the queue was full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,14 @@ class Query:
     legend: str
     exemplars: bool = False
     on_the_right: bool = False
-    """Whether it is drawn against a second axis, with the unit ``right_unit`` of the panel."""
+    """Whether to draw the query against a second axis, with the panel's ``right_unit``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
     title: str
     what: str
-    """Shown where the pointer rests on its corner."""
+    """The description, shown when the pointer hovers over the panel's corner."""
     unit: str
     queries: Sequence[Query]
     stacked: bool = False
@@ -211,7 +211,7 @@ CAPACITY_DASHBOARD = (
         "Model replicas that were loaded in the last ten minutes, and runs that did not fit the memory.",
         "short",
         (
-            # A replica's counter begins at 1, which is no increase.
+            # A replica's counter starts at 1, which `increase` does not count.
             Query(f"count ({series(metrics.LOADS)} unless {series(metrics.LOADS)} offset 10m) or vector(0)", "loads"),
             Query(f"sum (increase({series(metrics.OUT_OF_MEMORY)}[10m])) or vector(0)", "out of memory"),
         ),

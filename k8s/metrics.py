@@ -1,8 +1,8 @@
-"""The metrics of deployments.telemetry.names as Prometheus has them, from the Collector's exporter.
+"""The metrics of deployments.telemetry.metrics under their Prometheus names, as the Collector exports them.
 
 The names follow OpenTelemetry's "Prometheus and OpenMetrics Compatibility", with units and ``_total`` added
 (https://opentelemetry.io/docs/specs/otel/compatibility/prometheus_and_openmetrics/#metric-metadata-1): dots become
-underscores; a unit is spelled out and added unless the name has it as one of its words; a unit in braces is none.
+underscores; a unit is spelled out and appended unless the name already has it as a word; a unit in braces is omitted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNITS = {
 
 
 def series(spec: MetricSpec) -> str:
-    """The name in Prometheus; of a histogram without ``_bucket``, ``_sum`` and ``_count``."""
+    """Return the name in Prometheus; for a histogram, without ``_bucket``, ``_sum`` and ``_count``."""
     return prometheus_name(spec.name, spec.kind, spec.unit)
 
 
@@ -42,5 +42,5 @@ def prometheus_name(name: str, kind: str, unit: str) -> str:
 
 
 def label(attribute: str) -> str:
-    """An attribute as a label."""
+    """Return an attribute name as a Prometheus label."""
     return re.sub(r"[^a-zA-Z0-9_]", "_", attribute)

@@ -1,4 +1,4 @@
-"""The model as every peer runs it: the same weights, dtype, threads and pooling. Needs torch and transformers only."""
+"""The model that every peer runs: same weights, dtype, threads and pooling. Needs only torch and transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_BATCH_SIZE = int(os.environ.get("BENCH_MAX_BATCH_SIZE", "32"))
 
 
 def model_path(source: str = MODEL) -> str:
-    """The folder of ``pkg:PACKAGE/FOLDER``, or the path itself."""
+    """Resolve ``pkg:PACKAGE/FOLDER`` to a folder; return any other path unchanged."""
     if not source.startswith("pkg:"):
         return source
     package, _, folder = source.removeprefix("pkg:").partition("/")
@@ -37,7 +37,7 @@ class Embedder:
         self.encode(["warm up"] * MAX_BATCH_SIZE)
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """Unit vectors ``[len(texts), hidden]``: mean over the tokens, as all-MiniLM-L6-v2 states it."""
+        """Return unit vectors ``[len(texts), hidden]``: mean over the tokens, as all-MiniLM-L6-v2 specifies."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
         with torch.inference_mode():
             hidden = self.model(**tokens.to(self.device)).last_hidden_state.float()

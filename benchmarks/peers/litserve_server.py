@@ -1,4 +1,4 @@
-"""LitServe, as its documentation sets up batching: `python litserve_server.py PORT`."""
+"""LitServe, with batching set up as in its documentation: `python litserve_server.py PORT`."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""mosec, as its embedding example: `python mosec_server.py --port PORT`."""
+"""mosec, set up as in its embedding example: `python mosec_server.py --port PORT`."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The model alone, as the limit: no server, no tokenizer, batches back to back. Prints requests/s by workload."""
+"""The model alone, as the upper bound: no server or tokenizer, back-to-back batches. Prints requests/s by workload."""
 
 import json
 import random
@@ -12,7 +12,7 @@ SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 5.0
 
 
 def rate(embedder: Embedder, lengths: list[int], size: int) -> float:
-    """Inputs a second, in order of arrival, padded to the longest of each batch."""
+    """Return inputs per second, in order of arrival, padded to the longest of each batch."""
     done, at, end = 0, 0, time.perf_counter() + SECONDS
     began = time.perf_counter()
     with torch.inference_mode():
@@ -27,7 +27,7 @@ def rate(embedder: Embedder, lengths: list[int], size: int) -> float:
 
 
 def mixed(count: int) -> list[int]:
-    """Tokens of texts of a log-normal number of words from 3 to 250, with the two special tokens."""
+    """Return token counts of texts with a log-normal number of words from 3 to 250, plus two special tokens."""
     draw = random.Random(1)
     return [int(min(250, max(3, draw.lognormvariate(3.2, 1.0)))) + 2 for _ in range(count)]
 

@@ -1,12 +1,13 @@
-"""The autoscaling policy against Serve's own, on simulated deployments; and whether the simulation tells the truth.
+"""Compare the autoscaling policy with Serve's own on simulated deployments, and the simulation with a real run.
 
-    python benchmarks/scaling            # every pattern and size, a table and a plot, about ten minutes
+    python benchmarks/scaling            # every pattern and size: a table and a plot, about ten minutes
     python benchmarks/scaling --only burst --peaks 8
-    python benchmarks/scaling --real     # one real run on this machine beside the simulation of it, five minutes
-    python benchmarks/scaling --routers  # which replica a call goes to: by Serve's router and by ours, ten minutes
+    python benchmarks/scaling --real     # one real run on this machine and its simulation, five minutes
+    python benchmarks/scaling --routers  # Serve's router and ours in real runs, ten minutes
 
-A request is late if it waited longer than the target (500 ms) before the device. Replicas are paid for from the moment
-they are ordered, and are given as a multiple of what the arrivals need at 80 % utilization. The plot needs matplotlib.
+A request is late if it waited longer than the target (500 ms) before the device. Replicas are paid for from the time
+they are ordered; their cost is given as a multiple of what the arrivals need at 80 % utilization. The plot needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ RATE = 50.0
 TARGET_S = 0.5
 PEAKS = (8, 200, 2000)
 STARTS_S = {8: 5.0, 200: 30.0, 2000: 120.0}
-"""How long a replica takes to start: a process; a process and its weights; a node of its own."""
+"""Replica start time by peak: a process only; a process and its weights; a new node."""
 
 
 def setup_of(peak: int) -> Setup:
@@ -66,7 +67,7 @@ def plot(results: dict[tuple[str, int, str], Result], peak: int, path: Path) -> 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    # A point for every five seconds is what can be seen.
+    # Plot one point every five seconds; more would not be visible.
     shown = [pattern for pattern, size, _ in results if size == peak]
     shown = list(dict.fromkeys(shown))
     figure, rows = pyplot.subplots(len(shown), 1, figsize=(9, 2.2 * len(shown)), sharex=True, squeeze=False)
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--peaks", type=int, nargs="*", default=PEAKS, choices=PEAKS)
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--routers", action="store_true")
-    parser.add_argument("-o", dest="output", type=Path, metavar="FOLDER", help="writes the table, and scaling.svg")
+    parser.add_argument("-o", dest="output", type=Path, metavar="FOLDER", help="folder for the table and scaling.svg")
     options = parser.parse_args()
     if options.real:
         text, name = real.compare(), "scaling_real.md"

@@ -1,7 +1,7 @@
-"""Arrival patterns: requests a second, second by second, as parts of the pattern's peak.
+"""Arrival patterns: requests per second for each second, as fractions of the pattern's peak.
 
-``python benchmarks/scaling/patterns.py`` made ``patterns.csv``, once: formulas with noise from a fixed seed, no traffic
-of anybody. The simulation reads the file, so that a change of these formulas is a change of the file.
+``python benchmarks/scaling/patterns.py`` generated ``patterns.csv`` once: formulas with noise from a fixed seed, not
+recorded traffic. The simulation reads the file, so changing these formulas requires regenerating it.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ FILE = Path(__file__).with_name("patterns.csv")
 
 
 def steady(_: float) -> float:
-    """Always the same."""
+    """Constant."""
     return 0.6
 
 
 def burst(t: float) -> float:
-    """Every five minutes, four times as much for 40 seconds."""
+    """Four times the base rate for 40 seconds every five minutes."""
     return 1.0 if t % 300 >= 240 and t % 300 < 280 else 0.25
 
 
 def ramp(t: float) -> float:
-    """From little to all in twenty minutes, and then at once little again."""
+    """Rise from low to peak in twenty minutes, then drop back at once."""
     return 0.05 + 0.95 * t / 1200 if t < 1200 else 0.05
 
 
 def diurnal(t: float) -> float:
-    """A day in ten minutes, three times."""
+    """Three daily cycles, each compressed into ten minutes."""
     return 0.1 + 0.45 * (1 - math.cos(2 * math.pi * t / 600)) + 0.05 * math.sin(2 * math.pi * t / 97)
 
 
 def flash_crowd(t: float) -> float:
-    """Ten minutes of little; within five seconds twenty times as much, which fades by half every three minutes."""
+    """Ten minutes of low traffic, then twenty times as much within five seconds, which halves every three minutes."""
     if t < 600:
         return 0.05
-    return 0.05 + 0.95 * min(1.0, (t - 600) / 5) * 0.5 ** (max(0.0, t - 605) / 180)
+    return 0.05 + 0.95 * min(1.0, (t - 600) / 5) * math.pow(0.5, max(0.0, t - 605) / 180)
 
 
 PATTERNS: dict[str, Callable[[float], float]] = {
@@ -64,7 +64,7 @@ def make() -> Iterator[list[str]]:
     for second in range(SECONDS):
         row = [str(second)]
         for name, pattern in PATTERNS.items():
-            # Traffic wanders: what it was a moment ago it still is, for the most part.
+            # Traffic drifts: each second's level mostly carries over from the previous one.
             level[name] = 0.9 * level[name] + noise[name].gauss(0, 0.03)
             row.append(f"{max(0.0, pattern(second) * (1 + level[name])):.4f}")
         yield row

@@ -1,4 +1,4 @@
-"""The policies that are compared, each behind the same question."""
+"""The compared policies, behind one interface."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 from ray.serve import autoscaling_policy
+from ray.serve._private.common import DeploymentID
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from simulation import Seen, Setup
 
@@ -17,7 +18,7 @@ from deployments.autoscaling.report import LoadReport
 
 
 class QueueWait:
-    """deployments.autoscaling.policy."""
+    """The policy of ``deployments.autoscaling.policy``."""
 
     name = "slowlens"
 
@@ -32,7 +33,7 @@ class QueueWait:
                 demand=arriving / setup.rate,
                 demand_now=now / setup.rate,
                 throughput=setup.rate,
-                # What a replica knows of itself: the load of the model, not the coming of its node.
+                # A replica knows only how long its model took to load, not how long its node took to start.
                 start_ms=setup.start_s * 500,
             )
             for queued, arriving, now in zip(
@@ -52,10 +53,10 @@ class QueueWait:
 
 @dataclass
 class ServeDefault:
-    """Serve's own policy, by its own code, with the clock of the simulation.
+    """Serve's own policy, run from Serve's code with the clock of the simulation.
 
-    ``target_ongoing_requests`` is what a replica may have in hand if the wait is to stay within the target: what it
-    runs in that time. Serve's default of 2 would be below one batch.
+    ``target_ongoing_requests`` is the number of requests that a replica may have in flight for the wait to stay within
+    the target: the number it runs in that time. Serve's default of 2 would be less than one batch.
     """
 
     name: str
@@ -73,7 +74,7 @@ class ServeDefault:
         )
 
     def replicas(self, seen: Seen, setup: Setup) -> int:
-        # In hand is what waits and what runs: a replica that has work has a run's worth of it.
+        # In flight are waiting and running requests: a busy replica has one run's worth running.
         running = float((seen.arriving > 0).sum()) * setup.rate * 0.05
         self._ongoing.append((seen.at_s, float(seen.queued.sum()) + running))
         while self._ongoing[0][0] < seen.at_s - self.look_back_s:
@@ -88,7 +89,7 @@ class ServeDefault:
             downscale_delay_s=self.downscale_delay_s,
         )
         ctx = AutoscalingContext(
-            deployment_id=None,
+            deployment_id=DeploymentID("Model", ""),
             deployment_name="Model",
             app_name="",
             current_num_replicas=seen.running,
@@ -106,8 +107,8 @@ class ServeDefault:
             current_time=seen.at_s,
             config=config,
         )
-        # Its delays are measured by the wall clock.
-        with mock.patch.object(autoscaling_policy.time, "time", return_value=seen.at_s):
+        # Serve's policy measures its delays with the wall clock.
+        with mock.patch("ray.serve.autoscaling_policy.time.time", return_value=seen.at_s):
             wanted, self._state = self._policy(ctx)
         return math.ceil(wanted)
 
@@ -117,5 +118,5 @@ def serve_default() -> ServeDefault:
 
 
 def serve_quick() -> ServeDefault:
-    """With the settings that make it as quick as it can be."""
+    """Serve's policy with settings that make it react as fast as possible."""
     return ServeDefault("Serve's, quick", 2.0, 0.5, 0.0, 60.0)

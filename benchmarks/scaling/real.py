@@ -1,4 +1,4 @@
-"""Real runs on this machine, with the fake engine: one beside its simulation, and Serve's router beside ours."""
+"""Real runs on this machine with the fake engine: one compared with its simulation, and Serve's router with ours."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BATCH, RUN_S, TARGET_S = 8, 0.4, 0.5
 RATE = BATCH / RUN_S
 PATTERN = [0.25] * 40 + [1.0] * 80 + [0.25] * 120
 PEAK = 60.0
-"""Requests a second: the work of three replicas."""
+"""Requests per second: enough work for three replicas."""
 MAX_REPLICAS = 6
 LONG_SHARE = 0.15
 _SCALING = {
@@ -122,7 +122,7 @@ ROUTERS = {
 
 
 def compare_routers(rounds: int = 5, seconds: int = 30) -> str:
-    """Four replicas, by each router in turn. Every seventh request has two hundred words, whose run takes 0.2 s."""
+    """Run four replicas with each router in turn. About every seventh request has 200 words, whose run takes 0.2 s."""
     lines = ["| round | router | mean ms | p90 ms | p99 ms | late |", "| --- | --- | --- | --- | --- | --- |"]
     for number in range(1, rounds + 1):
         for name, router in ROUTERS.items():
@@ -179,9 +179,9 @@ def healthy() -> bool:
 
 
 async def send(pattern: Sequence[float], peak: float, long_share: float = 0.0) -> list[float | None]:
-    """Requests at random moments, at the rate of the pattern, whatever becomes of those before.
+    """Send requests at random times, at the rate of the pattern, without waiting for earlier ones (open loop).
 
-    The wait of each before the device, in milliseconds; None of one that failed.
+    Returns the wait of each before the device in milliseconds, or None if it failed.
     """
     waits: list[float | None] = []
     draw = random.Random(1)
@@ -205,7 +205,7 @@ async def send(pattern: Sequence[float], peak: float, long_share: float = 0.0) -
 
 
 def read_decisions(store: Path, seen: Seen, begin_s: float, end_s: float) -> None:
-    """Replica-seconds of what was ordered, and how long replicas took."""
+    """Add the replica-seconds ordered, the decisions, and the longest replica start time to ``seen``."""
     steps: list[tuple[float, int, int, float]] = []
     for path in store.glob("traces-autoscaler*"):
         for line in path.read_text().splitlines():

@@ -1,12 +1,12 @@
-"""A deployment under a policy, in steps of a tenth of a second: what waits, and what it costs.
+"""Simulate a deployment under a policy, in steps of a tenth of a second: the waits and the cost.
 
-1. Each replica has a queue of its own, and what waits in it stays there. A run takes ``run_ns + token_ns * tokens``, so
-   a replica has its full rate with full batches; here it always has it.
-2. Requests come in calls that four of them share, each to the one of two random replicas that has the shorter queue, as
-   Serve's router does. A request waits for the rest of the run that is going on, and for the runs of what its replica
-   had queued when it came.
-3. A replica that is ordered runs ``start_s`` later. One that is given up takes no more and finishes what it has.
-4. Policies see what replicas report twice a second, as Serve would show it.
+1. Each replica has its own queue, and requests stay in the queue they joined. A run takes
+   ``run_ns + token_ns * tokens``, so a replica reaches its full rate with full batches; here it always has that rate.
+2. Requests arrive in calls of four, each sent to the one of two random replicas with the shorter queue, as Serve's
+   router does. A request waits for the rest of the current run, and for the runs of the requests that its replica had
+   queued when it arrived.
+3. An ordered replica runs ``start_s`` later. A removed replica takes no new requests and finishes those it has.
+4. Policies see what replicas report twice a second, as Serve would present it.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is simulated."""
+    """Parameters of a simulation."""
 
     rate: float
-    """Requests a second that one replica runs."""
+    """Requests per second that one replica runs."""
     peak: float
-    """Requests a second where the pattern says 1."""
+    """Requests per second where the pattern is 1."""
     start_s: float
     target_wait_s: float
     min_replicas: int
     max_replicas: int
     run_s: float = 0.05
-    """What a run takes, which has ``rate * run_s`` requests in it."""
+    """Duration of a run, which holds ``rate * run_s`` requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a policy sees of the replicas."""
+    """The state of the replicas as a policy sees it."""
 
     at_s: float
     running: int
     target: int
     queued: Floats
-    """Requests that wait, by replica."""
+    """Waiting requests, by replica."""
     arriving: Floats
-    """Requests a second, by replica, as each measured them over the last seconds."""
+    """Requests per second, by replica, as each measured them over the last few seconds."""
     arriving_now: Floats
     """The same over the last second."""
 
@@ -70,14 +70,14 @@ class Result:
     late: int = 0
     """Requests that waited longer than the target."""
     late_s: float = 0.0
-    """Time in which most of what came waited longer than the target."""
+    """Time during which most arriving requests waited longer than the target."""
     waits_s: list[float] = field(default_factory=list)
-    """Mean wait of what came, step by step."""
+    """Mean wait of the requests that arrived, per step."""
     replica_s: float = 0.0
-    """Replicas that were ordered, running or not, times seconds."""
+    """Replica-seconds of ordered replicas, running or not."""
     changes: int = 0
     replicas: list[int] = field(default_factory=list)
-    """Running, second by second."""
+    """Running replicas, per second."""
 
     @property
     def late_share(self) -> float:
@@ -124,7 +124,7 @@ def simulate(pattern: Sequence[float], policy: Policy, setup: Setup, seed: int =
             if wanted > target:
                 starting += [now + setup.start_s] * (wanted - target)
             elif wanted < target:
-                # Those that do not run yet go first, then those with the least to finish.
+                # Remove replicas that are not running yet first, then those with the shortest queues.
                 keep = max(0, len(starting) - (target - wanted))
                 gone = target - wanted - (len(starting) - keep)
                 starting = starting[:keep]
@@ -135,17 +135,18 @@ def simulate(pattern: Sequence[float], policy: Policy, setup: Setup, seed: int =
 
 
 def _waits(before: Floats, arriving: Floats, setup: Setup) -> Floats:
-    """Seconds, on average, of who comes to replicas with so much before them: the rest of a run, and whole runs."""
+    """Mean wait in seconds of requests that find ``before`` queued ahead: the rest of a run plus whole runs."""
     whole = np.floor(before / (setup.rate * setup.run_s)) * setup.run_s
     return whole + np.minimum(1.0, arriving / setup.rate) * setup.run_s / 2
 
 
 def _late(waits: Floats, arriving: Floats, setup: Setup) -> Floats:
-    """Which part of those who come waits longer than the target: the rest of the run is of any length."""
+    """Share of arriving requests that wait longer than the target; the rest of the run is uniformly distributed."""
     busy = np.minimum(1.0, arriving / setup.rate)
     whole = waits - busy * setup.run_s / 2
     part = np.clip((whole + setup.run_s - setup.target_wait_s) / setup.run_s, 0.0, 1.0)
-    return busy * part + (1 - busy) * (whole > setup.target_wait_s)
+    late: Floats = busy * part + (1 - busy) * (whole > setup.target_wait_s)
+    return late
 
 
 def _follow(rate: Floats, taken: Floats, memory_s: float) -> Floats:
@@ -154,7 +155,7 @@ def _follow(rate: Floats, taken: Floats, memory_s: float) -> Floats:
 
 
 def _share_out(queued: Floats, count: int, draw: np.random.Generator) -> Floats:
-    """How much each replica gets: each call goes to the one of two random replicas that has the shorter queue."""
+    """Requests per replica: each call goes to the one of two random replicas with the shorter queue."""
     taken: Floats = np.zeros(len(queued))
     calls = -(-count // GROUP)
     if calls:

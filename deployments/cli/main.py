@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Arguments after CONFIG belong to ``serve run`` and are not parsed here.
     own = 2 if len(given) > 1 and given[0] == "serve" and not given[1].startswith("-") else 1
     passed_on = given[own:] if given[:1] == ["serve"] and given[own:] not in (["-h"], ["--help"]) else []
-    options = _parser().parse_args(given[: len(given) - len(passed_on)])
+    options = parser().parse_args(given[: len(given) - len(passed_on)])
     if options.command == "serve":
         return _serve(options.config, passed_on)
     where = options.source or str(TelemetryConfig().store_directory())
@@ -75,12 +75,12 @@ def _argument(parse: Callable[[str], Value]) -> Callable[[str], Value]:
     return told
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
         prog="slowlens", description="Transformer inference that can tell you why a request was slow."
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    root.add_argument("--version", action="version", version=__version__)
+    commands = root.add_subparsers(dest="command", required=True)
     serve = commands.add_parser(
         "serve",
         help="start `serve run` with the environment that makes Serve fast",
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument(
         "--every", dest="every_s", type=_argument(duration_s), default=5, metavar="5s", help="default: 5s"
     )
-    return parser
+    return root
 
 
 def _add_source(command: argparse.ArgumentParser) -> None:

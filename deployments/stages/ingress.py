@@ -276,9 +276,8 @@ class IngressStage:
             )
         app.add_api_route("/v1/models", self._list_models, methods=["GET"], summary="The served model, as a list")
         app.add_api_route("/v1/models/{model:path}", self._show_model, methods=["GET"], summary="The served model")
-        app.add_api_route(
-            "/healthz", self._healthz, methods=["GET", "HEAD"], summary="Whether every stage has a warm replica"
-        )
+        app.add_api_route("/healthz", self._healthz, methods=["HEAD"], include_in_schema=False)
+        app.add_api_route("/healthz", self._healthz, methods=["GET"], summary="Whether every stage has a warm replica")
         return app
 
     def _endpoint(self, route: Route) -> Callable[[Request], Awaitable[Response]]:

@@ -61,6 +61,11 @@ class LeastWorkRouter(FIFOMixin, RequestRouter):
         """Tokens that this router has sent to the replica and that have no reply yet."""
         return self._own[replica_id] + self._usual * self._sent_not_taken[replica_id]
 
+    @property
+    def tracked(self) -> set[ReplicaID]:
+        """Replicas that calls are counted for."""
+        return {*self._own, *self._sent_not_taken}
+
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve when replicas are added or removed."""
         there = {replica.replica_id for replica in replicas}

@@ -1,7 +1,7 @@
-"""A replica that was given a GPU reports that GPU and no other.
+"""A replica with an assigned GPU reports that GPU and no other.
 
-Ray and pynvml are the real ones; the library below them is the small one of ``tests/support``, so this runs without a
-GPU. On a machine with one, ``tests/e2e/test_real_gpu.py`` asks the real library too.
+Ray and pynvml are real; the NVML library below them is the small fake in ``tests/support``, so this runs without a
+GPU. On a machine with a GPU, ``tests/e2e/test_real_gpu.py`` also tests against the real library.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def receiver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OtlpReceiver]
     receiver.close()
 
 
-def test_gauges_are_of_the_one_device_of_the_replica(receiver: OtlpReceiver) -> None:
+def test_gauges_report_only_the_device_of_the_replica(receiver: OtlpReceiver) -> None:
     expected = {
         (metrics.GPU_UTILIZATION.name, "gpu.index", "0"): 40.0,
         (metrics.GPU_MEMORY.name, "gpu.index", "0"): 1.0,
@@ -79,7 +79,7 @@ def test_gauges_are_of_the_one_device_of_the_replica(receiver: OtlpReceiver) -> 
     assert found == pytest.approx(expected)
 
 
-def test_batches_say_how_busy_the_device_was(receiver: OtlpReceiver) -> None:
+def test_batches_report_device_utilization_and_free_memory(receiver: OtlpReceiver) -> None:
     spans = receiver.trace(call(PORT, "POST", "/v1/embeddings", {"input": "a"}).trace_id, names=WHOLE_TRACE)
     link = one(spans, names.FORWARD_PASS).links[0]
     everything = receiver.wait_for(lambda spans: link in {(s.trace_id, s.span_id) for s in spans})

@@ -1,4 +1,4 @@
-"""Other choices of operators, at once: Serve's own tracing, its throughput settings, several replicas of each stage."""
+"""Other operator settings combined: Serve's own tracing, its throughput settings, several replicas per stage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = {
 }
 
 
-def test_traces_are_whole_and_answers_are_not_swapped(tmp_path: Path) -> None:
+def test_traces_are_complete_and_responses_match_their_requests(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(CONFIG))
     receiver = OtlpReceiver()

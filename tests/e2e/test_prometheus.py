@@ -35,7 +35,7 @@ SCALING = {
     "look_back_period_s": 2,
     "upscale_delay_s": 0,
     "downscale_delay_s": 0,
-    # What the run of this test needs is more than that from the first request on.
+    # The load of this test exceeds these targets from the first request on.
     "policy": {"policy_function": POLICY, "policy_kwargs": {"target_queue_wait_ms": 1, "target_utilization": 0.01}},
 }
 CONFIG = {
@@ -57,7 +57,7 @@ CONFIG = {
 
 
 @needs_prometheus
-def test_promtool_takes_the_configuration_and_the_rules() -> None:
+def test_promtool_accepts_the_configuration_and_the_rules() -> None:
     for what in ("config", "rules"):
         path = PROMETHEUS / ("prometheus.yaml" if what == "config" else "rules.yaml")
         ran = subprocess.run(["promtool", "check", what, str(path)], capture_output=True, text=True, check=False)
@@ -140,7 +140,7 @@ EVERY = {one["alert"] for one in yaml.safe_load((PROMETHEUS / "rules.yaml").read
 
 @needs_prometheus
 @pytest.mark.parametrize("case", CASES)
-def test_alerts_fire_when_they_should_and_only_then(case: str, tmp_path: Path) -> None:
+def test_alerts_fire_only_when_they_should(case: str, tmp_path: Path) -> None:
     changes, at, firing = CASES[case]
     test = {
         "rule_files": [str(PROMETHEUS / "rules.yaml")],
@@ -149,7 +149,7 @@ def test_alerts_fire_when_they_should_and_only_then(case: str, tmp_path: Path) -
             {
                 "interval": "1m",
                 "input_series": [{"series": name, "values": values} for name, values in (QUIET | changes).items()],
-                # How many of each alert: promtool compares whole alerts, and the texts are not what is tested here.
+                # Count each alert: promtool compares whole alerts, and this test does not check their texts.
                 "promql_expr_test": [
                     {
                         "expr": f'count (ALERTS{{alertname="{alert}", alertstate="firing"}}) or vector(0)',
@@ -168,7 +168,7 @@ def test_alerts_fire_when_they_should_and_only_then(case: str, tmp_path: Path) -
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_every_alert_is_seen_firing() -> None:
+def test_every_alert_fires_in_some_case() -> None:
     assert set().union(*(firing for _, _, firing in CASES.values())) == EVERY
 
 
@@ -219,7 +219,7 @@ def panels() -> list[Any]:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake libnvidia-ml")
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="the real NVML is found here first")
 @pytest.mark.parametrize("expr", panels())
-def test_every_query_of_every_panel_has_data(expr: str, server: Prometheus) -> None:
+def test_every_panel_query_returns_data(expr: str, server: Prometheus) -> None:
     found = server.wait_for(expr.replace("$__rate_interval", "10s"))
 
     assert all(series["value"][1] != "NaN" for series in found) or server.wait_for(
@@ -230,7 +230,7 @@ def test_every_query_of_every_panel_has_data(expr: str, server: Prometheus) -> N
 @needs_prometheus
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake libnvidia-ml")
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="the real NVML is found here first")
-def test_exemplars_lead_to_traces(server: Prometheus) -> None:
+def test_exemplars_carry_trace_ids(server: Prometheus) -> None:
     name = f"{series(metrics.LATENCY)}_bucket"
     server.wait_for(name)
     now = time.time()

@@ -1,9 +1,10 @@
-"""What only a real GPU shows. Skipped, with its reason, where there is none."""
+"""Checks that need a real GPU. Skipped where there is none."""
 
 from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 from deployments.config import BatchingConfig, ModelConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.encoder import EncoderEngine
+from deployments.engine.protocol import Run
+from deployments.messages import Ids
 from deployments.telemetry.gauges.nvml import GpuReader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -35,31 +38,35 @@ def engine(**config: str) -> EncoderEngine:
     return built
 
 
+def run(engine: EncoderEngine, batch: Sequence[Ids]) -> Run:
+    return engine.run(engine.collate(batch))
+
+
 def test_the_gpu_agrees_with_the_cpu() -> None:
-    reference = engine(device="cpu", dtype="float32").run(TEXT_IDS)
+    reference = run(engine(device="cpu", dtype="float32"), TEXT_IDS)
     for dtype, least in (("float32", 0.9999), ("bfloat16", 0.999)):
-        run = engine(device="auto", dtype=dtype).run(TEXT_IDS)
-        cosines = [float(a @ b) for a, b in zip(run.outputs, reference.outputs, strict=True)]
+        found = run(engine(device="auto", dtype=dtype), TEXT_IDS)
+        cosines = [float(a @ b) for a, b in zip(found.outputs, reference.outputs, strict=True)]
         assert min(cosines) >= least
 
 
-def test_events_agree_with_the_clock() -> None:
+def test_inference_time_from_cuda_events_is_within_wall_time() -> None:
     gpu = engine(device="auto")
     batch = [TEXT_IDS[3]] * 32
-    gpu.run(batch)
+    run(gpu, batch)
     started = time.perf_counter()
-    run = gpu.run(batch)
+    timed = run(gpu, batch)
     wall_ms = (time.perf_counter() - started) * 1e3
 
-    assert 0 < run.inference_ms <= wall_ms
+    assert 0 < timed.inference_ms <= wall_ms
     assert gpu.device.startswith("cuda")
-    assert run.peak_memory_gb is not None
+    assert timed.peak_memory_gb is not None
     memory = gpu.memory()
     assert memory is not None
     assert 0 < memory.allocated_gb <= memory.reserved_gb
 
 
-def test_nvml_says_what_nvidia_smi_says_and_moves_under_load() -> None:
+def test_nvml_agrees_with_nvidia_smi_and_utilization_rises_under_load() -> None:
     query = ["nvidia-smi", "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits", "--id=0"]
     uuid, total_mib = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
     reader = GpuReader(["0"], interval_s=0.05)

@@ -1,5 +1,5 @@
-"""Scaling on a Ray cluster of several nodes, all on this machine: every stage from one replica to three, traces whole
-across nodes, and one node lost under load."""
+"""Scaling on a multi-node Ray cluster on this machine: every stage from one replica to three, complete traces across
+nodes, and the loss of one node under load."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def scaled(**policy_kwargs: float) -> dict[str, Any]:
     }
 
 
-# A run of 8 inputs takes 0.2 s: of 40 clients two replicas leave 24 waiting. The other stages have little to do
-# here, and are therefore asked to be at work for a thousandth of their time at most.
+# A run of 8 inputs takes 0.2 s, so with 40 clients two replicas leave 24 requests waiting. The other stages have
+# little to do here, so their target utilization is only 0.001.
 SCALING = {stage: scaled(target_queue_wait_ms=200, target_utilization=0.001) for stage in STAGES}
 SCALING["Model"] = scaled(target_queue_wait_ms=100)
 CONFIG: dict[str, Any] = {
@@ -69,12 +69,12 @@ CONFIG: dict[str, Any] = {
 
 
 class Load:
-    """Clients that ask again and again."""
+    """Clients that each send one request after another."""
 
     def __init__(self, clients: int) -> None:
         self._stopped = threading.Event()
         self.answers: list[tuple[float, Answer]] = []
-        """With the monotonic time at which each came."""
+        """Each response with the monotonic time at which it arrived."""
         self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
         for thread in self._threads:
             thread.start()
@@ -92,7 +92,7 @@ class Load:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head without work and three nodes, whose processes export to ``OTLP_PORT``."""
+    """A head node without CPUs and three worker nodes, whose processes export to ``OTLP_PORT``."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{OTLP_PORT}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
@@ -110,14 +110,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 
 @pytest.fixture
 def receiver(cluster: Cluster) -> Iterator[OtlpReceiver]:
-    """After the cluster: a process that serves gRPC cannot be forked."""
+    """Start after the cluster, because a process that serves gRPC cannot be forked."""
     receiver = OtlpReceiver(OTLP_PORT)
     yield receiver
     receiver.close()
 
 
 def instances(spans: list[Span]) -> dict[str, set[str]]:
-    """The replicas that had requests, by stage."""
+    """Return the replicas that handled requests, by stage."""
     found: dict[str, set[str]] = {}
     for span in spans:
         if span.name in WHOLE_TRACE:
@@ -129,7 +129,7 @@ def ending(answer: Answer) -> str:
     if answer.status == 200:
         return "ok"
     if answer.status == 500 and answer.body == b"Internal Server Error":
-        # Serve's proxy speaks for an ingress that is no more.
+        # Serve's proxy responds in place of an ingress replica that died.
         return "ingress died"
     return str(answer.error["code"])
 
@@ -142,7 +142,7 @@ def has_replicas(count: int) -> Callable[[list[Span]], bool]:
     return done
 
 
-def test_every_stage_scales_across_nodes_and_outlives_the_loss_of_one(
+def test_every_stage_scales_across_nodes_and_survives_the_loss_of_one(
     cluster: Cluster, receiver: OtlpReceiver, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.yaml"
@@ -174,7 +174,7 @@ def test_every_stage_scales_across_nodes_and_outlives_the_loss_of_one(
         assert tree(trace, one(trace, names.PREDICT)) == WHOLE_TREE
     assert max(len({span.resource["ray.node.id"] for span in trace}) for trace in whole) > 1
 
-    # The decisions, each with what it was made on.
+    # Each scaling decision carries the values that it was based on.
     decisions = named(spans, names.SCALING_DECISION)
     reached = {d.attributes["ai.autoscaling.deployment"]: d.attributes["ai.autoscaling.to_replicas"] for d in decisions}
     assert reached == dict.fromkeys(STAGES, 3)
@@ -185,14 +185,14 @@ def test_every_stage_scales_across_nodes_and_outlives_the_loss_of_one(
     assert first.attributes["ai.autoscaling.demand"] > 0.8 or first.attributes["ai.autoscaling.queue_wait_ms"] > 100
     assert first.start <= first.end
 
-    # A replica that is ready has requests at once, though another has a long queue.
+    # A replica gets requests as soon as it is ready, even while another has a long queue.
     runs = named(spans, names.BATCH_FORWARD)
     for loaded in named(spans, names.MODEL_LOAD)[1:]:
         replica = loaded.resource["service.instance.id"]
         first_run = min(run.start for run in runs if run.resource["service.instance.id"] == replica)
         assert (first_run - loaded.end) / 1e9 < 3
 
-    # The loss of a node fails what was on it and nothing else.
+    # Losing a node fails only the requests that were on it.
     ends = Counter(ending(answer) for _, answer in load.answers[before_loss:])
     assert set(ends) <= {"ok", "replica_died", "no_replica_ready", "ingress died"}, ends
     assert ends["ok"] > 10 * (ends.total() - ends["ok"])
@@ -200,7 +200,7 @@ def test_every_stage_scales_across_nodes_and_outlives_the_loss_of_one(
     assert set(last) == {200}
 
 
-def test_a_node_that_is_drained_before_it_goes_fails_nobody(
+def test_draining_a_node_before_its_removal_fails_no_request(
     cluster: Cluster, receiver: OtlpReceiver, tmp_path: Path
 ) -> None:
     """What a worker's ``preStop`` does in k8s/base/rayservice.yaml."""
@@ -233,7 +233,7 @@ def replicas_on(node: Node) -> bool:
     return subprocess.run(["pgrep", "-P", str(raylet), "-f", "ray::ServeReplica"], capture_output=True).returncode == 0
 
 
-def test_the_model_scales_from_zero_to_zero_and_no_request_is_lost(tmp_path: Path) -> None:
+def test_the_model_scales_from_and_to_zero_without_losing_requests(tmp_path: Path) -> None:
     from_zero = {**scaled(target_queue_wait_ms=500, quiet_s=1), "min_replicas": 0}
     application = {
         "name": "slowlens",
@@ -257,7 +257,7 @@ def test_the_model_scales_from_zero_to_zero_and_no_request_is_lost(tmp_path: Pat
         found = [decision.attributes for decision in named(spans, names.SCALING_DECISION)]
         return [(d["ai.autoscaling.from_replicas"], d["ai.autoscaling.to_replicas"]) for d in found]
 
-    # Serve's own word: ours is that the model is not ready, until somebody asks.
+    # Wait for Serve's own health check: ours reports that the model is not ready until a request arrives.
     log = tmp_path / "serve.log"
     with serve_run(config, log, env, health="/-/healthz") as process, ThreadPoolExecutor(10) as pool:
         unready = call(PORT, "GET", "/healthz")

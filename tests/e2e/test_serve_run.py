@@ -1,4 +1,4 @@
-"""``serve run serve_config.yaml`` as a user starts it: HTTP in, OTLP out, under both of Serve's HTTP fronts."""
+"""``serve run serve_config.yaml`` as a user starts it: HTTP in, OTLP out, behind each of Serve's HTTP proxies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Running:
 
 @pytest.fixture(scope="module", params=["python", "haproxy"])
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The application under one front; the Python proxy exports by gRPC, HAProxy's run by HTTP."""
+    """The application behind one proxy: with the Python proxy it exports over gRPC, with HAProxy over HTTP."""
     receiver = OtlpReceiver()
     by_grpc = request.param == "python"
     env = {
@@ -49,7 +49,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     receiver.close()
 
 
-def test_200_concurrent_requests_are_200_whole_trees(running: Running) -> None:
+def test_200_concurrent_requests_produce_200_complete_traces(running: Running) -> None:
     callers = [new_traceparent() for _ in range(REQUESTS)]
 
     def send(number: int) -> Answer:
@@ -91,7 +91,7 @@ def test_200_concurrent_requests_are_200_whole_trees(running: Running) -> None:
 
 
 def check_batches(receiver: OtlpReceiver, traces: dict[str, list[Span]], trace_ids: set[str]) -> None:
-    """Every member is linked to a batch whose links name it, and the batches hold each request once."""
+    """Check that forward spans and batches link to each other, and that each forward span is in exactly one batch."""
     forwards = {(f.trace_id, f.span_id): f for t in trace_ids for f in named(traces[t], names.FORWARD_PASS)}
     wanted = {link for forward in forwards.values() for link in forward.links}
     spans = receiver.wait_for(lambda spans: wanted <= {(s.trace_id, s.span_id) for s in spans})
@@ -110,7 +110,7 @@ def check_batches(receiver: OtlpReceiver, traces: dict[str, list[Span]], trace_i
 
 
 def coverage(traces: dict[str, list[Span]], trace_ids: set[str]) -> float:
-    """The least of all requests: how much of ``predict`` its children cover."""
+    """Return the smallest share of ``predict`` that its children cover, over all requests."""
     shares = []
     for trace_id in trace_ids:
         root = one(traces[trace_id], names.PREDICT)
@@ -120,7 +120,7 @@ def coverage(traces: dict[str, list[Span]], trace_ids: set[str]) -> float:
     return min(shares)
 
 
-def test_a_caller_that_does_not_sample_leaves_no_span(running: Running) -> None:
+def test_an_unsampled_request_leaves_no_spans(running: Running) -> None:
     traceparent, unsampled, _ = new_traceparent(flags="00")
     answer = call(PORT, "POST", "/v1/embeddings", {"input": "a"}, {"traceparent": traceparent})
     later = call(PORT, "POST", "/v1/embeddings", {"input": "b"})
@@ -130,12 +130,12 @@ def test_a_caller_that_does_not_sample_leaves_no_span(running: Running) -> None:
     assert [s for s in running.receiver.spans() if s.trace_id == unsampled] == []
 
 
-def test_a_client_that_hangs_up_cancels_its_work(running: Running) -> None:
+def test_client_disconnect_cancels_the_request(running: Running) -> None:
     traceparent, trace_id, _ = new_traceparent()
     connection = http.client.HTTPConnection("127.0.0.1", PORT)
     body = json.dumps({"input": ["many words " * 200] * 256})
     connection.request("POST", "/v1/embeddings", body, {"traceparent": traceparent})
-    # It has passed the tokenizer, and the model needs many seconds for it.
+    # The request has passed the tokenizer, and the model needs many seconds to run it.
     running.receiver.trace(trace_id, names={names.PREPROCESS})
     connection.close()
     spans = running.receiver.trace(trace_id, names={names.PREDICT, names.BATCHED_PREDICT})
@@ -145,7 +145,7 @@ def test_a_client_that_hangs_up_cancels_its_work(running: Running) -> None:
         assert one(spans, name).status == "ERROR"
 
 
-def test_the_examples_of_the_readme_run(running: Running) -> None:
+def test_readme_examples_run(running: Running) -> None:
     text = (ROOT / "README.md").read_text()
     (curl,) = re.findall(r"^curl -i .*?^```", text, re.MULTILINE | re.DOTALL)
     (python,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -157,6 +157,6 @@ def test_the_examples_of_the_readme_run(running: Running) -> None:
     assert one(running.receiver.trace(trace_id[1], names=WHOLE_TRACE), names.PREDICT).attributes["ai.input_count"] == 2
 
 
-def test_metrics_arrive_too(running: Running) -> None:
+def test_metrics_are_exported(running: Running) -> None:
     assert running.receiver.metric_points(metrics.LATENCY.name)
     assert running.receiver.metric_points(metrics.BATCH_SIZE.name)

@@ -1,4 +1,4 @@
-"""``serve run serve_config.yaml`` without a collector, and with a mistake in the file."""
+"""``serve run serve_config.yaml`` and ``slowlens serve`` without a collector, and with an error in the file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.traces import WHOLE_TRACE
 PORT = 8000
 
 
-def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path: Path) -> None:
+def test_without_a_collector_traces_and_metrics_go_to_the_local_store(tmp_path: Path) -> None:
     with serve_run(ROOT / "serve_config.yaml", tmp_path / "serve.log", {"XDG_STATE_HOME": str(tmp_path)}):
         answers = [call(PORT, "POST", "/v1/embeddings", {"input": f"text {i}"}) for i in range(20)]
         assert not processes(b"ServeReplica:slowlens-page")
         page = call(PORT, "GET", "/slowlens", timeout_s=60)
-    # Stopped by Ctrl-C right after the last answer: what was still in memory must be here as well.
+    # The server was stopped with Ctrl-C right after the last response: data still in memory must be on disk too.
     found = defaultdict(set)
     seen: set[str] = set()
     for path in (tmp_path / "slowlens").glob("*.jsonl"):
@@ -38,14 +38,14 @@ def test_without_a_collector_traces_and_metrics_are_in_the_local_store(tmp_path:
     assert {metrics.LATENCY.name, metrics.BATCH_SIZE.name, metrics.QUEUE_DEPTH.name} <= seen
 
 
-def test_slowlens_serve_starts_the_same_with_the_fast_front_and_the_page(tmp_path: Path) -> None:
+def test_slowlens_serve_starts_with_haproxy_and_the_page(tmp_path: Path) -> None:
     log, config = tmp_path / "serve.log", tmp_path / "config.yaml"
     text = (ROOT / "serve_config.yaml").read_text()
     config.write_text(text.replace("enabled: false", "enabled: true").replace("max_age_s: 5", "max_age_s: 0"))
     with serve_run(config, log, {"XDG_STATE_HOME": str(tmp_path)}, command=("slowlens", "serve")):
         answers = [call(PORT, "POST", "/v1/embeddings", {"input": f"text {i}"}) for i in range(5)]
         fronts = processes(b"haproxy")
-        # The page may start after the model, and what was asked just now may not be written yet.
+        # The page may start after the model, and the latest requests may not be written yet.
         while (verdict := call(PORT, "GET", "/slowlens?format=json&since=1h").json()).get("requests", 0) < 5:
             pass
         page = call(PORT, "GET", "/slowlens")
@@ -74,7 +74,7 @@ def read(path: Path) -> bytes:
         return b""
 
 
-def test_a_wrong_key_fails_at_start_by_name(tmp_path: Path) -> None:
+def test_an_unknown_key_fails_at_startup_and_is_named(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text((ROOT / "serve_config.yaml").read_text().replace("max_batch_size:", "max_batchsize:"))
     problem = "args.batching.max_batchsize: unknown key; known here: max_batch_size, max_batch_tokens"

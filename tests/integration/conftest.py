@@ -25,7 +25,7 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 @pytest.fixture(scope="package")
 def cluster(receiver: OtlpReceiver) -> Iterator[int]:
-    """A local cluster whose replicas export to the receiver. Its HTTP port."""
+    """Start a local cluster whose replicas export to the receiver, and yield its HTTP port."""
     before = dict(os.environ)
     os.environ.update(
         {
@@ -38,7 +38,7 @@ def cluster(receiver: OtlpReceiver) -> Iterator[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    # More logical CPUs than real ones: the stages wait for each other most of the time.
+    # More logical CPUs than real ones, because the stages wait for each other most of the time.
     ray.init(num_cpus=4, logging_level=logging.WARNING, include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
     yield port
@@ -50,7 +50,7 @@ def cluster(receiver: OtlpReceiver) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def deploy(cluster: int) -> Iterator[Callable[..., int]]:
-    """Deploy the application with these ``args``, in place of what was there, and wait until it runs. Its HTTP port."""
+    """Yield a function that replaces the application with one of these ``args``, waits for it and returns the port."""
 
     def run(**args: Any) -> int:
         undeploy()

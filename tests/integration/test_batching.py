@@ -1,4 +1,4 @@
-"""The rules of admission in a real replica: a held device makes the batches that they predict."""
+"""The admission rules in a real replica: holding the device produces the batches that the rules predict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.traces import Span, named, one
 
 BASE_MS, TOKEN_US = 2.0, 500
 MEMORY_TOKENS = 400
-"""A run of more does not fit. Eight inputs of 42 tokens (336) do; eight of 102 do not, nor do four."""
+"""Larger runs do not fit: eight inputs of 42 tokens (336) fit; eight of 102 do not, nor do four."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def port(deploy: Callable[..., int], hold_path: Path) -> int:
 
 @pytest.fixture
 def held(hold_path: Path, port: int) -> Iterator[Callable[[], None]]:
-    """The device is held with one request on it. Call the fixture's value to let it go."""
+    """Hold the device with one request running on it. Call the fixture's value to release it."""
     hold_path.touch()
     first = threading.Thread(target=embed, args=(port, 1))
     first.start()
@@ -57,7 +57,7 @@ def held(hold_path: Path, port: int) -> Iterator[Callable[[], None]]:
 
 
 def embed(port: int, words: int, **headers: str) -> Answer:
-    """One text of so many words, and two tokens more."""
+    """Send one text of ``words`` words, which becomes ``words + 2`` tokens."""
     return call(port, "POST", "/v1/embeddings", {"input": " ".join(["w"] * words)}, headers)
 
 
@@ -66,7 +66,7 @@ def forward_of(receiver: OtlpReceiver, answer: Answer) -> Span:
 
 
 def batches_of(receiver: OtlpReceiver, answers: list[Answer]) -> list[Span]:
-    """The runs that the requests were in, in the order in which they began."""
+    """Return the runs that the requests were part of, in start order."""
     wanted = {link for answer in answers for link in forward_of(receiver, answer).links}
     found: list[Span] = []
 
@@ -78,7 +78,7 @@ def batches_of(receiver: OtlpReceiver, answers: list[Answer]) -> list[Span]:
     return sorted(found, key=lambda span: span.start)
 
 
-def test_like_lengths_run_together_and_the_oldest_first(
+def test_similar_lengths_run_together_and_the_oldest_runs_first(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
     answers = run_together([partial(embed, port, value) for value in [98, 2, 3, 97, 2]], held)
@@ -93,7 +93,7 @@ def test_like_lengths_run_together_and_the_oldest_first(
     assert (long_run.attributes["ai.batch.queue_behind"], short_run.attributes["ai.batch.queue_behind"]) == (3, 0)
 
 
-def test_a_full_batch_is_ready_before_the_device_is_and_the_rest_waits(
+def test_a_full_batch_is_formed_before_the_device_is_free_and_the_rest_waits(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
     answers = run_together([partial(embed, port, value) for value in [3] * 11], held)
@@ -104,7 +104,7 @@ def test_a_full_batch_is_ready_before_the_device_is_and_the_rest_waits(
         3,
         "device_idle",
     )
-    # The whole wait of those in it was for the device; between the runs there was next to nothing.
+    # The requests in the batch waited only for the device; there was almost no gap between the runs.
     for answer in answers[:8]:
         queue = one(receiver.trace(answer.trace_id, names={names.QUEUE, names.PREDICT}), names.QUEUE)
         assert queue.attributes["ai.queue.device_busy_ms"] == pytest.approx(queue.ms, rel=0.2, abs=5)
@@ -113,8 +113,8 @@ def test_a_full_batch_is_ready_before_the_device_is_and_the_rest_waits(
         )
 
 
-def test_what_cannot_make_its_deadline_is_refused_before_the_device_is_asked(port: int, receiver: OtlpReceiver) -> None:
-    """The device is idle and the deadline is ahead; only the estimate can know."""
+def test_a_request_that_cannot_meet_its_deadline_is_rejected_before_it_runs(port: int, receiver: OtlpReceiver) -> None:
+    """The device is idle and the deadline has not passed; only the estimate shows that it will be missed."""
     needs_ms = BASE_MS + 122 * TOKEN_US / 1e3
     answer = embed(port, 120, **{"X-Request-Timeout-Ms": f"{needs_ms * 0.6}"})
     spans = receiver.trace(answer.trace_id, names={names.PREDICT, names.BATCHED_PREDICT, names.QUEUE})
@@ -127,7 +127,7 @@ def test_what_cannot_make_its_deadline_is_refused_before_the_device_is_asked(por
     assert embed(port, 120).status == 200
 
 
-def test_a_limit_of_the_queue_in_tokens(port: int, held: Callable[[], None]) -> None:
+def test_the_queue_is_limited_in_tokens(port: int, held: Callable[[], None]) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(call, port, "POST", "/v1/embeddings", {"input": ["w " * 38] * 24})
         wait_for_depth(1)
@@ -141,7 +141,7 @@ def test_a_limit_of_the_queue_in_tokens(port: int, held: Callable[[], None]) -> 
     assert int(refused.headers["retry-after"]) >= 1
 
 
-def test_out_of_memory_costs_nobody_an_answer_and_is_learned_from(port: int, receiver: OtlpReceiver) -> None:
+def test_out_of_memory_fails_no_request_and_limits_later_batches(port: int, receiver: OtlpReceiver) -> None:
     body = {"input": ["w " * 100] * 8}
     first = call(port, "POST", "/v1/embeddings", body)
     again = call(port, "POST", "/v1/embeddings", body)
@@ -151,7 +151,7 @@ def test_out_of_memory_costs_nobody_an_answer_and_is_learned_from(port: int, rec
 
     assert (first.status, again.status) == (200, 200)
     assert first.json()["data"] == again.json()["data"]
-    # Eight did not fit, nor did four; twos do, and the next batches begin so.
+    # Eight did not fit, nor did four; two do, and later batches start at two.
     assert [(run.status, run.attributes["ai.batch.actual_size"]) for run in of_first][:3] == [
         ("ERROR", 8),
         ("ERROR", 4),
@@ -178,10 +178,10 @@ def out_of_memory_count(receiver: OtlpReceiver) -> int:
     return max(counts, default=0)
 
 
-def test_one_of_a_shared_call_is_forgotten_and_the_others_are_answered(
+def test_cancelling_one_request_of_a_shared_call_leaves_the_others_running(
     receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
-    """A call of three requests, as the ingress shares it among those that wait together."""
+    """One call that carries three requests, as the ingress sends for requests that wait together."""
     trace_ids, calls = [], []
     for _ in range(3):
         traceparent, trace_id, _ = new_traceparent()
@@ -192,7 +192,8 @@ def test_one_of_a_shared_call_is_forgotten_and_the_others_are_answered(
 
     replies: list[tuple[int, Any]] = []
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(lambda: [replies.extend(part) for part in model.predict.remote(tuple(calls))])
+        stream: Any = model.predict.remote(tuple(calls))
+        reading = pool.submit(lambda: replies.extend(reply for part in stream for reply in part))
         wait_for_depth(3)
         asyncio.run(forget(model, calls[1].envelope.carrier.traceparent))
         spans = receiver.trace(trace_ids[1], names={names.BATCHED_PREDICT, names.QUEUE})

@@ -1,4 +1,4 @@
-"""Before the model is loaded: what waits, what it is told, and that the trace says why it was slow."""
+"""Requests before the model is loaded: how long they wait, their response, and how the trace shows the cold start."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def wait_for_ingress(port: int) -> Answer:
 
 
 @pytest.mark.usefixtures("_clean")
-def test_a_request_that_waits_for_the_load_is_cold_and_links_to_it(cluster: int, receiver: OtlpReceiver) -> None:
+def test_a_request_that_waits_for_the_model_load_is_cold_and_links_to_it(cluster: int, receiver: OtlpReceiver) -> None:
     receiver.clear()
     deployed = deploy_loading(load_ms=5000, no_replica_wait_ms=30_000)
     unhealthy = wait_for_ingress(cluster)

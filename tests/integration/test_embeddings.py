@@ -1,4 +1,4 @@
-"""The bundled model behind the unmodified ``openai`` client, against transformers run directly on the same weights."""
+"""The bundled model through the unmodified ``openai`` client, compared with transformers on the same weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def direct() -> Callable[[str], np.ndarray]:
-    """One text at a time, in float32: mean pooling and normalisation as the model's own page describes them."""
+    """Embed one text at a time in float32, with mean pooling and normalisation as in the model's model card."""
     tokenizer, model = AutoTokenizer.from_pretrained(CARD.source), AutoModel.from_pretrained(CARD.source)
 
     @torch.inference_mode()
@@ -48,7 +48,7 @@ def client(port: int) -> openai.OpenAI:
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 0.9999), ("bfloat16", 0.999)])
-def test_agreement_with_transformers_in_whatever_batch(
+def test_embeddings_match_transformers_in_any_batch(
     deploy: Callable[..., int], direct: Callable[[str], np.ndarray], dtype: str, least: float
 ) -> None:
     port = deploy(model={"dtype": dtype})
@@ -103,7 +103,7 @@ def test_openai_client_errors(port: int) -> None:
             api.embeddings.create(model="all-MiniLM-L6-v2", input=[30522])
 
 
-def test_long_input_is_cut_and_says_so_or_is_refused(port: int, direct: Callable[[str], np.ndarray]) -> None:
+def test_long_input_is_truncated_and_flagged_or_rejected(port: int, direct: Callable[[str], np.ndarray]) -> None:
     text = "long " * 400
     (prediction,) = call(port, "POST", "/predict", {"inputs": text}).json()["predictions"]
     refused = call(port, "POST", "/predict", {"inputs": ["short", text], "parameters": {"truncate": False}})

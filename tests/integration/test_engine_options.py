@@ -1,4 +1,4 @@
-"""What the engine's speed settings leave of the answers. The engine itself, without a cluster."""
+"""How the engine's performance settings affect its results. Runs the engine directly, without a cluster."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_int8_stays_close_to_float32(plain: Run) -> None:
     assert 0.95 <= least_cosine(plain, quantized) < 0.99999
 
 
-def test_padding_to_a_multiple_changes_the_shape_and_not_the_answers() -> None:
+def test_padding_to_a_multiple_changes_the_shape_but_not_the_results() -> None:
     plain = embed(TEXTS[:3], dtype="float32")
     padded = embed(TEXTS[:3], dtype="float32", pad_to_multiple_of=64)
 
@@ -64,7 +64,7 @@ def test_padding_to_a_multiple_changes_the_shape_and_not_the_answers() -> None:
     assert least_cosine(plain, padded) >= 0.99999
 
 
-def test_the_length_is_not_rounded_up_beyond_what_the_model_takes() -> None:
+def test_padding_to_a_multiple_does_not_exceed_max_length() -> None:
     run = embed(dtype="float32", pad_to_multiple_of=100, max_length=130)
 
     assert run.output_shape[1] == 130
@@ -72,11 +72,11 @@ def test_the_length_is_not_rounded_up_beyond_what_the_model_takes() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_model_gives_the_same_answers(plain: Run) -> None:
+def test_a_compiled_model_gives_the_same_results(plain: Run) -> None:
     assert least_cosine(plain, embed(dtype="float32", compile=True)) >= 0.9999
 
 
-def test_int8_is_refused_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_is_rejected_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     config = AppConfig.parse({"model": {"quantization": "int8", "device": "cuda", "dtype": "float32"}})
     with pytest.raises(ConfigError, match=r"args\.model\.quantization: int8 is for CPUs"):

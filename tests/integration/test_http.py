@@ -1,4 +1,4 @@
-"""The HTTP face: fields, headers, and one test for each way a request can be refused."""
+"""The HTTP API: fields, headers, and one test for each way a request can be rejected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def embed(port: int, **body: Any) -> Answer:
     return call(port, "POST", "/v1/embeddings", body)
 
 
-def test_openai_shape(port: int) -> None:
+def test_openai_response_shape(port: int) -> None:
     answer = embed(port, input=["a b", "c"], model="fake-model", user="u")
     body = answer.json()
 
@@ -48,7 +48,7 @@ def test_openai_shape(port: int) -> None:
     ]
 
 
-def test_predict_shape(port: int) -> None:
+def test_predict_response_shape(port: int) -> None:
     answer = call(port, "POST", "/predict", {"inputs": ["a " * 40, "b"], "parameters": {"truncate": True, "top_k": 3}})
     body = answer.json()
 
@@ -57,13 +57,13 @@ def test_predict_shape(port: int) -> None:
     assert [prediction["truncated"] for prediction in body["predictions"]] == [True, False]
 
 
-def test_an_input_of_exactly_the_models_length_is_not_truncated(port: int) -> None:
+def test_an_input_of_exactly_max_length_is_not_truncated(port: int) -> None:
     body = call(port, "POST", "/predict", {"inputs": ["a " * 14, "a " * 15]}).json()
 
     assert [prediction["truncated"] for prediction in body["predictions"]] == [False, True]
 
 
-def test_token_ids_are_used_as_they_are(port: int) -> None:
+def test_token_ids_are_used_as_is(port: int) -> None:
     one, several = embed(port, input=[5, 6, 7]).json(), embed(port, input=[[5, 6, 7], [8]]).json()
 
     assert one["usage"]["prompt_tokens"] == 3
@@ -71,7 +71,7 @@ def test_token_ids_are_used_as_they_are(port: int) -> None:
     assert one["data"][0]["embedding"] == several["data"][0]["embedding"]
 
 
-def test_dimensions_cuts_and_normalises_again(port: int) -> None:
+def test_dimensions_truncates_and_renormalises(port: int) -> None:
     (item,) = embed(port, input="a b c", dimensions=2).json()["data"]
 
     assert len(item["embedding"]) == 2
@@ -132,7 +132,7 @@ def test_422_names_the_field_and_the_rule(port: int, body: dict[str, Any], param
         (["a"], "the body must be a JSON object; got a list"),
     ],
 )
-def test_422_of_predict(port: int, body: Any, message: str) -> None:
+def test_422_on_predict(port: int, body: Any, message: str) -> None:
     answer = call(port, "POST", "/predict", body)
 
     assert answer.status == 422
@@ -140,13 +140,13 @@ def test_422_of_predict(port: int, body: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"input": "\\ud800"}', b"[" * 2000])
-def test_400_for_what_is_not_json(port: int, body: bytes) -> None:
+def test_400_for_invalid_json(port: int, body: bytes) -> None:
     answer = call(port, "POST", "/v1/embeddings", body)
 
     assert (answer.status, answer.error["code"]) == (400, "invalid_json")
 
 
-def test_413_for_a_large_body_announced_or_not(port: int) -> None:
+def test_413_for_a_large_body_with_or_without_content_length(port: int) -> None:
     announced = call(port, "POST", "/v1/embeddings", b"x" * (MAX_BODY + 1))
     assert (announced.status, announced.error["code"]) == (413, "too_large")
     assert f"at most {MAX_BODY}" in announced.error["message"]
@@ -166,7 +166,7 @@ def test_413_for_too_many_inputs(port: int) -> None:
     assert answer.error["message"] == "input has 5 inputs; at most 4 are allowed in one request"
 
 
-def test_404_for_another_model(port: int) -> None:
+def test_404_for_an_unknown_model(port: int) -> None:
     answer = embed(port, input="a", model="gpt-5")
 
     assert (answer.status, answer.error["code"], answer.error["param"]) == (404, "model_not_found", "model")
@@ -174,7 +174,7 @@ def test_404_for_another_model(port: int) -> None:
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/v1/embeddings", 405)])
-def test_other_paths_and_methods_answer_in_the_same_shape(port: int, method: str, path: str, status: int) -> None:
+def test_unknown_paths_and_methods_use_the_same_error_shape(port: int, method: str, path: str, status: int) -> None:
     answer = call(port, method, path, headers={"X-Request-ID": "mine"})
 
     assert answer.status == status
@@ -183,20 +183,20 @@ def test_other_paths_and_methods_answer_in_the_same_shape(port: int, method: str
 
 
 @pytest.mark.parametrize("timeout", ["0", "-5", "soon", "nan", "60001"])
-def test_422_for_a_wrong_timeout(port: int, timeout: str) -> None:
+def test_422_for_an_invalid_timeout(port: int, timeout: str) -> None:
     answer = call(port, "POST", "/v1/embeddings", {"input": "a"}, {"X-Request-Timeout-Ms": timeout})
 
     assert (answer.status, answer.error["param"]) == (422, "X-Request-Timeout-Ms")
     assert "at most 60000" in answer.error["message"]
 
 
-def test_504_when_the_deadline_is_too_short_to_begin(port: int) -> None:
+def test_504_when_the_deadline_is_too_short_to_start(port: int) -> None:
     answer = call(port, "POST", "/v1/embeddings", {"input": "a"}, {"X-Request-Timeout-Ms": "0.001"})
 
     assert (answer.status, answer.error["code"]) == (504, "deadline_passed")
 
 
-def test_504_for_a_body_that_comes_too_slowly(port: int) -> None:
+def test_504_for_a_body_that_arrives_too_slowly(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port)) as connection:
         head = "POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\nX-Request-Timeout-Ms: 200\r\n\r\n"
         connection.sendall(head.encode() + b'{"input": ')
@@ -211,7 +211,7 @@ def test_504_for_a_body_that_comes_too_slowly(port: int) -> None:
 @pytest.mark.parametrize(
     ("body", "status"), [({"input": "a b"}, 200), ({"input": 1}, 422), ({"input": [1, 29_999, 30_001]}, 422)]
 )
-def test_every_answer_has_the_headers_once(port: int, body: Any, status: int) -> None:
+def test_every_response_has_each_header_once(port: int, body: Any, status: int) -> None:
     answer = call(port, "POST", "/v1/embeddings", body, {"X-Request-ID": "mine"})
     sent = [name for name, _ in answer.header_list]
 
@@ -225,7 +225,7 @@ def test_every_answer_has_the_headers_once(port: int, body: Any, status: int) ->
     assert abs(parts - timing["total"]) <= max(1.0, 0.05 * timing["total"])
 
 
-def test_a_request_id_is_made_where_none_is_given(port: int) -> None:
+def test_a_missing_request_id_is_generated(port: int) -> None:
     ids = {embed(port, input="a").headers["x-request-id"] for _ in range(2)}
 
     assert len(ids) == 2
@@ -242,7 +242,7 @@ def test_models(port: int) -> None:
     assert call(port, "GET", "/v1/models/other").error["code"] == "model_not_found"
 
 
-def test_docs_describe_the_bodies(port: int) -> None:
+def test_openapi_describes_the_request_bodies(port: int) -> None:
     paths = call(port, "GET", "/openapi.json").json()["paths"]
     body = paths["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
 
@@ -252,21 +252,21 @@ def test_docs_describe_the_bodies(port: int) -> None:
     assert call(port, "GET", "/docs").status == 200
 
 
-def test_text_is_captured_only_where_asked_for(port: int, receiver: OtlpReceiver) -> None:
+def test_text_is_captured_when_capture_text_is_on(port: int, receiver: OtlpReceiver) -> None:
     answer = embed(port, input=["first text", "second"])
     root = one(receiver.trace(answer.trace_id, names={names.PREDICT}), names.PREDICT)
 
     assert root.attributes["ai.input_text"] == ["first text", "second"]
 
 
-def test_repeated_texts_come_from_the_cache_unless_they_are_long(port: int, receiver: OtlpReceiver) -> None:
+def test_repeated_texts_are_cached_unless_they_are_long(port: int, receiver: OtlpReceiver) -> None:
     long = "longer than the cache takes"
     embed(port, input=["cached once", long])
     answer = embed(port, input=["cached once", long, "new"])
     preprocess = one(receiver.trace(answer.trace_id, names={names.PREPROCESS}), names.PREPROCESS)
 
     assert preprocess.attributes["ai.preprocess.cache_hits"] == 1
-    # slow_ms is 0 here, so every tokenization is a slow one.
+    # slow_ms is 0 here, so every tokenization counts as slow.
     ((event, attributes),) = preprocess.events
     assert event == "slow_tokenization"
     assert attributes == {"duration_ms": pytest.approx(preprocess.ms, abs=0.01), "input_length": 11 + len(long) + 3}

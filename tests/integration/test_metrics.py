@@ -1,4 +1,4 @@
-"""What a metrics backend gets from a running application."""
+"""The metrics that a running application exports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def answers(port: int) -> list[Answer]:
 
 
 def points(receiver: OtlpReceiver, spec: MetricSpec, enough: Callable[[list[Any]], bool] = bool) -> list[Any]:
-    """The newest points of a metric (one per attribute set), once they are enough."""
+    """Return the newest points of a metric, one per attribute set, once ``enough`` accepts them."""
     newest: list[Any] = []
 
     def arrived(_: object) -> bool:
@@ -49,8 +49,8 @@ def attributes(point: Any) -> dict[str, str]:
     return {a.key: a.value.string_value or str(a.value.int_value) for a in point.attributes}
 
 
-def test_every_metric_of_the_table_arrives_with_its_attributes(answers: list[Answer], receiver: OtlpReceiver) -> None:
-    # Those of the autoscaling policy: tests/e2e/test_prometheus.py.
+def test_every_declared_metric_is_exported_with_its_attributes(answers: list[Answer], receiver: OtlpReceiver) -> None:
+    # tests/e2e/test_prometheus.py covers the metrics of the autoscaling policy.
     of_replicas = {m.name for m in METRICS if m.service != "autoscaler"}
     wanted = of_replicas - NEVER_WITHOUT_GPU - ONLY_WHEN_SOMETHING_IS_WRONG
     specs = {m.name: m for m in METRICS}
@@ -85,9 +85,9 @@ def test_outcomes_tokens_and_sizes_are_counted(answers: list[Answer], receiver: 
     assert warm.as_int == 1
 
 
-def test_latencies_carry_the_trace_as_exemplar(answers: list[Answer], receiver: OtlpReceiver) -> None:
+def test_latency_exemplars_carry_the_trace_id(answers: list[Answer], receiver: OtlpReceiver) -> None:
     points(receiver, metrics.LATENCY, lambda found: sum(p.count for p in found) == 4)
-    # Those of every export: each has the exemplars since the one before.
+    # Use the points of every export: each holds only the exemplars since the previous one.
     of_all = [point for _, metric, point in receiver.metrics() if metric.name == metrics.LATENCY.name]
     exemplars = {e.trace_id.hex() for point in of_all for e in point.exemplars}
 
@@ -95,7 +95,7 @@ def test_latencies_carry_the_trace_as_exemplar(answers: list[Answer], receiver: 
     assert exemplars
 
 
-def test_server_duration_has_the_conventions_attributes(answers: list[Answer], receiver: OtlpReceiver) -> None:
+def test_server_duration_has_semantic_convention_attributes(answers: list[Answer], receiver: OtlpReceiver) -> None:
     found = points(receiver, metrics.HTTP_DURATION, lambda found: sum(p.count for p in found) == 4)
     ok, invalid = sorted((attributes(point) for point in found), key=lambda a: a["http.response.status_code"])
 
@@ -104,7 +104,7 @@ def test_server_duration_has_the_conventions_attributes(answers: list[Answer], r
     assert invalid == {**expected, "http.response.status_code": "422", "error.type": "invalid_field"}
 
 
-def test_processes_report_their_own_use(answers: list[Answer], receiver: OtlpReceiver) -> None:
+def test_processes_report_cpu_and_memory_use(answers: list[Answer], receiver: OtlpReceiver) -> None:
     receiver.wait_for(
         lambda _: len({s for s, m, _ in receiver.metrics() if m.name == metrics.PROCESS_MEMORY.name}) == 4
     )

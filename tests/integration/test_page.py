@@ -1,4 +1,4 @@
-"""The page in a real Chromium: it needs no network, its charts are drawn, every mark of them leads to a trace."""
+"""The page in a real Chromium: it needs no network, draws its charts, and links every chart point to a trace."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A minute with a slow tokenizer, three cold starts, and one process that says hostile things of itself."""
+    """One minute with a slow tokenizer, three cold starts and one process whose attributes contain hostile markup."""
     spans = window({"tokenize": 90.0})
     for number in range(240, 280):
         slow: dict[str, Any] = {"cold": 2000.0} if number in (250, 251, 252) else {}
@@ -44,7 +44,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Opened:
-    """The page, with what it asked of the network and complained of."""
+    """The open page, with the URLs it requested and its console messages and errors."""
 
     def __init__(self, browser: Browser, path: Path, **settings: Any) -> None:
         self.page: Page = browser.new_page(**settings)
@@ -56,7 +56,7 @@ class Opened:
         self.page.goto(path.as_uri())
 
     def colors(self, chart: str) -> int:
-        """How many different colours its canvas has; 1 where nothing is drawn."""
+        """Return the number of distinct colours on the chart's canvas; 1 if nothing is drawn."""
         count: int = self.page.evaluate(
             """(id) => {
                 const canvas = document.getElementById(id);
@@ -77,7 +77,7 @@ def opened(browser: Browser, path: Path) -> Iterator[Opened]:
     opened.page.close()
 
 
-def test_findings_and_all_five_charts_are_there_without_a_network(opened: Opened) -> None:
+def test_findings_and_all_five_charts_render_without_a_network(opened: Opened) -> None:
     page = opened.page
     assert page.locator(".finding h2 b").all_inner_texts() == ["cold_start", "tokenization"]
     assert page.locator("figcaption").all_inner_texts() == [
@@ -91,7 +91,7 @@ def test_findings_and_all_five_charts_are_there_without_a_network(opened: Opened
     assert "tokenization" in page.locator("tbody").inner_text()
 
 
-def test_a_finding_leads_to_its_traces(opened: Opened) -> None:
+def test_a_finding_links_to_its_traces(opened: Opened) -> None:
     page = opened.page
     assert not page.locator("#trace").is_visible()
     link = page.locator(".finding a").first
@@ -109,7 +109,7 @@ def test_a_finding_leads_to_its_traces(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("chart", CHARTS)
-def test_every_mark_of_a_chart_leads_to_a_trace_that_is_on_the_page(opened: Opened, chart: str) -> None:
+def test_every_chart_point_links_to_a_trace_on_the_page(opened: Opened, chart: str) -> None:
     page = opened.page
     marks = page.evaluate(
         """(id) => Chart.getChart(id).data.datasets.filter((set) => set.pointRadius !== 0)
@@ -136,7 +136,7 @@ def test_every_mark_of_a_chart_leads_to_a_trace_that_is_on_the_page(opened: Open
     assert page.locator("#trace").is_visible()
 
 
-def test_what_traces_say_is_text_and_never_markup(opened: Opened) -> None:
+def test_trace_values_are_shown_as_text_and_never_as_markup(opened: Opened) -> None:
     page = opened.page
     page.locator(".finding a").first.click()
     assert HOSTILE in page.locator("#trace").inner_text()
@@ -145,7 +145,7 @@ def test_what_traces_say_is_text_and_never_markup(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_by_day_and_by_night(browser: Browser, path: Path, scheme: Any) -> None:
+def test_the_page_fits_a_phone_in_light_and_dark_mode(browser: Browser, path: Path, scheme: Any) -> None:
     opened = Opened(browser, path, viewport={"width": 360, "height": 740}, color_scheme=scheme)
     page = opened.page
     page.locator(".finding a").first.click()
@@ -157,7 +157,7 @@ def test_a_phone_by_day_and_by_night(browser: Browser, path: Path, scheme: Any) 
             return [document.documentElement.scrollWidth, light(style.backgroundColor), light(style.color)];
         }"""
     )
-    # Nothing sticks out, and ink and ground are far apart.
+    # Nothing overflows the screen, and text and background contrast strongly.
     assert width == 360
     assert (ground < 0.2 and ink > 0.8) if scheme == "dark" else (ground > 0.8 and ink < 0.2)
     assert all(opened.colors(chart) > 10 for chart in CHARTS)

@@ -1,10 +1,11 @@
-"""A model replica that dies under a request: who is told what, and that health tells the truth until it is back."""
+"""A model replica that dies during a request: the error response, its spans, and the health check until recovery."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -15,12 +16,12 @@ from tests.support.otlp import OtlpReceiver
 from tests.support.traces import one
 
 
-def model_actor() -> ray.actor.ActorHandle:
+def model_actor() -> ray.actor.ActorHandle[Any]:
     (name,) = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True) if "#Model#" in n["name"]]
     return ray.get_actor(name, namespace="serve")
 
 
-def test_a_replica_that_dies(deploy: Callable[..., int], receiver: OtlpReceiver, tmp_path: Path) -> None:
+def test_replica_death_and_recovery(deploy: Callable[..., int], receiver: OtlpReceiver, tmp_path: Path) -> None:
     hold = tmp_path / "hold"
     port = deploy(model={"engine": "fake", "fake": {"hold_path": str(hold), "load_ms": 3000}})
     hold.touch()

@@ -1,4 +1,4 @@
-"""Every task over HTTP, against transformers' own pipeline on the same small model."""
+"""Every task over HTTP, compared with the transformers pipeline on the same small model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ MASKED = ["the [MASK] sat on the mat", "alice likes [MASK]", "[MASK] cat"]
 def predict(port: int, inputs: list[str], **parameters: Any) -> dict[str, Any]:
     answer = call(port, "POST", "/predict", {"inputs": inputs, "parameters": parameters})
     assert answer.status == 200, answer.body
-    return answer.json()
+    body: dict[str, Any] = answer.json()
+    return body
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""``slowlens`` in a real terminal, and in a pipe."""
+"""``slowlens`` in a real terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOWLENS = str(Path(sys.executable).with_name("slowlens"))
 
 
 class Terminal:
-    """What a program shows in a terminal of 120 columns."""
+    """The output of a program in a 120-column terminal."""
 
     def __init__(self, process: subprocess.Popen[bytes], screen: int) -> None:
         self.process, self._screen = process, screen
@@ -37,7 +37,7 @@ class Terminal:
                 try:
                     self.shown += os.read(self._screen, 65536).decode(errors="replace")
                 except OSError:
-                    # Linux: whoever had the other end has gone.
+                    # On Linux, reading fails once the other end is closed.
                     assert re.search(pattern, self.shown), f"{pattern!r} is not in {self.shown[-2000:]!r}"
 
 
@@ -63,7 +63,7 @@ def terminal(*arguments: str, env: Mapping[str, str] = {}) -> Iterator[Terminal]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A minute that ended just now, with a slow tokenizer."""
+    """One minute of traces that ends now, with a slow tokenizer."""
     folder = tmp_path / "store"
     folder.mkdir()
     write(folder / "a.jsonl", "tokenize", 0)
@@ -76,7 +76,7 @@ def write(path: Path, slow: str, seconds_ago: int) -> None:
     path.write_text(otlp(moved(spans, time.time_ns() - last - seconds_ago * 10**9)))
 
 
-def test_live_follows_what_is_written_until_it_is_interrupted(store: Path) -> None:
+def test_live_follows_new_traces_until_interrupted(store: Path) -> None:
     with terminal("live", "--source", str(store), "--every", "1s") as shown:
         shown.until(r"(?s)120 requests .*tokenization")
         spans = window({"upload": 700.0}, count=120)
@@ -98,13 +98,13 @@ def test_live_waits_for_the_first_request(tmp_path: Path) -> None:
         shown.until("120 requests")
 
 
-def test_a_server_that_does_not_answer_ends_live(tmp_path: Path) -> None:
+def test_live_exits_when_the_server_is_unreachable(tmp_path: Path) -> None:
     ended = subprocess.run([SLOWLENS, "live", "--source", "http://127.0.0.1:9"], capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr.startswith("slowlens: http://127.0.0.1:9 cannot be reached")
 
 
-def test_a_long_reading_shows_how_far_it_is(store: Path) -> None:
+def test_reading_a_large_store_shows_progress(store: Path) -> None:
     (store / "b.jsonl").write_text('{"resourceSpans": []}\n' * 1_500_000)
     with terminal("why", "--source", str(store)) as shown:
         shown.until(r"reading .*\d+%")
@@ -113,14 +113,14 @@ def test_a_long_reading_shows_how_far_it_is(store: Path) -> None:
 
 
 @pytest.mark.parametrize(("env", "colored"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_colours_in_a_terminal_where_they_are_wanted(store: Path, env: dict[str, str], colored: bool) -> None:
+def test_colours_in_a_terminal_unless_no_color_is_set(store: Path, env: dict[str, str], colored: bool) -> None:
     with terminal("why", "--source", str(store), env=env) as shown:
         shown.until("unaccounted|response")
         shown.process.wait(10)
     assert ("\x1b[1;31m1. tokenization" in shown.shown) == colored
 
 
-def test_a_pipe_gets_plain_lines_and_may_end_early(store: Path) -> None:
+def test_piped_output_is_plain_and_the_pipe_may_close_early(store: Path) -> None:
     whole = subprocess.run([SLOWLENS, "why", "--source", str(store)], capture_output=True, text=True, check=True)
     assert "\x1b" not in whole.stdout
     assert not [line for line in whole.stdout.splitlines() if line != line.rstrip()]

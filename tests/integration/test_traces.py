@@ -1,4 +1,4 @@
-"""One request, one trace: what every span says, and how batches and requests are linked."""
+"""One trace per request: the attributes of every span, and the links between batches and requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def port(deploy: Callable[..., int], hold_path: Path) -> int:
 
 @pytest.fixture
 def held(hold_path: Path, port: int, receiver: OtlpReceiver) -> Iterator[Callable[[], None]]:
-    """The device is held with one request on it. Call the fixture's value to let it go."""
+    """Hold the device with one request running on it. Call the fixture's value to release it."""
     hold_path.touch()
     first = threading.Thread(target=call, args=(port, "POST", "/v1/embeddings", {"input": "holds the device"}))
     first.start()
@@ -57,7 +57,7 @@ def embed(port: int, text: str | list[Any], **headers: str) -> Answer:
     return call(port, "POST", "/v1/embeddings", {"input": text}, headers)
 
 
-def test_one_request_is_one_whole_trace(port: int, receiver: OtlpReceiver) -> None:
+def test_one_request_produces_one_complete_trace(port: int, receiver: OtlpReceiver) -> None:
     traceparent, trace_id, caller_span = new_traceparent()
     answer = embed(port, "one two three", traceparent=traceparent, tracestate="vendor=value", **{"X-Request-ID": "r-1"})
     spans = receiver.trace(trace_id, names=WHOLE_TRACE)
@@ -120,7 +120,7 @@ def test_one_request_is_one_whole_trace(port: int, receiver: OtlpReceiver) -> No
     assert postprocess.attributes["ai.postprocess.output_length"] > 0
 
 
-def test_resources_name_the_actor_and_its_replica(port: int, receiver: OtlpReceiver) -> None:
+def test_resources_identify_the_actor_and_its_replica(port: int, receiver: OtlpReceiver) -> None:
     spans = receiver.trace(embed(port, "who are you").trace_id, names=WHOLE_TRACE)
     by_service = {span.service: span.resource for span in spans}
 
@@ -134,7 +134,7 @@ def test_resources_name_the_actor_and_its_replica(port: int, receiver: OtlpRecei
         assert service.removeprefix("slowlens.") in resource["service.instance.id"].lower()
 
 
-def test_resources_state_the_settings_that_a_fix_may_name(port: int, receiver: OtlpReceiver) -> None:
+def test_resources_carry_the_settings_that_a_fix_may_name(port: int, receiver: OtlpReceiver) -> None:
     spans = receiver.trace(embed(port, "how are you set up").trace_id, names=WHOLE_TRACE)
     settings = {
         key.removeprefix(names.SETTING): value
@@ -149,13 +149,13 @@ def test_resources_state_the_settings_that_a_fix_may_name(port: int, receiver: O
     assert settings["deployments.Model.max_ongoing_requests"] == 4000
 
 
-def test_the_client_is_who_the_first_intermediary_says(port: int, receiver: OtlpReceiver) -> None:
+def test_client_address_is_the_first_x_forwarded_for_entry(port: int, receiver: OtlpReceiver) -> None:
     answer = embed(port, "from afar", **{"X-Forwarded-For": "203.0.113.7, 10.0.0.1"})
     root = one(receiver.trace(answer.trace_id, names=WHOLE_TRACE), names.PREDICT)
     assert root.attributes["client.address"] == "203.0.113.7"
 
 
-def test_without_a_caller_a_trace_of_its_own_begins(port: int, receiver: OtlpReceiver) -> None:
+def test_a_request_without_traceparent_starts_a_new_trace(port: int, receiver: OtlpReceiver) -> None:
     answer = embed(port, "nobody called")
     root = one(receiver.trace(answer.trace_id, names=WHOLE_TRACE), names.PREDICT)
 
@@ -173,10 +173,10 @@ def test_a_malformed_traceparent_is_ignored(port: int, receiver: OtlpReceiver, m
     assert (answer.status, root.parent_id) == (200, "")
 
 
-def test_a_caller_that_does_not_sample_is_honoured_in_every_actor(port: int, receiver: OtlpReceiver) -> None:
+def test_every_actor_honours_an_unsampled_traceparent(port: int, receiver: OtlpReceiver) -> None:
     traceparent, unsampled, _ = new_traceparent(flags="00")
     answer = embed(port, "leave no trace", traceparent=traceparent)
-    # Spans leave each process in order, so once this later trace is whole the earlier one would be there too.
+    # Each process exports spans in order, so once this later trace is complete the earlier one would be there too.
     receiver.trace(embed(port, "a later one").trace_id, names=WHOLE_TRACE)
 
     assert answer.headers["traceresponse"].startswith(f"00-{unsampled}-")
@@ -184,7 +184,7 @@ def test_a_caller_that_does_not_sample_is_honoured_in_every_actor(port: int, rec
     assert [span for span in receiver.spans() if span.trace_id == unsampled] == []
 
 
-def test_requests_that_waited_together_run_as_one_batch(
+def test_requests_that_queue_together_run_as_one_batch(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
     trace_ids = [
@@ -221,7 +221,7 @@ def test_requests_that_waited_together_run_as_one_batch(
     assert batch.attributes["ai.batch.avg_wait_ms"] == pytest.approx(sum(waits) / 3, abs=0.01)
 
 
-def test_a_request_spread_over_batches_has_a_queue_and_a_forward_span_for_each(
+def test_a_request_split_across_batches_has_a_queue_and_a_forward_span_per_batch(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
     texts = [f"text number {i}" for i in range(6)]
@@ -276,7 +276,7 @@ def test_a_poisoned_input_fails_alone(port: int, receiver: OtlpReceiver, held: C
     assert [statuses[run] for run in runs] == ["ERROR", "UNSET"]
 
 
-def test_a_client_that_hangs_up_ends_every_span_and_its_input_never_runs(
+def test_client_disconnect_ends_every_span_and_the_input_never_runs(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
     traceparent, trace_id, _ = new_traceparent()
@@ -318,7 +318,7 @@ def test_work_past_its_deadline_is_dropped_before_the_model_runs(
     assert named(spans, names.FORWARD_PASS) == []
 
 
-def test_a_full_queue_answers_429_and_says_when_to_come_back(
+def test_a_full_queue_returns_429_with_a_retry_after_header(
     port: int, receiver: OtlpReceiver, held: Callable[[], None]
 ) -> None:
     with ThreadPoolExecutor(1) as pool:

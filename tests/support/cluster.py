@@ -1,4 +1,4 @@
-"""Questions to the running application that HTTP does not answer."""
+"""Queries to the running application that are not available over HTTP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.http import Answer
 
 
 def wait_for_depth(depth: int, *, running: bool = False) -> None:
-    """Until so many inputs wait in the model replica and, with ``running``, others are on the device."""
+    """Wait until ``depth`` inputs wait in the model replica and, with ``running``, others are on the device."""
     model = serve.get_deployment_handle("Model", "slowlens")
     while True:
         state = model.queue_state.remote().result()
@@ -20,7 +20,7 @@ def wait_for_depth(depth: int, *, running: bool = False) -> None:
 
 
 def run_together(sends: Sequence[Callable[[], Answer]], let_go: Callable[[], None]) -> list[Answer]:
-    """Send each request when the one before it waits for the held device, then let the device go."""
+    """Send each request once the previous one waits for the held device, then release the device."""
     with ThreadPoolExecutor(len(sends)) as pool:
         futures = []
         for depth, send in enumerate(sends, start=1):

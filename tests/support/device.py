@@ -1,4 +1,4 @@
-"""A device that the test holds in its hand, behind the real gate."""
+"""A device that the test controls, behind the real gate."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.support.virtual_time import now_ns
 
 FOREVER = 2**62
 _WORKERS = 2
-"""As the replica has: one runs its batch, one holds the batch that is ready to follow."""
+"""As in the replica: one runs its batch, one holds the batch that is ready to follow."""
 
 
 class Device:
-    """Pulls what the gate releases; each run lasts until the test ends it."""
+    """Pulls the batches that the gate releases; each run continues until the test ends it."""
 
     def __init__(self, *, clock: Callable[[], int] | None = None, **limits: float) -> None:
         self.now_ns = 0
@@ -41,20 +41,20 @@ class Device:
             self._pulled.append(pulled.result())
 
     def ready(self) -> list[str]:
-        """Who is in the batch that is ready to follow the run."""
+        """Return the payloads of the batch that is ready to follow the run."""
         waiting = [batch for batch in self._pulled if not batch.has_started]
         return [entry.payload for entry in waiting[0].present] if waiting else []
 
     async def start(self) -> list[str]:
-        """Start one run of what the gate has released. Returns who is in it."""
+        """Start one run of what the gate has released. Return its payloads."""
         await settle()
         while not self._pulled[0].present:
-            # As the device's thread does: nobody wants it any more.
+            # As the device thread does: all its entries were cancelled.
             await self._put_back(self._pulled[0])
         return self.start_next(self._pulled[0])
 
     def start_next(self, batch: Batch[str] | None = None) -> list[str]:
-        """The same of the batch that is ready to follow, though the end of the run before has not been told yet."""
+        """Start the batch that is ready to follow, although the end of the previous run has not been reported yet."""
         batch = batch or next(batch for batch in self._pulled if not batch.has_started)
         self.gate.begin(batch)
         self.runs.append(batch)
@@ -82,7 +82,7 @@ class Device:
 
 
 def timed_device(**limits: float) -> Device:
-    """Its clock is the loop's, and its runs are expected to take 40 ms."""
+    """A device on the event loop's clock whose runs are expected to take 40 ms."""
     device = Device(clock=now_ns, **limits)
     device.gate.planner.cost = RunCost(run_ns=40e6, token_ns=1)
     return device

@@ -25,7 +25,8 @@ class Answer:
         body = self.json()
         assert set(body) == {"error"}
         assert set(body["error"]) == {"message", "type", "param", "code"}
-        return body["error"]
+        error: dict[str, Any] = body["error"]
+        return error
 
     @property
     def trace_id(self) -> str:
@@ -48,7 +49,7 @@ def call(
     headers: dict[str, str] | None = None,
     timeout_s: float = 60,
 ) -> Answer:
-    """One request on a connection of its own. ``body`` is sent as it is if bytes, else as JSON."""
+    """Send one request on its own connection. ``body`` is sent unchanged if bytes, otherwise as JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
         raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()

@@ -1,10 +1,10 @@
-"""The stages in one process: real ones on the fake engine, called through handles that stand for Serve's."""
+"""Real stages in one process, on the fake engine, called through stand-ins for Serve's handles."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from deployments.config import AppConfig
 from deployments.stages.batch_runner import Entry, RunEntries, SubmitEntries
@@ -19,7 +19,7 @@ PLACEMENT = Placement(ReplicaIdentity("replica", "node"), "app", 1.0, ())
 
 
 def run_directly(run: RunEntries, _: int) -> SubmitEntries:
-    """Instead of ``@serve.batch``, which needs a replica of Serve around it."""
+    """Stand in for ``@serve.batch``, which needs to run in a Serve replica."""
 
     async def submit(entries: Sequence[Entry]) -> None:
         await run(list(entries))
@@ -28,15 +28,15 @@ def run_directly(run: RunEntries, _: int) -> SubmitEntries:
 
 
 class LocalHandle:
-    """What a ``DeploymentHandle`` is to a stage client.
+    """Stand-in for the ``DeploymentHandle`` that a stage client uses.
 
     Attributes:
-        error: raised by the next calls, instead of an answer.
+        error: raised by the next calls instead of replying.
         calls: the actor calls so far.
     """
 
     def __init__(self, name: str, stage: Any) -> None:
-        self.deployment_name, self._stage = name, stage
+        self.deployment_name, self.stage = name, stage
         self._method, self._stream = "", False
         self.error: BaseException | None = None
         self.calls: list[tuple[Any, ...]] = []
@@ -50,12 +50,12 @@ class LocalHandle:
         return _Stream(self, calls) if self._stream else _Response(self, calls)
 
     def broadcast(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        return _Broadcast(getattr(self._stage, method)(arguments))
+        return _Broadcast(getattr(self.stage, method)(arguments))
 
     def invoke(self, calls: tuple[Any, ...]) -> Any:
         if self.error is not None:
             raise self.error
-        return getattr(self._stage, self._method)(calls)
+        return getattr(self.stage, self._method)(calls)
 
 
 class _Response:
@@ -101,6 +101,12 @@ class Application:
         self.model_stage = ModelStage(self.config, placement=PLACEMENT, batched=run_directly)
         self.model = LocalHandle("Model", self.model_stage)
         self.postprocessor = LocalHandle("Postprocessor", PostprocessorStage(self.config, placement=PLACEMENT))
-        handles: Any = (self.tokenizer, self.model, self.postprocessor)
-        self.ingress = IngressStage(self.config, *handles, created_unix_s=7, placement=PLACEMENT)
+        self.handles = (self.tokenizer, self.model, self.postprocessor)
+        tokenizer, model, postprocessor = cast(Any, self.handles)
+        self.ingress = IngressStage(self.config, tokenizer, model, postprocessor, 7, placement=PLACEMENT)
         self.app = self.ingress.__serve_build_asgi_app__()
+
+    def close(self) -> None:
+        """As Serve does when it stops a replica."""
+        for stage in (self.ingress, *(handle.stage for handle in self.handles)):
+            stage.__del__()

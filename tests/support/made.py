@@ -1,4 +1,4 @@
-"""Requests made by hand, span by span: one of 10 tokens that waits for nothing, and what may be different about it."""
+"""Synthetic requests, span by span: a 10-token request that waits for nothing, and possible deviations from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SKEW = {
     "autoscaler": 0.0,
     "model-2": 0.0,
 }
-"""Milliseconds that each host's clock is ahead."""
+"""Milliseconds by which each host's clock is ahead."""
 RUN_MS, TOKEN_MS = 4.0, 0.5
 
 
@@ -43,8 +43,16 @@ def span(
 
 
 def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
-    """One request of 10 tokens, alone in its run, that waits for nothing; ``slow`` says what is different about it."""
-    d = {"upload": 1.0, "tokenize": 0.5, "there": 1.0, "back": 1.0, "busy": 0.0, "fill": 0.0, "contention": 0.0}
+    """A 10-token request, alone in its run, that waits for nothing, except as ``slow`` overrides."""
+    d: dict[str, Any] = {
+        "upload": 1.0,
+        "tokenize": 0.5,
+        "there": 1.0,
+        "back": 1.0,
+        "busy": 0.0,
+        "fill": 0.0,
+        "contention": 0.0,
+    }
     d |= {"postprocess": 0.4, "tokens": 10, "batch_mates": 0, "padding": 0, "cold": 0.0, "lost": (), "error": ""}
     d |= {
         "chars": 40,
@@ -67,7 +75,7 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
         made.append(span(trace, ident, "root", name, "ingress", clock, took))
         made.append(span(trace, ident + "s", ident, stage_names[stage], stage, clock + there, held, **attributes))
         clock += took
-        return clock - d["back"] - held
+        return float(clock - d["back"] - held)
 
     stage_names = {"tokenizer": names.PREPROCESS, "model": names.BATCHED_PREDICT, "postprocessor": names.POSTPROCESS}
     made.append(span(trace, "v", "root", names.VALIDATE, "ingress", clock, d["upload"]))
@@ -103,7 +111,7 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
 
 
 def window(slow: dict[str, Any], every: int = 12, count: int = 240) -> list[Span]:
-    """A busy minute in which every so many-th request is slow in this way. Inputs are of 5 to 15 tokens."""
+    """A busy minute in which one of ``every`` requests is slow in this way. Inputs have 5 to 15 tokens."""
     chance = random.Random(7)
     spans: list[Span] = []
     for number in range(count):
@@ -113,7 +121,7 @@ def window(slow: dict[str, Any], every: int = 12, count: int = 240) -> list[Span
     return spans
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "cold_start": {"cold": 900.0},
     "replica_queue": {"there": 60.0},
     "device_queue": {"busy": 80.0, "batch_mates": 40},
@@ -129,7 +137,7 @@ CASES = {
 
 
 def moved(spans: Iterable[Span], by_ns: int) -> list[Span]:
-    """The same, so much later."""
+    """The same spans, ``by_ns`` later."""
     return [replace(one, start_ns=one.start_ns + by_ns, end_ns=one.end_ns + by_ns) for one in spans]
 
 

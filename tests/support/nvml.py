@@ -1,4 +1,4 @@
-"""Compiles the fake NVML, and runs Python with it in the place of the real one."""
+"""Compile the fake NVML and run Python with it in place of the real one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SLICE = "MIG-cccccccc-2222-2222-2222-222222222222"
 
 
 def compile_nvml(folder: Path, *flags: str) -> Path:
-    """A folder with ``libnvidia-ml.so.1``, for LD_LIBRARY_PATH."""
+    """Build ``libnvidia-ml.so.1`` in the folder and return the folder, for LD_LIBRARY_PATH."""
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["cc", "-shared", "-fPIC", *flags, "-o", folder / "libnvidia-ml.so.1", SOURCE], check=True)
     return folder
 
 
 def run_with_nvml(folder: Path | None, code: str, **env: str) -> str:
-    """What ``code`` prints, with the library of ``folder`` (or none) to be found first."""
+    """Return what ``code`` prints, with the library in ``folder`` (if given) found first."""
     path = {"LD_LIBRARY_PATH": str(folder)} if folder is not None else {}
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **path, **env}, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""A real OTLP receiver, gRPC and HTTP, that keeps what it gets."""
+"""A real OTLP receiver, gRPC and HTTP, that keeps what it receives."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class OtlpReceiver:
             return list(self._spans)
 
     def wait_for(self, done: Callable[[list[Span]], bool], timeout_s: float = 30) -> list[Span]:
-        """All spans, once ``done`` says of them that they are enough. Fails with what is there."""
+        """Return all spans once ``done`` accepts them. On timeout, fail with the names of the spans received."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             spans = self.spans()
@@ -69,7 +69,7 @@ class OtlpReceiver:
         raise AssertionError(f"not in {timeout_s} s; spans received: {names[:60]} ({len(names)})")
 
     def trace(self, trace_id: str, *, names: set[str], timeout_s: float = 30) -> list[Span]:
-        """The spans of one trace, once they have all these names."""
+        """Return the spans of one trace once they include all of ``names``."""
 
         def complete(spans: list[Span]) -> bool:
             return names <= {span.name for span in spans if span.trace_id == trace_id}
@@ -77,7 +77,7 @@ class OtlpReceiver:
         return [span for span in self.wait_for(complete, timeout_s) if span.trace_id == trace_id]
 
     def metric_points(self, name: str, timeout_s: float = 30) -> list[Any]:
-        """All data points of a metric received so far, once there are some: ``(service, point)``."""
+        """Return all data points of a metric received so far, once there are any."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             points = [point for service, metric, point in self.metrics() if metric.name == name]
@@ -87,7 +87,7 @@ class OtlpReceiver:
         raise AssertionError(f"no metric {name} in {timeout_s} s; got {sorted({m.name for _, m, _ in self.metrics()})}")
 
     def resource_metrics(self) -> list[Any]:
-        """Everything received, in its order."""
+        """Everything received, in order."""
         with self._lock:
             return list(self._metrics)
 

@@ -1,4 +1,4 @@
-"""``serve run`` as a user starts it, and its end."""
+"""Start ``serve run`` as a user does, and stop it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def serve_run(
     until: str | None = None,
     command: tuple[str, ...] = ("serve", "run"),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """``serve run CONFIG`` until ``health`` answers 200, or its log says ``until``; stopped at the end of the block."""
+    """Run ``serve run CONFIG``, wait until ``health`` returns 200 or its log says ``until``; stop it on exit."""
     assert not is_listening(port), f"something listens on port {port} already"
     program, *arguments = command
     with log.open("wb") as out:
@@ -69,14 +69,14 @@ def wait_for(done: Callable[[], bool], log: Path, process: subprocess.Popen[byte
 
 
 def stop(process: subprocess.Popen[bytes], port: int) -> None:
-    """SIGINT, as Ctrl-C: Serve shuts its replicas down in order. What is left of the process group is then killed."""
+    """Send SIGINT, as Ctrl-C does, so that Serve shuts down in order; then kill what is left of the process group."""
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(60)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
-    # The proxy is an actor and may outlive the driver by a moment; the next server must not be mistaken for it.
+    # The proxy is an actor and may briefly outlive the driver; it must not be mistaken for the next server.
     deadline = time.monotonic() + 60
     while is_listening(port):
         assert time.monotonic() < deadline, f"something still listens on port {port}"

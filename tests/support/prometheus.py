@@ -1,4 +1,4 @@
-"""A real Prometheus, and what it scrapes: the OTLP metrics of a receiver, as the Collector's exporter shows them."""
+"""A real Prometheus, and what it scrapes: the OTLP metrics of a receiver, as the Collector's exporter exposes them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _samples(name: str, kind: str, labels: str, point: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def prometheus(receiver: OtlpReceiver, folder: Path) -> Iterator[Prometheus]:
-    """It scrapes the receiver's metrics every second, with our rules, in place of the Collector."""
+    """Run Prometheus with our rules; it scrapes the receiver's metrics every second, in place of the Collector's."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -117,7 +117,7 @@ class Prometheus:
         self._url = url
 
     def wait_for(self, expr: str, timeout_s: float = 60) -> list[Any]:
-        """What the query gives, once it gives something."""
+        """Return the result of the query once it is not empty."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Spans as tests want to read them."""
+"""Spans in a form that is convenient for tests."""
 
 from __future__ import annotations
 

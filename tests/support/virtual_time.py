@@ -28,7 +28,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def now_ns() -> int:
-    """Of the running loop: for what takes a monotonic clock."""
+    """Return the running loop's time, for use as a monotonic clock."""
     return round(asyncio.get_running_loop().time() * 1e9)
 
 
@@ -43,5 +43,5 @@ def virtual(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     def wrapper(**arguments: Mapping[str, Any]) -> None:
         run(test(**arguments))
 
-    wrapper.__name__, wrapper.__doc__ = test.__name__, test.__doc__  # type: ignore[attr-defined]
+    wrapper.__name__, wrapper.__doc__ = test.__name__, test.__doc__
     return wrapper

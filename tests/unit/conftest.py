@@ -24,6 +24,6 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-# How long one example takes says something about the machine, not about the code.
+# The duration of one example depends on the machine, not on the code.
 settings.register_profile("slowlens", deadline=None)
 settings.load_profile("slowlens")

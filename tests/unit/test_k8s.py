@@ -1,4 +1,4 @@
-"""The manifests: what kustomize makes of them is what Kubernetes and KubeRay take, and says what the code says."""
+"""The manifests as built by kustomize: valid for Kubernetes and KubeRay, and consistent with the code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import yaml
 from ray.scripts.scripts import drain_node
 from ray.serve.schema import ServeDeploySchema
 
+from deployments import __version__
 from deployments.cli.serve import FAST
 from deployments.config import AppConfig
 from deployments.explain.options import PageConfig
@@ -34,8 +34,8 @@ from tests.unit.test_config import unknown_keys
 OVERLAYS = ("cpu", "gpu")
 OURS = {"RayService", "Kustomization"}
 CRD = "SLOWLENS_KUBERAY_CRD"
-"""Where KubeRay's CustomResourceDefinition of the RayService is, as its release has it."""
-VERSION = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
+"""Environment variable with the path of the RayService CustomResourceDefinition from a KubeRay release."""
+VERSION = __version__
 RAY = re.findall(r"^ray==(.+)$", (HERE.parent / "constraints.txt").read_text(), re.MULTILINE)[0]
 
 
@@ -72,10 +72,10 @@ def pod_specs(resources: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, 
                 yield group["groupName"], group["template"]["spec"]
 
 
-# --- what Kubernetes takes -------------------------------------------------------------------------------------------
+# --- Kubernetes and KubeRay schemas ----------------------------------------------------------------------------------
 
 
-def test_core_resources_are_what_kubernetes_takes(resources: list[dict[str, Any]]) -> None:
+def test_core_resources_are_valid_for_kubernetes(resources: list[dict[str, Any]]) -> None:
     core = [one for one in resources if one["kind"] not in OURS]
 
     assert {one["kind"] for one in core} == {
@@ -91,7 +91,7 @@ def test_core_resources_are_what_kubernetes_takes(resources: list[dict[str, Any]
 
 
 @pytest.mark.skipif(CRD not in os.environ, reason=f"{CRD} does not name KubeRay's definition of the RayService")
-def test_the_rayservice_is_what_kuberay_takes(resources: list[dict[str, Any]]) -> None:
+def test_the_rayservice_is_valid_for_kuberay(resources: list[dict[str, Any]]) -> None:
     definition = yaml.load(Path(os.environ[CRD]).read_text(), yaml.CSafeLoader)
     (schema,) = (one["schema"]["openAPIV3Schema"] for one in definition["spec"]["versions"] if one["name"] == "v1")
     strict(schema)
@@ -104,7 +104,7 @@ def test_the_rayservice_is_what_kuberay_takes(resources: list[dict[str, Any]]) -
 
 
 def strict(schema: Any) -> None:
-    """Unknown fields are refused, as with ``kubectl apply --validate=strict``. Whole resources have a few more."""
+    """Reject unknown fields, as ``kubectl apply --validate=strict`` does. Whole resources have a few extra fields."""
     if not isinstance(schema, dict):
         return
     is_closed = "properties" in schema and "apiVersion" not in schema["properties"]
@@ -118,13 +118,13 @@ def test_everything_is_in_one_namespace(resources: list[dict[str, Any]]) -> None
     assert {one["metadata"].get("namespace") for one in resources if one["kind"] != "Namespace"} == {"slowlens"}
 
 
-# --- what Serve takes ------------------------------------------------------------------------------------------------
+# --- Serve configuration ---------------------------------------------------------------------------------------------
 
 
-def test_the_serve_configuration_is_that_of_the_repository(overlay: str, resources: list[dict[str, Any]]) -> None:
+def test_the_serve_config_matches_the_repository(overlay: str, resources: list[dict[str, Any]]) -> None:
     config = yaml.safe_load(service(resources)["spec"]["serveConfigV2"])
     expected = json.loads(json.dumps(yaml.safe_load(SERVE_CONFIG.read_text())))
-    # All that is otherwise on a cluster.
+    # The only differences on a cluster.
     expected["http_options"]["host"] = "0.0.0.0"
     expected["logging_config"]["encoding"] = "JSON"
     if overlay == "gpu":
@@ -143,7 +143,7 @@ def test_generated_files_are_up_to_date() -> None:
         assert path.read_text() == text, f"{path}: run python -m k8s.build"
 
 
-def test_every_process_of_ray_starts_with_the_fast_environment(resources: list[dict[str, Any]]) -> None:
+def test_every_ray_process_starts_with_the_fast_environment(resources: list[dict[str, Any]]) -> None:
     for name, spec in pod_specs([service(resources)]):
         (container,) = spec["containers"]
         environment = {one["name"]: one.get("value") for one in container["env"]}
@@ -152,7 +152,7 @@ def test_every_process_of_ray_starts_with_the_fast_environment(resources: list[d
         assert {"K8S_POD_NAME", "K8S_NODE_NAME", "K8S_NAMESPACE_NAME"} <= environment.keys()
 
 
-def test_versions_are_those_of_the_package(resources: list[dict[str, Any]]) -> None:
+def test_versions_match_the_package(resources: list[dict[str, Any]]) -> None:
     dockerfile = (HERE / "Dockerfile").read_text()
 
     assert ray.__version__ == RAY
@@ -165,7 +165,7 @@ def test_versions_are_those_of_the_package(resources: list[dict[str, Any]]) -> N
 # --- how it runs -----------------------------------------------------------------------------------------------------
 
 
-def test_the_head_has_no_work_and_no_requests(resources: list[dict[str, Any]]) -> None:
+def test_the_head_runs_no_work_and_receives_no_requests(resources: list[dict[str, Any]]) -> None:
     spec = service(resources)["spec"]
 
     assert spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -174,7 +174,7 @@ def test_the_head_has_no_work_and_no_requests(resources: list[dict[str, Any]]) -
     assert spec["upgradeStrategy"] == {"type": "NewCluster"}
 
 
-def test_gpu_workers_start_from_zero_and_only_the_model_asks_for_them(
+def test_gpu_workers_scale_from_zero_and_only_the_model_requests_them(
     overlay: str, resources: list[dict[str, Any]]
 ) -> None:
     groups = {one["groupName"]: one for one in service(resources)["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
@@ -202,7 +202,7 @@ def test_one_replica_of_each_stage_fits_the_first_worker(resources: list[dict[st
     assert wanted <= float(worker["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
 
 
-def test_every_container_is_locked_and_asks_for_what_it_needs(resources: list[dict[str, Any]]) -> None:
+def test_every_container_is_hardened_and_requests_resources(resources: list[dict[str, Any]]) -> None:
     for name, spec in pod_specs(resources):
         for container in spec["containers"]:
             context = container["securityContext"]
@@ -216,14 +216,14 @@ def test_every_container_is_locked_and_asks_for_what_it_needs(resources: list[di
     assert service(resources)["spec"]["rayClusterConfig"]["autoscalerOptions"]["securityContext"]["runAsNonRoot"]
 
 
-def test_nobody_but_the_head_has_rights(resources: list[dict[str, Any]]) -> None:
+def test_only_the_head_has_api_access(resources: list[dict[str, Any]]) -> None:
     for name, spec in pod_specs(resources):
         if name != "head":
             assert (spec["serviceAccountName"], spec["automountServiceAccountToken"]) == ("slowlens", False), name
     assert not [one for one in resources if "Role" in one["kind"]]
 
 
-def test_pods_of_ray_and_of_the_pipeline_are_behind_policies(resources: list[dict[str, Any]]) -> None:
+def test_ray_and_pipeline_pods_have_network_policies(resources: list[dict[str, Any]]) -> None:
     policies = {one["metadata"]["name"]: one["spec"] for one in resources if one["kind"] == "NetworkPolicy"}
     open_to_callers = [
         port["port"]
@@ -239,7 +239,7 @@ def test_pods_of_ray_and_of_the_pipeline_are_behind_policies(resources: list[dic
         assert any(selector.items() <= labels.items() for selector in selectors), labels
 
 
-def test_services_and_config_maps_that_are_named_are_there(resources: list[dict[str, Any]]) -> None:
+def test_referenced_services_and_config_maps_exist(resources: list[dict[str, Any]]) -> None:
     there = {(one["kind"], one["metadata"]["name"]) for one in resources}
     for _, spec in pod_specs(resources):
         for volume in spec.get("volumes", []):
@@ -275,7 +275,7 @@ def test_a_worker_is_drained_before_it_stops(resources: list[dict[str, Any]]) ->
 # --- the Collector ---------------------------------------------------------------------------------------------------
 
 
-def test_the_collector_has_every_component_of_its_pipelines() -> None:
+def test_every_component_of_the_collector_pipelines_is_configured() -> None:
     config = yaml.safe_load((HERE / "base" / "collector" / "config.yaml").read_text())
     wait = config["processors"]["tail_sampling"]["decision_wait"]
     assert float(wait.removesuffix("s")) * 1e3 > AppConfig().limits.default_timeout_ms
@@ -289,13 +289,13 @@ def test_the_collector_has_every_component_of_its_pipelines() -> None:
     assert {"receivers", "processors", "exporters", "extensions", "service"} == config.keys()
 
 
-def test_tail_sampling_keeps_slow_failed_and_linked() -> None:
+def test_tail_sampling_keeps_slow_failed_and_linked_traces() -> None:
     config = yaml.safe_load((HERE / "base" / "collector" / "config.yaml").read_text())
     policies = {one["name"]: one for one in config["processors"]["tail_sampling"]["policies"]}
     linked = re.findall(r'name == "([a-z_.]+)"', "\n".join(policies["linked"]["ottl_condition"]["span"]))
 
     assert set(policies) == {"failed", "slow", "linked", "ordinary"}
-    # Every trace that is not a request's: one without which a request cannot be explained.
+    # All traces other than requests; without them a request cannot be explained.
     own_traces = {"ai.inference.batch_forward", "ai.inference.model_load", "ai.autoscaling.decision"}
     assert set(linked) == own_traces
 
@@ -303,7 +303,7 @@ def test_tail_sampling_keeps_slow_failed_and_linked() -> None:
 # --- dashboards and alerts -------------------------------------------------------------------------------------------
 
 
-def test_names_in_prometheus() -> None:
+def test_metric_names_in_prometheus() -> None:
     """As the Collector's exporter writes them (prometheus translator of opentelemetry-collector-contrib)."""
     names = {spec.name: series(spec) for spec in METRICS}
 
@@ -324,7 +324,7 @@ def test_names_in_prometheus() -> None:
 
 
 @pytest.mark.parametrize("uid", DASHBOARDS)
-def test_every_query_of_a_dashboard_is_promql_over_our_metrics(uid: str) -> None:
+def test_every_dashboard_query_is_valid_promql_over_our_metrics(uid: str) -> None:
     known = {
         f"{series(spec)}{suffix}"
         for spec in METRICS
@@ -348,11 +348,11 @@ def test_every_metric_is_on_a_dashboard() -> None:
     shown = json.dumps([dashboard(uid) for uid in DASHBOARDS])
     missing = {spec.name for spec in METRICS if series(spec) not in shown}
 
-    # Said twice by the exporters: the same as hw.gpu.* in other units.
+    # Exported twice: ai.gpu.* and hw.gpu.* report the same values in different units.
     assert missing == {"ai.gpu.memory_used_gb", "hw.gpu.utilization"}
 
 
-def test_every_alert_says_which_question_to_ask() -> None:
+def test_every_alert_has_a_runbook_with_a_why_command() -> None:
     for alert in ALERTS:
         rule = alert.rule()
         promql_parser.parse(rule["expr"])

@@ -1,4 +1,4 @@
-"""The rooms of the package: imports point one way, rooms stay small, and the big libraries stay where they belong."""
+"""Package structure: imports point one way, packages stay small, and large libraries stay where they belong."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "deployments"
 MAX_FILES = 9
-# From the bottom up: a module may import from its own row and from rows before it. A room that is not named belongs to
-# the nearest one above it that is.
+# From the bottom up: a module may import from its own row and from rows before it. A package that is not listed
+# belongs to its nearest listed parent.
 LAYERS = [
     {"", "errors"},
     {"config", "messages", "batching"},
@@ -67,7 +67,7 @@ def is_module(name: str) -> bool:
 
 
 def layer(module: str) -> int:
-    """That of the longest named prefix."""
+    """Return the layer of the longest listed prefix."""
     if not module:
         return 0
     while module:
@@ -98,9 +98,9 @@ def test_every_module_has_a_layer_and_every_layer_a_module() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda room: dotted(room / "__init__.py") or "deployments")
-def test_rooms_are_small(room: Path) -> None:
+def test_packages_are_small(room: Path) -> None:
     assert len([path for path in room.glob("*.py") if path.name != "__init__.py"]) <= MAX_FILES
-    assert (room / "__init__.py").read_text().startswith('"""'), "a room says what it is for"
+    assert (room / "__init__.py").read_text().startswith('"""'), "a package docstring must state its purpose"
 
 
 @pytest.mark.parametrize("name", ["names", "metrics", "span_specs"])
@@ -109,8 +109,8 @@ def test_names_are_data_only(name: str) -> None:
     assert found <= {"__future__", "dataclasses", "typing", "deployments.telemetry.names"}
 
 
-def test_the_policy_needs_the_standard_library_only() -> None:
-    """Serve's controller gets it by value; what tells operators is imported when the first decision is told."""
+def test_the_policy_imports_only_the_standard_library() -> None:
+    """Serve's controller gets it by value; the reporting code is imported when the first decision is reported."""
     for name in ("__init__", "policy", "decide", "report", "settings", "announce"):
         tree = ast.parse((PACKAGE / "autoscaling" / f"{name}.py").read_text())
         top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]

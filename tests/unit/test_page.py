@@ -1,4 +1,4 @@
-"""The page's application: its configuration, and what is built of it."""
+"""The page application: its configuration and what is built from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from deployments.cli.serve import check
 from deployments.errors import ConfigError
-from deployments.page import build
+from deployments.explain.options import PageConfig
+from deployments.page import build, replicas_for
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +29,12 @@ def no_collector(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"enabled": "yes"}, "args.enabled"),
     ],
 )
-def test_a_wrong_key_is_named(args: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_invalid_key_is_named(args: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         build(args)
     assert message in str(refused.value)
 
-    # And so it is by `slowlens serve`, before anything is started.
+    # `slowlens serve` names it too, before anything starts.
     config = tmp_path / "config.yaml"
     lines = [f"      {key}: {value!r}" for key, value in args.items()]
     config.write_text("\n".join(["applications:", "  - import_path: deployments.page:build", "    args:", *lines]))
@@ -42,14 +43,16 @@ def test_a_wrong_key_is_named(args: dict[str, Any], message: str, tmp_path: Path
     assert message in str(refused.value)
 
 
-def test_while_it_is_off_nothing_runs_for_it() -> None:
-    scaling = build({})._bound_deployment._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.initial_replicas) == (0, 0)
-    on = build({"enabled": True})._bound_deployment
-    assert (on._deployment_config.autoscaling_config, on.num_replicas) == (None, 1)
+def test_a_disabled_page_runs_no_replica() -> None:
+    off = replicas_for(PageConfig())["autoscaling_config"]
+
+    assert (off["min_replicas"], off["initial_replicas"]) == (0, 0)
+    assert replicas_for(PageConfig(enabled=True)) == {"num_replicas": 1}
+    build({})
+    build({"enabled": True})
 
 
-def test_a_page_of_a_store_that_nobody_writes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_on_an_unused_local_store_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317")
     with pytest.raises(ConfigError, match=r"args\.source: traces do not go to the local store here"):
         build({"enabled": True})

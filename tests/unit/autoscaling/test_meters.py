@@ -1,4 +1,4 @@
-"""What replicas report of their load."""
+"""What replicas report about their load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("seconds", [1, 5, 60])
-def test_an_even_stream_has_its_rate_from_the_start(seconds: int) -> None:
+def test_the_rate_of_a_steady_stream_is_correct_from_the_start(seconds: int) -> None:
     clock = Clock()
     rate = DecayingRate(clock, memory_s=5)
     for _ in range(seconds * 100):
@@ -29,7 +29,7 @@ def test_an_even_stream_has_its_rate_from_the_start(seconds: int) -> None:
     assert rate.per_second() == pytest.approx(7, rel=0.02)
 
 
-def test_what_came_is_forgotten() -> None:
+def test_past_arrivals_decay() -> None:
     clock = Clock()
     rate = DecayingRate(clock, memory_s=5)
     clock.s += 60
@@ -41,7 +41,7 @@ def test_what_came_is_forgotten() -> None:
     assert rate.per_second() == pytest.approx(20 / 2.718, rel=0.01)
 
 
-def test_the_first_moment_is_no_flood() -> None:
+def test_a_first_event_is_not_taken_for_a_burst() -> None:
     rate = DecayingRate(Clock(), memory_s=5)
     rate.add(1)
 
@@ -49,7 +49,7 @@ def test_the_first_moment_is_no_flood() -> None:
 
 
 def busy_gate(device: Device) -> BatchQueueMeter:
-    """10 ms a run and 1 ms a token: a full batch of inputs of 10 tokens takes 50 ms."""
+    """10 ms per run and 1 ms per token: a full batch of 10-token inputs takes 50 ms."""
     device.gate.planner.cost = RunCost(run_ns=10e6, token_ns=1e6)
     return BatchQueueMeter(device.gate, 0.0)
 
@@ -69,14 +69,14 @@ def test_the_queue_is_measured_at_the_rate_of_full_batches() -> None:
         assert report.queue_depth == 8
         assert report.queue_wait_ms == pytest.approx(100)
         assert report.throughput == pytest.approx(80)
-        # Nine inputs at once, where 80 a second can be run.
+        # Nine inputs at once, at a capacity of 80 per second.
         assert report.demand > 0.1
         assert report.demand_now > report.demand
 
     asyncio.run(run())
 
 
-def test_long_inputs_count_for_what_they_cost() -> None:
+def test_long_inputs_are_weighted_by_their_cost() -> None:
     async def run() -> None:
         meter = busy_gate(Device(max_batch_tokens=1000))
         meter.arrive((10,) * 4)
@@ -91,7 +91,7 @@ def test_long_inputs_count_for_what_they_cost() -> None:
     asyncio.run(run())
 
 
-def test_a_stage_reports_the_share_of_its_loop() -> None:
+def test_a_stage_reports_the_load_of_its_event_loop() -> None:
     meter = EventLoopMeter(0.0)
     meter.report()
     with meter.requests(3):
@@ -106,8 +106,8 @@ def test_a_stage_reports_the_share_of_its_loop() -> None:
     assert (after.queue_depth, after.oldest_age_ms) == (0, 0)
 
 
-def test_an_idle_stage_has_no_demand_and_the_rate_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process does between requests is neither: it would keep a replica, and look like a slow one."""
+def test_an_idle_stage_has_no_demand_and_keeps_its_last_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work between requests counts for neither: it would keep a replica running and make it look slow."""
     meter = EventLoopMeter(0.0)
     meter.report()
     with meter.requests(3):
@@ -121,7 +121,7 @@ def test_an_idle_stage_has_no_demand_and_the_rate_that_it_had(monkeypatch: pytes
     assert idle.throughput == busy.throughput > 0
 
 
-def test_the_report_is_what_serve_takes() -> None:
+def test_the_report_has_the_form_that_serve_accepts() -> None:
     stats = EventLoopMeter(0.0).report().stats()
 
     assert set(stats) == {

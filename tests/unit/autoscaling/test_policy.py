@@ -1,4 +1,4 @@
-"""The policy: what it orders, when it gives up, and what it does with what it does not know."""
+"""The policy: when it adds and removes replicas, and how it handles missing information."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ GOAL = Goal(queue_wait_s=0.5, max_replicas=100)
 
 
 def waiting(seconds: float, **more: float) -> LoadReport:
-    """A replica in which so many seconds of its work wait."""
+    """A replica with this many seconds of work waiting."""
     return LoadReport(queue_depth=seconds * 10, queue_wait_ms=seconds * 1e3, throughput=10, **more)
 
 
 class Deployment:
-    """Follows the policy: what is ordered runs ``start_s`` later."""
+    """Follows the policy: an ordered replica runs ``start_s`` later."""
 
     def __init__(self, replicas: int = 1, start_s: float = 0.0, goal: Goal = GOAL) -> None:
         self.now, self.goal, self.start_s = 0.0, goal, start_s
@@ -40,7 +40,7 @@ class Deployment:
         self._coming: list[float] = []
 
     def look(self, load: LoadReport | None, seconds: float = 0.5) -> Decision:
-        """Every running replica reports this load, for so long."""
+        """Let every running replica report this load for ``seconds``."""
         for _ in range(round(seconds / 0.5)):
             while self._coming and self._coming[0] <= self.now:
                 self._coming.pop(0)
@@ -57,14 +57,14 @@ class Deployment:
         return made
 
 
-def test_what_waits_is_run_within_the_target() -> None:
+def test_enough_replicas_run_the_queue_within_the_target() -> None:
     made = Deployment().look(waiting(3.0, demand=0.9))
 
     assert (made.to_replicas, made.reason) == (6, "queue")
 
 
 @given(st.integers(1, 50), st.floats(0.51, 60))
-def test_the_replicas_are_the_fewest_that_run_what_waits_within_the_target(running: int, seconds: float) -> None:
+def test_the_fewest_replicas_that_run_the_queue_within_the_target_are_chosen(running: int, seconds: float) -> None:
     made = decide(
         Observation(0, running, running, (waiting(seconds),) * running), Memory(), Goal(0.5, max_replicas=10**6)
     )
@@ -73,43 +73,43 @@ def test_the_replicas_are_the_fewest_that_run_what_waits_within_the_target(runni
     assert running * seconds / (made.to_replicas - 1) > 0.5 * (1 - 1e-6)
 
 
-def test_a_wait_within_the_target_orders_nobody() -> None:
+def test_a_wait_within_the_target_adds_no_replica() -> None:
     assert Deployment().look(waiting(0.5, demand=0.7)).to_replicas == 1
 
 
-def test_what_arrives_is_at_most_its_part_of_what_can_be_run() -> None:
+def test_demand_is_at_most_the_target_share_of_capacity() -> None:
     made = Deployment(4).look(LoadReport(demand=1.0))
 
     assert (made.to_replicas, made.reason) == (5, "demand")
 
 
-def test_a_sudden_second_counts_only_with_a_queue() -> None:
+def test_a_burst_of_demand_counts_only_with_a_queue() -> None:
     assert Deployment().look(LoadReport(demand=0.5, demand_now=5.0)).to_replicas == 1
     assert Deployment(start_s=5).look(waiting(0.6, demand=0.5, demand_now=5.0, start_ms=5000)).to_replicas >= 7
 
 
-def test_a_queue_that_is_gone_before_a_replica_has_started_orders_none() -> None:
+def test_a_queue_that_drains_before_a_replica_can_start_adds_none() -> None:
     assert Deployment(2).look(waiting(4.0, demand=0.1, start_ms=10_000)).to_replicas == 2
 
 
-def test_a_queue_that_grows_until_replicas_start_orders_for_what_waits_then() -> None:
-    # Five replicas' work arrives at one; in 10 s 41 s of it wait. To run that in 10 s more asks for four more.
+def test_a_growing_queue_is_sized_for_when_the_replicas_start() -> None:
+    # One replica gets the work of five; after 10 s, 41 s of it wait. Running that in another 10 s takes four more.
     made = Deployment().look(waiting(1.0, demand=5.0, start_ms=10_000))
 
     assert made.to_replicas == 10
     assert made.reason == "queue"
 
 
-def test_replicas_that_are_starting_are_not_ordered_again() -> None:
+def test_starting_replicas_are_not_ordered_again() -> None:
     deployment = Deployment(start_s=10)
     first = deployment.look(waiting(1.0, demand=5.0, start_ms=10_000))
-    # 4 s of work more wait every second.
+    # The queue grows by 4 s of work every second.
     later = [deployment.look(waiting(1.0 + 2 * i, demand=5.0, start_ms=10_000)) for i in range(1, 20)]
 
     assert {made.to_replicas for made in later} == {first.to_replicas}
 
 
-def test_how_long_replicas_take_is_learned_from_those_that_came() -> None:
+def test_the_start_time_is_learned_from_started_replicas() -> None:
     deployment = Deployment(start_s=8)
     deployment.look(waiting(3.0, demand=1.0))
     made = deployment.look(LoadReport(demand=0.1), 10)
@@ -118,17 +118,17 @@ def test_how_long_replicas_take_is_learned_from_those_that_came() -> None:
     assert made.start_ms / 1e3 == pytest.approx(8, abs=0.5)
 
 
-def test_the_rise_of_the_arrivals_is_followed_ahead() -> None:
+def test_a_rise_in_arrivals_is_extrapolated() -> None:
     deployment = Deployment(10, start_s=30)
     for second in range(120):
         made = deployment.look(LoadReport(demand=(5 + second * 0.1) / deployment.running, start_ms=30_000), 1)
 
-    # 17 replicas' work arrives, 3 more in 30 s.
+    # Work for 17 replicas arrives, and for 3 more in 30 s.
     assert made.demand == pytest.approx(17, abs=0.2)
     assert made.needed_replicas == pytest.approx(20 / 0.8, abs=1)
 
 
-def test_replicas_are_kept_through_a_pause_and_given_up_after_it() -> None:
+def test_replicas_are_kept_through_a_pause_and_removed_after_it() -> None:
     deployment = Deployment(goal=Goal(0.5, quiet_s=60, max_replicas=100))
     deployment.look(waiting(2.0))
     for _ in range(5):
@@ -140,7 +140,7 @@ def test_replicas_are_kept_through_a_pause_and_given_up_after_it() -> None:
     assert made.to_replicas == 1
 
 
-def test_the_need_that_is_kept_is_the_largest_of_the_quiet_time() -> None:
+def test_the_largest_need_of_the_quiet_period_is_kept() -> None:
     deployment = Deployment(10)
     deployment.look(LoadReport(demand=0.1 / 10), 30)
     deployment.look(LoadReport(demand=4.0 / 10), 1)
@@ -149,14 +149,14 @@ def test_the_need_that_is_kept_is_the_largest_of_the_quiet_time() -> None:
     assert made.to_replicas == 5
 
 
-def test_what_is_dear_to_start_stays_longer() -> None:
+def test_replicas_that_are_slow_to_start_are_kept_longer() -> None:
     deployment = Deployment(4)
 
     assert deployment.look(LoadReport(demand=0.01, start_ms=60_000), 299).to_replicas == 4
     assert deployment.look(LoadReport(demand=0.01, start_ms=60_000), 3).to_replicas == 1
 
 
-def test_a_replica_that_finds_no_room_does_not_keep_the_order_for_ever() -> None:
+def test_an_order_for_a_replica_that_cannot_be_placed_expires() -> None:
     deployment = Deployment(start_s=1e9)
     deployment.look(waiting(0.9), 600)
     assert deployment.target > 1
@@ -164,7 +164,7 @@ def test_a_replica_that_finds_no_room_does_not_keep_the_order_for_ever() -> None
     assert deployment.look(LoadReport(), 62).to_replicas == 1
 
 
-def test_noise_does_not_flap() -> None:
+def test_noise_does_not_cause_flapping() -> None:
     deployment = Deployment(10, start_s=2)
     targets = []
     for demand in itertools.islice(itertools.cycle([0.70, 0.79, 0.74, 0.81, 0.72]), 400):
@@ -180,7 +180,7 @@ def test_without_reports_nothing_changes() -> None:
     assert deployment.look(None, 600).to_replicas == 3
 
 
-def test_replicas_that_report_no_more_are_like_the_others() -> None:
+def test_replicas_that_stop_reporting_are_assumed_to_be_like_the_others() -> None:
     made = decide(Observation(0, 4, 4, (waiting(1.0, demand=0.5),), stale=3), Memory(), GOAL)
 
     assert made.demand == pytest.approx(2.0)
@@ -188,35 +188,37 @@ def test_replicas_that_report_no_more_are_like_the_others() -> None:
     assert made.reports == 1
 
 
-def test_replicas_that_never_reported_have_nothing_to_do_yet() -> None:
-    """Two hundred, of which one was asked since the controller started anew; or new ones beside a busy one."""
+def test_replicas_that_never_reported_count_as_idle() -> None:
+    """For example 200, of which one got requests since the controller restarted, or new ones beside a busy one."""
     made = decide(Observation(0, 200, 200, (waiting(1.0, demand=0.9),)), Memory(), GOAL)
 
-    assert (made.demand, made.to_replicas) == (pytest.approx(0.9), 100)
+    assert made.demand == pytest.approx(0.9)
+    assert made.to_replicas == 100
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(LoadReport)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_a_report_that_cannot_be_true_counts_as_none(field: str, value: float) -> None:
+def test_an_impossible_report_counts_as_missing(field: str, value: float) -> None:
     busy = waiting(1.0, demand=0.5)
     made = decide(Observation(0, 4, 4, (busy, busy, busy, replace(busy, **{field: value}))), Memory(), GOAL)
 
-    assert (made.demand, made.reports, made.to_replicas) == (pytest.approx(2.0), 3, 8)
+    assert made.demand == pytest.approx(2.0)
+    assert (made.reports, made.to_replicas) == (3, 8)
 
 
-def test_a_need_beyond_all_bounds_is_a_number() -> None:
+def test_an_enormous_need_is_clamped() -> None:
     made = decide(Observation(0, 1, 1, (LoadReport(queue_wait_ms=1e300, demand=1e300, throughput=1),)), Memory(), GOAL)
 
     assert (made.to_replicas, made.needed_replicas) == (100, 10**6)
 
 
-def test_while_inputs_wait_at_an_unknown_rate_nobody_is_given_up() -> None:
+def test_no_replica_is_removed_while_inputs_wait_at_an_unknown_rate() -> None:
     deployment = Deployment(4, goal=Goal(0.5, min_replicas=0))
 
     assert deployment.look(LoadReport(queue_depth=100), 600).to_replicas == 4
 
 
-def test_a_replica_that_waited_for_room_says_nothing_of_how_long_the_next_one_takes() -> None:
+def test_a_replica_that_waited_for_resources_does_not_change_the_start_time() -> None:
     deployment = Deployment(start_s=5)
     deployment.look(waiting(10, demand=0.5), 12)
     deployment.start_s = 400
@@ -226,8 +228,8 @@ def test_a_replica_that_waited_for_room_says_nothing_of_how_long_the_next_one_ta
     assert late.start_ms / 1e3 == pytest.approx(5, abs=0.5)
 
 
-def test_calls_that_wait_in_the_callers_count() -> None:
-    """Replicas with ``max_ongoing_requests`` in hand hear of no more."""
+def test_calls_queued_at_the_callers_count() -> None:
+    """Replicas with ``max_ongoing_requests`` in progress do not see any more calls."""
     made = decide(Observation(0, 1, 1, (LoadReport(throughput=10.0, demand=0.5),), queued_calls=20), Memory(), GOAL)
 
     assert made.to_replicas == 4
@@ -243,20 +245,20 @@ def test_a_replica_that_has_run_nothing_has_no_rate() -> None:
     assert made.throughput == 10
 
 
-def test_nothing_is_needed_where_nothing_comes() -> None:
+def test_no_replica_is_needed_without_arrivals() -> None:
     deployment = Deployment(1, goal=Goal(0.5, min_replicas=0, quiet_s=60))
 
     assert deployment.look(LoadReport(demand=1e-5), 59).to_replicas == 1
     assert deployment.look(LoadReport(demand=1e-5), 3).to_replicas == 0
 
 
-def test_a_single_request_keeps_one() -> None:
+def test_a_little_demand_keeps_one_replica() -> None:
     deployment = Deployment(1, goal=Goal(0.5, min_replicas=0))
 
     assert deployment.look(LoadReport(demand=0.01), 600).to_replicas == 1
 
 
-def test_from_zero_serve_starts_the_first_and_the_policy_the_rest() -> None:
+def test_from_zero_serve_starts_the_first_replica_and_the_policy_the_rest() -> None:
     deployment = Deployment(0, goal=Goal(0.5, min_replicas=0))
 
     assert deployment.look(None).to_replicas == 0
@@ -264,7 +266,7 @@ def test_from_zero_serve_starts_the_first_and_the_policy_the_rest() -> None:
     assert deployment.look(waiting(2.0)).to_replicas == 4
 
 
-def test_the_bounds_hold_and_say_so() -> None:
+def test_the_bounds_are_respected_and_reported() -> None:
     made = Deployment(goal=Goal(0.5, max_replicas=3)).look(waiting(10.0))
 
     assert (made.to_replicas, made.needed_replicas, made.reason) == (3, 20, "at_max")
@@ -275,7 +277,7 @@ def test_the_bounds_hold_and_say_so() -> None:
 
 
 def context(replicas: dict[str, tuple[float, LoadReport]], *, target: int = 1, most: int = 10, **config: float) -> Any:
-    """What Serve hands over: each replica's report, taken at a time of its own clock."""
+    """The context that Serve passes: each replica's report, timestamped by its own clock."""
     raw: dict[str, dict[str, list[Any]]] = {}
     for replica, (taken_s, load) in replicas.items():
         for name, value in load.stats().items():
@@ -294,7 +296,7 @@ def context(replicas: dict[str, tuple[float, LoadReport]], *, target: int = 1, m
 
 
 class Policy(QueueWaitPolicy):
-    """The policy on a clock that the test sets; keeps what it announces."""
+    """The policy on a clock that the test sets; records its announcements."""
 
     def __init__(self, **policy_kwargs: Any) -> None:
         super().__init__(**policy_kwargs)
@@ -303,7 +305,7 @@ class Policy(QueueWaitPolicy):
         self.monotonic_s = lambda: self.s
         self.unix_ns = lambda: int((self.s + 1e9) * 1e9)
 
-    def start_announcing(self, *_: object) -> Announce:  # type: ignore[override]
+    def start_announcing(self, *_: object) -> Announce:
         return lambda announcement, is_news: self.announced.append((announcement, is_news))
 
     @property
@@ -311,7 +313,7 @@ class Policy(QueueWaitPolicy):
         return [announcement for announcement, is_news in self.announced if is_news]
 
 
-def test_a_decision_is_told_once_with_what_it_was_made_on() -> None:
+def test_a_decision_is_announced_once_with_its_inputs() -> None:
     policy = Policy(target_queue_wait_ms=500)
     burst = {"a": (5.0, waiting(3.0, oldest_age_ms=700, demand=0.9))}
     for target in (1, 1, 6, 6):
@@ -344,7 +346,7 @@ def test_a_decision_is_told_once_with_what_it_was_made_on() -> None:
     )
 
 
-def test_too_low_a_limit_is_told_once_a_minute() -> None:
+def test_a_limit_that_is_too_low_is_announced_once_a_minute() -> None:
     policy = Policy(target_queue_wait_ms=500)
     for number in range(150):
         policy.s += 1
@@ -354,9 +356,9 @@ def test_too_low_a_limit_is_told_once_a_minute() -> None:
     assert "max_replicas is 2" in str(policy.news[0])
 
 
-def test_old_reports_count_as_none_whatever_their_clocks_say() -> None:
+def test_stale_reports_count_as_missing_regardless_of_clock_skew() -> None:
     policy = Policy(target_queue_wait_ms=500, stale_s=10)
-    # Two replicas whose clocks are a day apart; one of them is heard no more.
+    # Two replicas whose clocks are a day apart; one of them stops reporting.
     for number in range(60):
         policy.s += 0.5
         loads = {"a": (float(number), LoadReport()), "b": (86_400.0, waiting(9.0))}
@@ -366,8 +368,8 @@ def test_old_reports_count_as_none_whatever_their_clocks_say() -> None:
     assert policy.announced[-1][0].decision.needed_replicas == 0
 
 
-def test_what_serve_does_in_between_is_left_alone() -> None:
-    """From zero it starts the first replica itself."""
+def test_replicas_started_by_serve_itself_are_kept() -> None:
+    """From zero, Serve starts the first replica itself."""
     policy = Policy(target_queue_wait_ms=500)
     nobody = context({}, target=0)
     nobody.capacity_adjusted_min_replicas = 0
@@ -377,7 +379,7 @@ def test_what_serve_does_in_between_is_left_alone() -> None:
     assert policy(nobody) == (1, {})
 
 
-def test_what_cannot_be_decided_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_decision_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     policy = Policy(target_queue_wait_ms=500)
     broken = context({"a": (5.0, waiting(3.0))}, target=7)
     broken.capacity_adjusted_max_replicas = None
@@ -388,7 +390,7 @@ def test_what_cannot_be_decided_changes_nothing(caplog: pytest.LogCaptureFixture
     assert caplog.text.count("Model: not scaled") == 1
 
 
-def test_between_two_reports_the_answer_is_the_same() -> None:
+def test_the_decision_does_not_change_between_two_reports() -> None:
     policy = Policy(target_queue_wait_ms=500)
     assert policy(context({"a": (1.0, waiting(3.0))}))[0] == 6
     policy.s += 0.1
@@ -411,23 +413,23 @@ def test_between_two_reports_the_answer_is_the_same() -> None:
         ({"target_queue_wait_ms": 1, "quiet": 3}, "policy_kwargs.quiet: unknown key; known here: target_queue_wait_ms"),
     ],
 )
-def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="policy_kwargs") as refused:
         PolicySettings.parse(settings)
 
     assert message in str(refused.value)
 
 
-def test_with_wrong_settings_nothing_changes_and_the_controller_lives(caplog: pytest.LogCaptureFixture) -> None:
-    """Serve's control loop would stop at an exception, for all applications."""
+def test_invalid_settings_change_nothing_and_do_not_raise(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception would stop Serve's control loop for all applications."""
     policy = Policy(target_queue_wait_ms=-1)
 
     assert policy(context({"a": (1.0, waiting(9.0))}, target=3)) == (3, {})
     assert "not scaled: autoscaling_config.policy.policy_kwargs.target_queue_wait_ms" in caplog.text
 
 
-def test_serve_takes_it_by_value() -> None:
-    """Serve's controller may have nothing of ours but what is sent to it."""
+def test_the_policy_is_pickled_by_value() -> None:
+    """Serve's controller may have none of our code except what is sent to it."""
     policy = AutoscalingPolicy(policy_function=POLICY, policy_kwargs={"target_queue_wait_ms": 500})
     script = (
         "import sys, cloudpickle; sys.modules['deployments'] = None; "
@@ -442,7 +444,7 @@ def test_serve_takes_it_by_value() -> None:
 
 
 @pytest.mark.parametrize("function", [POLICY, "ray.serve.autoscaling_policy:default_autoscaling_policy"])
-def test_a_replica_refuses_to_start_with_wrong_settings_of_our_policy(function: str) -> None:
+def test_a_replica_with_invalid_policy_settings_does_not_start(function: str) -> None:
     policy = SimpleNamespace(policy_function=function, policy_kwargs={"target_queue_wait_ms": -5})
     config = SimpleNamespace(autoscaling_config=SimpleNamespace(policy=policy))
     context: Any = SimpleNamespace(deployment="Model", _deployment_config=config)

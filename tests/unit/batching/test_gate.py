@@ -1,4 +1,4 @@
-"""The gate's rules, with a device that the test holds in its hand and a clock that it turns."""
+"""The gate's rules, with a device and a clock that the test controls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def test_a_free_device_runs_an_input_at_once() -> None:
 
 
 @virtual
-async def test_what_waits_for_a_busy_device_becomes_the_next_batch() -> None:
+async def test_inputs_waiting_for_a_busy_device_form_the_next_batch() -> None:
     device = Device()
     answers = [device.submit("a")]
     await device.start()
@@ -47,7 +47,7 @@ async def test_what_waits_for_a_busy_device_becomes_the_next_batch() -> None:
 
 
 @virtual
-async def test_padded_tokens_bound_a_batch_and_a_larger_input_runs_alone() -> None:
+async def test_padded_tokens_limit_a_batch_and_an_oversized_input_runs_alone() -> None:
     device = Device(max_batch_tokens=20)
     device.submit("first")
     await device.start()
@@ -67,7 +67,7 @@ async def test_padded_tokens_bound_a_batch_and_a_larger_input_runs_alone() -> No
 
 
 @virtual
-async def test_the_wait_is_split_into_busy_and_fill_exactly() -> None:
+async def test_the_wait_is_split_exactly_into_busy_and_fill_time() -> None:
     device = Device()
     device.submit("a")
     await device.start()
@@ -127,7 +127,7 @@ async def test_cancelling_in_the_same_tick_as_the_release_is_safe() -> None:
 
 
 @virtual
-async def test_a_running_input_that_is_cancelled_keeps_the_device_busy_until_the_run_ends() -> None:
+async def test_a_cancelled_running_input_keeps_the_device_busy_until_the_run_ends() -> None:
     device = Device()
     gone = device.submit("gone")
     await device.start()
@@ -141,7 +141,7 @@ async def test_a_running_input_that_is_cancelled_keeps_the_device_busy_until_the
 
 
 @virtual
-async def test_a_request_cancelled_before_its_inputs_begin_to_wait_leaves_nothing_behind() -> None:
+async def test_a_request_cancelled_before_its_inputs_begin_to_wait_leaves_no_state() -> None:
     for busy in (False, True):
         device = Device()
         if busy:
@@ -160,7 +160,7 @@ async def test_a_request_cancelled_before_its_inputs_begin_to_wait_leaves_nothin
 
 
 @virtual
-async def test_an_input_that_never_ran_knows_what_it_waited_for() -> None:
+async def test_an_input_that_never_ran_has_its_wait_times() -> None:
     device = Device()
     device.submit("a")
     device.now_ns = 5
@@ -194,7 +194,7 @@ async def test_an_input_past_its_deadline_is_discarded_when_the_batch_is_formed(
 
 
 @virtual
-async def test_a_full_queue_refuses_a_request_whole() -> None:
+async def test_a_full_queue_rejects_the_whole_request() -> None:
     device = Device(max_queue=3)
     device.submit("a")
     await device.start()
@@ -221,12 +221,12 @@ async def test_retry_after_follows_the_rate_of_the_device() -> None:
     await settle()
     with pytest.raises(QueueFull) as refused:
         await device.gate.submit([BatchEntry("h", 1, FOREVER)])
-    # 4 inputs wait or would, at one every two seconds.
+    # Four inputs are or would be waiting, at one every two seconds.
     assert refused.value.retry_after_s == 2 * device.gate.depth
 
 
 @virtual
-async def test_an_idle_device_waits_for_a_batch_to_fill_but_not_longer_than_max_wait_ms() -> None:
+async def test_an_idle_device_waits_at_most_max_wait_ms_for_a_batch_to_fill() -> None:
     device = Device(clock=now_ns, max_wait_ms=20)
     loop = asyncio.get_running_loop()
     start = loop.time()
@@ -254,7 +254,7 @@ async def test_a_full_batch_does_not_wait() -> None:
 
 
 @virtual
-async def test_a_near_deadline_ends_the_wait_to_fill() -> None:
+async def test_a_near_deadline_ends_the_fill_wait() -> None:
     device = Device(clock=now_ns, max_wait_ms=60_000)
     device.gate.planner.cost = RunCost(run_ns=50e6, token_ns=1)
     device.submit("a", deadline_ns=now_ns() + 60_000_000)
@@ -275,7 +275,7 @@ async def first_run(device: Device) -> list[str]:
     max_size=st.integers(1, 8),
     budget=st.integers(1, 120),
 )
-def test_nothing_is_lost_reordered_or_over_the_limits(sizes: Sequence[int], max_size: int, budget: int) -> None:
+def test_no_input_is_lost_reordered_or_over_the_limits(sizes: Sequence[int], max_size: int, budget: int) -> None:
     async def run() -> None:
         device = Device(max_batch_size=max_size, max_batch_tokens=budget)
         answers = [device.submit(str(i), tokens=tokens) for i, tokens in enumerate(sizes)]
@@ -297,14 +297,14 @@ def test_nothing_is_lost_reordered_or_over_the_limits(sizes: Sequence[int], max_
 
 
 @virtual
-async def test_a_full_batch_is_released_while_the_device_runs_and_one_only() -> None:
+async def test_only_one_full_batch_is_released_while_the_device_runs() -> None:
     device = Device(max_batch_size=2)
     device.submit("a")
     await device.start()
     for name in "bcdef":
         device.submit(name)
     await settle()
-    # b and c are on their way, and still count as waiting until they run.
+    # b and c are released, but count as waiting until they run.
     assert device.ready() == ["b", "c"]
     assert (device.gate.depth, device.gate.running) == (5, 1)
     await device.end()
@@ -315,13 +315,13 @@ async def test_a_full_batch_is_released_while_the_device_runs_and_one_only() -> 
     await device.end()
     await device.start()
     await device.end()
-    # f is no full batch: it waited for the device.
+    # f is not a full batch, so it waited for the device.
     assert await device.start() == ["f"]
     await device.end()
 
 
 @virtual
-async def test_what_waits_is_ready_shortly_before_the_run_is_expected_to_end() -> None:
+async def test_waiting_inputs_are_ready_shortly_before_the_run_is_expected_to_end() -> None:
     device = timed_device()
     device.submit("a")
     await device.start()
@@ -333,7 +333,7 @@ async def test_what_waits_is_ready_shortly_before_the_run_is_expected_to_end() -
     assert device.ready() == ["b", "c"]
     device.submit("d")
     await settle()
-    # Ready to follow is not running: b and c wait for the device until it takes them.
+    # Ready is not running: b and c wait for the device until it takes them.
     assert (device.ready(), device.gate.depth, device.gate.running) == (["b", "c"], 3, 1)
     await asyncio.sleep(0.0025)
     await device.end()
@@ -345,7 +345,7 @@ async def test_what_waits_is_ready_shortly_before_the_run_is_expected_to_end() -
 
 
 @virtual
-async def test_a_run_that_lasts_longer_than_expected_lets_the_next_batch_grow() -> None:
+async def test_a_run_that_takes_longer_than_expected_lets_the_next_batch_grow() -> None:
     device = timed_device()
     device.submit("a")
     await device.start()
@@ -360,13 +360,13 @@ async def test_a_run_that_lasts_longer_than_expected_lets_the_next_batch_grow() 
 
 
 @virtual
-async def test_a_batch_that_begins_before_the_end_of_the_last_is_told_keeps_its_own_time() -> None:
+async def test_a_batch_that_starts_before_the_last_end_is_reported_keeps_its_own_time() -> None:
     device = timed_device()
     device.submit("a")
     await device.start()
     device.submit("b")
     await asyncio.sleep(0.039)
-    # The device's thread takes the next batch by itself; the loop hears of its beginning first.
+    # The device thread takes the next batch itself, so the event loop learns of its start first.
     assert device.start_next() == ["b"]
     await device.end()
     device.submit("c")
@@ -378,7 +378,7 @@ async def test_a_batch_that_begins_before_the_end_of_the_last_is_told_keeps_its_
 
 
 @virtual
-async def test_who_came_just_now_still_waits_for_a_batch_to_fill() -> None:
+async def test_a_recent_arrival_still_waits_for_a_batch_to_fill() -> None:
     device = timed_device(max_wait_ms=10)
     for arrives_at_s, is_ready in ((0.001, True), (0.03, False)):
         device.submit("a")
@@ -396,7 +396,7 @@ async def test_who_came_just_now_still_waits_for_a_batch_to_fill() -> None:
 
 
 @virtual
-async def test_an_input_cancelled_in_the_batch_that_is_ready_is_gone_before_it_runs() -> None:
+async def test_an_input_cancelled_in_the_ready_batch_is_removed_before_it_runs() -> None:
     device = Device(max_batch_size=2)
     device.submit("a")
     await device.start()

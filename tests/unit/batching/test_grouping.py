@@ -1,4 +1,4 @@
-"""Grouping by length against the best that any split can do, and the estimate that it rests on."""
+"""Grouping by length compared with the best possible split, and the cost estimate that it relies on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ costs = st.builds(RunCost, st.floats(1, 1e4), st.floats(1, 1e3))
 
 
 def least_cost(values: Sequence[int], cost: RunCost, max_size: int, max_tokens: int) -> float:
-    """Of all splits of the sorted lengths into runs of neighbours, by trying every one."""
+    """Return the least cost of any split of the sorted lengths into contiguous runs, by brute force."""
     ascending = sorted(values)
     least = float("inf")
     for cuts in itertools.product([False, True], repeat=len(ascending) - 1):
@@ -29,7 +29,7 @@ def least_cost(values: Sequence[int], cost: RunCost, max_size: int, max_tokens: 
 
 
 @given(lengths, costs, st.integers(1, 6), st.integers(1, 200))
-def test_a_run_holds_the_oldest_and_keeps_the_limits(
+def test_a_run_includes_the_oldest_and_respects_the_limits(
     values: list[int], cost: RunCost, max_size: int, max_tokens: int
 ) -> None:
     places = group_with_oldest(values, cost, max_size, max_tokens)
@@ -41,7 +41,7 @@ def test_a_run_holds_the_oldest_and_keeps_the_limits(
 
 
 @given(lengths, costs, st.integers(1, 6), st.integers(1, 200))
-def test_running_all_that_waits_costs_no_more_than_the_best_split(
+def test_draining_the_queue_costs_little_more_than_the_best_split(
     values: list[int], cost: RunCost, max_size: int, max_tokens: int
 ) -> None:
     best = least_cost(values, cost, max_size, max_tokens)
@@ -51,23 +51,23 @@ def test_running_all_that_waits_costs_no_more_than_the_best_split(
         total += cost.estimate(len(places) * max(waiting[i] for i in places))
         waiting = [length for i, length in enumerate(waiting) if i not in set(places)]
 
-    # In order of arrival is taken where no split of that one batch pays; the rest may then fall a run short of best.
+    # Arrival order is used where splitting that one batch does not pay; the rest may then cost one run more than best.
     assert total <= best + cost.run_ns * len(values)
 
 
-def test_short_inputs_do_not_ride_with_long_ones_where_padding_costs_more_than_a_run() -> None:
+def test_short_and_long_inputs_run_separately_where_padding_costs_more_than_a_run() -> None:
     dear_padding = RunCost(run_ns=5e6, token_ns=160e3)
     assert group_with_oldest([10, 250, 12, 11, 240, 9], dear_padding, 32, 8192) == [0, 2, 3, 5]
     assert group_with_oldest([250, 12, 11, 240, 9], dear_padding, 32, 8192) == [0, 3]
 
 
-def test_they_do_where_a_run_costs_more_than_the_padding() -> None:
+def test_short_and_long_inputs_run_together_where_a_run_costs_more_than_padding() -> None:
     dear_runs = RunCost(run_ns=5e6, token_ns=1e3)
     assert group_with_oldest([10, 250, 12, 11, 240, 9], dear_runs, 32, 8192) == [0, 1, 2, 3, 4, 5]
 
 
 @given(st.floats(1e4, 1e8), st.floats(1e2, 1e6))
-def test_the_fit_finds_the_two_terms(run_ns: float, token_ns: float) -> None:
+def test_the_fit_recovers_both_terms(run_ns: float, token_ns: float) -> None:
     true = RunCost(run_ns, token_ns)
     cost = RunCost()
     cost.fit([(tokens, true.estimate(tokens)) for tokens in (3, 16, 512, 8192)])
@@ -102,7 +102,7 @@ def test_one_stall_does_not_spoil_the_estimate() -> None:
     assert cost.estimate(400) <= before * 1.25
 
 
-def test_refusals_make_it_hopeful() -> None:
+def test_rejections_lower_the_estimate() -> None:
     cost = RunCost(5e9, 1.5e5)
     for _ in range(200):
         cost.decay_after_rejection()

@@ -1,4 +1,4 @@
-"""Which inputs make a batch: like lengths, deadlines, limits in tokens, and nobody starves."""
+"""Which inputs form a batch: similar lengths, deadlines, token limits and no starvation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.virtual_time import virtual
 
 
 @virtual
-async def test_short_inputs_wait_for_their_like_while_the_oldest_goes_first() -> None:
+async def test_inputs_of_similar_length_run_together_and_the_oldest_first() -> None:
     device = Device(max_batch_size=8, max_batch_tokens=1000, grouping_window=8)
     device.gate.planner.cost = RunCost(run_ns=10, token_ns=1)
     device.submit("a")
@@ -33,7 +33,7 @@ async def test_short_inputs_wait_for_their_like_while_the_oldest_goes_first() ->
 
 
 @virtual
-async def test_lengths_count_as_the_engine_pads_them() -> None:
+async def test_lengths_count_as_padded_by_the_engine() -> None:
     device = Device(max_batch_tokens=20, pad_to_multiple_of=8)
     device.submit("a")
     await device.start()
@@ -47,7 +47,7 @@ async def test_lengths_count_as_the_engine_pads_them() -> None:
 
 
 @virtual
-async def test_what_cannot_make_its_deadline_is_refused_though_the_device_is_idle() -> None:
+async def test_an_input_that_cannot_meet_its_deadline_is_rejected_even_if_the_device_is_idle() -> None:
     device = Device()
     device.gate.planner.cost = RunCost(run_ns=50e6, token_ns=1)
     (error,) = await device.submit("late", deadline_ns=20_000_000)
@@ -58,7 +58,7 @@ async def test_what_cannot_make_its_deadline_is_refused_though_the_device_is_idl
 
 
 @virtual
-async def test_an_estimate_that_is_wrong_does_not_refuse_for_ever() -> None:
+async def test_a_wrong_estimate_does_not_reject_inputs_forever() -> None:
     device = Device()
     device.gate.planner.cost = RunCost(run_ns=50e6, token_ns=1)
     refused = 0
@@ -70,7 +70,7 @@ async def test_an_estimate_that_is_wrong_does_not_refuse_for_ever() -> None:
 
 
 @virtual
-async def test_a_batch_is_made_smaller_until_all_in_it_meet_their_deadlines() -> None:
+async def test_a_batch_is_reduced_until_all_its_inputs_meet_their_deadlines() -> None:
     device = Device(max_batch_tokens=1000)
     device.gate.planner.cost = RunCost(run_ns=1, token_ns=1)
     device.submit("a")
@@ -88,7 +88,7 @@ async def test_a_batch_is_made_smaller_until_all_in_it_meet_their_deadlines() ->
 
 
 @virtual
-async def test_a_queue_is_limited_in_tokens_but_never_refuses_what_comes_alone() -> None:
+async def test_the_queue_is_limited_in_tokens_but_an_empty_queue_accepts_any_request() -> None:
     device = Device(max_queue_tokens=100)
     device.submit("a")
     await device.start()
@@ -100,7 +100,7 @@ async def test_a_queue_is_limited_in_tokens_but_never_refuses_what_comes_alone()
 
 
 @virtual
-async def test_a_limit_learned_from_memory_bounds_batches_and_grows_back() -> None:
+async def test_a_limit_learned_from_out_of_memory_bounds_batches_and_grows_back() -> None:
     device = Device(max_batch_tokens=100, max_batch_size=32)
     device.gate.planner.ran_out_of_memory(80)
     assert device.gate.planner.max_batch_tokens == 40
@@ -127,7 +127,7 @@ async def test_a_limit_learned_from_memory_bounds_batches_and_grows_back() -> No
     window=st.integers(1, 12),
     token_ns=st.sampled_from([0.01, 1.0, 100.0]),
 )
-def test_nobody_starves(steps: list[list[int]], max_size: int, budget: int, window: int, token_ns: float) -> None:
+def test_no_input_starves(steps: list[list[int]], max_size: int, budget: int, window: int, token_ns: float) -> None:
     """An input is overtaken by at most as many runs as there were inputs waiting when it arrived."""
 
     async def run() -> None:
@@ -139,7 +139,7 @@ def test_nobody_starves(steps: list[list[int]], max_size: int, budget: int, wind
         for lengths in [*steps, *[[] for _ in range(sum(map(len, steps)))]]:
             for tokens in lengths:
                 entry = BatchEntry(str(len(entries)), tokens, FOREVER)
-                # A batch that is on its way to the device has left the queue already.
+                # A batch in transit to the device has already left the queue.
                 came[entry] = len(device.runs) + (device.gate.running > 0 and not device.gate.is_busy)
                 entries.append(entry)
                 answers.append(device.submit_entries([entry]))

@@ -1,4 +1,4 @@
-"""``slowlens serve``: what it checks, sets and becomes."""
+"""``slowlens serve``: what it checks and sets, and the command that it executes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def became(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], dict[s
         (["--non-blocking"], "serve_config.yaml", ["--non-blocking"]),
     ],
 )
-def test_it_becomes_serve_run_with_the_fast_environment(
+def test_it_executes_serve_run_with_the_fast_environment(
     became: list[tuple[str, list[str], dict[str, str]]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -58,7 +58,7 @@ def test_it_becomes_serve_run_with_the_fast_environment(
     assert printed == [*(f"{name}={value}" for name, value in fast.items()), " ".join(command)]
 
 
-def test_what_the_environment_says_is_left_alone() -> None:
+def test_existing_environment_variables_are_kept() -> None:
     name = "RAY_SERVE_ENABLE_HA_PROXY"
 
     assert environment_for({name: "0", "OTHER": "x"}) == environment_for({}) | {name: "0"}
@@ -87,7 +87,7 @@ def test_what_the_environment_says_is_left_alone() -> None:
         ),
     ],
 )
-def test_a_wrong_file_ends_it_before_anything_starts(
+def test_an_invalid_file_is_rejected_before_anything_starts(
     became: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
 ) -> None:
     config = tmp_path / "config.yaml"
@@ -99,7 +99,7 @@ def test_a_wrong_file_ends_it_before_anything_starts(
     assert became == []
 
 
-def test_what_is_no_mapping_is_for_serve_to_judge(became: list[object], tmp_path: Path) -> None:
+def test_values_that_are_not_mappings_are_left_to_serve(became: list[object], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
         "applications:\n- import_path: deployments.app:build\n  args: {model: {engine: fake}}\n"
@@ -111,7 +111,7 @@ def test_what_is_no_mapping_is_for_serve_to_judge(became: list[object], tmp_path
     assert len(became) == 1
 
 
-def test_applications_of_others_are_not_ours_to_check(became: list[object], tmp_path: Path) -> None:
+def test_other_applications_are_not_checked(became: list[object], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("applications:\n- import_path: theirs:app\n  args: {anything: 1}\n")
     with pytest.raises(SystemExit):

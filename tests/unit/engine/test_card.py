@@ -1,4 +1,4 @@
-"""What is read from a model's folder."""
+"""Model metadata read from a model folder."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def test_the_bundled_model() -> None:
         ("BertForMaskedLM", "fill-mask"),
     ],
 )
-def test_the_task_is_found_from_the_architecture(tmp_path: Path, architecture: str, task: str) -> None:
+def test_the_architecture_determines_the_task(tmp_path: Path, architecture: str, task: str) -> None:
     assert card(tmp_path, BERT | {"architectures": [architecture]}).task == task
 
 
-def test_a_sentence_transformers_folder_embeds_whatever_its_architecture(tmp_path: Path) -> None:
+def test_a_sentence_transformers_folder_serves_embeddings_for_any_architecture(tmp_path: Path) -> None:
     files = {
         "modules.json": modules("Transformer", "Pooling"),
         "1_Pooling/config.json": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
@@ -76,7 +76,7 @@ def test_a_sentence_transformers_folder_embeds_whatever_its_architecture(tmp_pat
         ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "last"),
     ],
 )
-def test_pooling_in_both_forms(tmp_path: Path, pooling: dict[str, Any], expected: str) -> None:
+def test_pooling_in_both_config_formats(tmp_path: Path, pooling: dict[str, Any], expected: str) -> None:
     files = {"modules.json": modules("Transformer", "Pooling"), "1_Pooling/config.json": pooling}
 
     assert card(tmp_path, BERT, files).pooling == expected
@@ -96,7 +96,7 @@ def test_pooling_in_both_forms(tmp_path: Path, pooling: dict[str, Any], expected
         ),
     ],
 )
-def test_what_a_sentence_transformers_folder_asks_for_and_is_not_served(
+def test_unsupported_sentence_transformers_features_are_rejected(
     tmp_path: Path, files: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -105,13 +105,13 @@ def test_what_a_sentence_transformers_folder_asks_for_and_is_not_served(
     assert message in str(refused.value)
 
 
-def test_positions_of_roberta_begin_behind_the_padding(tmp_path: Path) -> None:
+def test_roberta_positions_start_after_the_padding_index(tmp_path: Path) -> None:
     model = BERT | {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
 
     assert card(tmp_path, model).max_length == 512
 
 
-def test_the_least_stated_limit_counts_and_no_limit_is_an_error(tmp_path: Path) -> None:
+def test_the_smallest_stated_limit_applies_and_no_limit_is_an_error(tmp_path: Path) -> None:
     tokenizer = {"tokenizer_config.json": {"model_max_length": 300}}
     assert card(tmp_path, BERT, tokenizer).max_length == 300
     assert card(tmp_path, BERT, tokenizer, max_length=400).max_length == 400
@@ -146,7 +146,7 @@ def test_labels_and_their_score_function(tmp_path: Path, extra: dict[str, Any], 
         ("pkg:deployments/nothing", "is not a folder"),
     ],
 )
-def test_a_source_that_is_not_there(source: str, message: str) -> None:
+def test_a_missing_source_is_rejected(source: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         ModelCard.load(ModelConfig(source=source))
 
@@ -154,7 +154,7 @@ def test_a_source_that_is_not_there(source: str, message: str) -> None:
     assert "args.model.source" in str(refused.value)
 
 
-def test_a_folder_without_a_model_and_an_unknown_architecture(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_and_an_unknown_architecture_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         ModelCard.load(ModelConfig(source=str(tmp_path)))
     with pytest.raises(ConfigError, match="states no vocab_size"):

@@ -1,4 +1,4 @@
-"""``slowlens trace`` and ``why`` on the HTTP APIs of Jaeger and Tempo, from bodies as their documentation has them."""
+"""``slowlens trace`` and ``why`` on the HTTP APIs of Jaeger and Tempo, with response bodies as documented."""
 
 from __future__ import annotations
 
@@ -202,13 +202,13 @@ def test_a_request_and_its_batch(api: dict[str, Any], given: list[str], capsys: 
         ({f"/api/traces/{'d' * 32}": b"<html>"}, "is neither Jaeger's nor Tempo's HTTP API"),
     ],
 )
-def test_what_cannot_be_shown(api: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_that_cannot_be_shown(api: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(api) as asked:
         assert main(["trace", "d" * 32, "--source", asked.url]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_backend(capsys: pytest.CaptureFixture[str]) -> None:
     with serving({}) as asked:
         pass
     assert main(["trace", "--source", asked.url]) == 1
@@ -312,7 +312,7 @@ SERVERS: dict[str, Callable[[list[Span]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("since", [[], ["--since", "30s"]], ids=["the last hour", "since"])
-def test_why_over_more_requests_than_an_answer_holds(
+def test_why_over_more_requests_than_one_response_holds(
     server: str, since: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_api, "_AT_ONCE", FULL)
@@ -321,7 +321,7 @@ def test_why_over_more_requests_than_an_answer_holds(
     printed = capsys.readouterr()
     found = json.loads(printed.out)
 
-    # A minute of them, four a second.
+    # One minute at four requests per second.
     assert found["requests"] == 240 if not since else 100 < found["requests"] < 125
     assert [finding["cause"] for finding in found["findings"]] == ["tokenization"]
     assert found["incomplete"] == 0
@@ -331,7 +331,7 @@ def test_why_over_more_requests_than_an_answer_holds(
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_why_where_nothing_was_asked_lately(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_why_without_recent_requests(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(SERVERS[server](moved(lately(30), -7200 * 10**9))) as asked:
         assert main(["why", "--source", asked.url]) == 1
     assert f"there is no request in these traces (looked in {asked.url})" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a request's time was spent on: by hand, and the law that nothing is lost or counted twice."""
+"""What a request's time was spent on: worked examples, and the invariant that no time is lost or counted twice."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ WHOLE = {
     "forward": 20,
     "postprocessing": 2,
     "response": 4,
-    # 1 ms before the queue, 1 ms after the answer was made.
+    # 1 ms before the queue, 1 ms after the response was made.
     "unaccounted": 2,
 }
 
 
-def test_every_part_has_its_time_whatever_the_clocks_of_the_hosts_say() -> None:
+def test_the_parts_do_not_depend_on_the_host_clocks() -> None:
     assert parts(request()) == WHOLE
     assert break_down(request()).latency_ns == 100_000_000
 
 
-def test_spans_that_came_twice_and_out_of_order_count_once() -> None:
+def test_duplicate_and_out_of_order_spans_count_once() -> None:
     trace = request()
     assert parts([*reversed(trace), *trace]) == WHOLE
 
@@ -68,7 +68,7 @@ def test_spans_that_came_twice_and_out_of_order_count_once() -> None:
 @pytest.mark.parametrize(
     ("missing", "changed"),
     [
-        # The caller knows how long the stage had it, where the stage's own span was lost.
+        # Where the stage's own span was lost, the caller still knows how long the stage held the request.
         ("t", {"tokenization": 0, "unaccounted": 2 + 10, "transit": 24 - 6}),
         ("hp", {"postprocessing": 0, "transit": 24 - 8, "unaccounted": 2 + 10}),
         ("v", {"validation": 0, "unaccounted": 2 + 5}),
@@ -77,12 +77,12 @@ def test_spans_that_came_twice_and_out_of_order_count_once() -> None:
         ("m", {"device_busy": 0, "batch_fill": 0, "forward": 0, "transit": 24 - 10, "unaccounted": 1 + 70}),
     ],
 )
-def test_what_a_missing_span_would_have_explained_is_unaccounted(missing: str, changed: dict[str, float]) -> None:
+def test_the_time_of_a_missing_span_is_unaccounted(missing: str, changed: dict[str, float]) -> None:
     expected = {name: took for name, took in (WHOLE | changed).items() if took}
     assert parts([s for s in request() if s.span_id != missing]) == expected
 
 
-def test_the_call_of_a_request_that_came_before_its_replica_was_ready_is_a_cold_start() -> None:
+def test_the_transit_to_a_replica_that_was_not_ready_is_a_cold_start() -> None:
     trace = request()
     trace[5] = replace(trace[5], attributes={"ai.model.load_type": "cold"})
     assert parts(trace) == WHOLE | {"cold_start": 10, "transit": 24 - 10}
@@ -101,7 +101,7 @@ def test_a_request_in_two_batches_waits_only_while_neither_runs() -> None:
     assert parts(trace) == {"device_busy": 10 + 20, "forward": 30 + 40}
 
 
-def test_a_stage_is_believed_up_to_what_its_call_lasted() -> None:
+def test_the_time_of_a_stage_is_capped_at_the_duration_of_its_call() -> None:
     trace = [
         span("root", "", names.PREDICT, 0, 10),
         span("ht", "root", names.HOP_TOKENIZER, 0, 10),
@@ -110,7 +110,7 @@ def test_a_stage_is_believed_up_to_what_its_call_lasted() -> None:
     assert parts(trace) == {"tokenization": 10}
 
 
-def test_without_a_root_there_is_nothing_to_split() -> None:
+def test_a_trace_without_a_root_is_rejected() -> None:
     with pytest.raises(NoRoot):
         break_down(request()[1:])
 
@@ -132,7 +132,7 @@ def damaged(draw: st.DrawFn) -> list[Span]:
 
 
 @given(damaged())
-def test_the_parts_add_up_to_the_latency_whatever_was_read(trace: list[Span]) -> None:
+def test_the_parts_add_up_to_the_latency_even_for_damaged_traces(trace: list[Span]) -> None:
     root = next(s for s in trace if s.span_id == "root")
     result = break_down(trace)
 
@@ -141,7 +141,7 @@ def test_the_parts_add_up_to_the_latency_whatever_was_read(trace: list[Span]) ->
 
 
 @given(*[st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)))] * 2)
-def test_intervals_against_counting_every_moment(some: list[tuple[int, int]], cut: list[tuple[int, int]]) -> None:
+def test_interval_operations_match_brute_force(some: list[tuple[int, int]], cut: list[tuple[int, int]]) -> None:
     def moments(intervals: list[tuple[int, int]]) -> set[int]:
         return {moment for start, end in intervals for moment in range(start, end)}
 

@@ -1,4 +1,4 @@
-"""What a device did while somebody waited for it."""
+"""What a device did while requests waited for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def device(*runs: tuple[int, int, int, int]) -> Device:
 RUNS = ((100, 50, 10, 20), (150, 30, 5, 5), (300, 100, 7, 70))
 
 
-def test_the_runs_of_an_interval_whatever_order_they_came_in() -> None:
+def test_the_runs_of_an_interval_do_not_depend_on_the_order_added() -> None:
     for runs in (RUNS, RUNS[::-1]):
         made = device(*runs)
         assert list(made.during((120, 310))) == [(30, 10, 20), (30, 5, 5), (10, 7, 70)]
@@ -26,17 +26,17 @@ def test_the_runs_of_an_interval_whatever_order_they_came_in() -> None:
     assert list(device().during((0, 1000))) == []
 
 
-def test_a_run_that_comes_later_is_seen() -> None:
+def test_a_run_added_later_is_included() -> None:
     made = device(*RUNS[:2])
     assert len(list(made.during((0, 1000)))) == 2
     made.add(*RUNS[2])
     assert len(list(made.during((0, 1000)))) == 3
 
 
-def test_how_busy_it_was_by_the_clock_of_the_ingress() -> None:
+def test_busy_time_is_on_the_ingress_clock() -> None:
     made = device(*((start + 5000, took, 1, 1) for start, took, _, _ in RUNS))
     assert sum(made.busy_ns((100, 400), 3, 100)) == 0
     made.ahead_ns = 5000
     assert made.busy_ns((100, 400), 3, 100) == [80, 0, 100]
-    # What sticks out of the window is not counted.
+    # Time outside the window is not counted.
     assert made.busy_ns((120, 350), 2, 115) == [60, 50]

@@ -1,4 +1,4 @@
-"""What the page draws is what the traces say."""
+"""The page's charts agree with the traces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.explain.test_verdict import verdict
 
 
 def drawn(spans: list[Span]) -> dict[str, Any]:
-    """The data that stands in the page."""
+    """The data embedded in the page."""
     (data,) = re.findall(
         r'<script type="application/json" id="data">(.*?)</script>', as_html(verdict(spans)), re.DOTALL
     )
@@ -25,20 +25,20 @@ def drawn(spans: list[Span]) -> dict[str, Any]:
     return document
 
 
-def test_the_stages_of_every_moment_add_up_to_its_latency() -> None:
+def test_the_stages_add_up_to_the_latency() -> None:
     spans = window({"tokenize": 90.0})
     found = verdict(spans)
     data = drawn(spans)
     of_all = sum(sum(group["ms"]) for group in data["latency"]) / len(data["bins"])
     mean_ms = sum(found.capture.survey.latencies_ms) / 240
 
-    # Four requests in each of the sixty parts.
+    # Four requests in each of the 60 bins.
     assert of_all == pytest.approx(mean_ms, rel=0.01)
     assert {group["part"] for group in data["latency"]} >= {"tokenization", "own work", "transit"}
     assert "padding" not in {group["part"] for group in data["latency"]}
 
 
-def test_gpu_utilisation_where_there_is_one_else_how_busy_the_device_was() -> None:
+def test_gpu_utilisation_or_device_busy_time_without_a_gpu() -> None:
     spans = window({})
     with_gpu = [
         replace(one, attributes={**one.attributes, "ai.gpu.utilization_pre": 40, "ai.gpu.utilization_post": 60.0})
@@ -50,12 +50,12 @@ def test_gpu_utilisation_where_there_is_one_else_how_busy_the_device_was() -> No
     assert drawn(with_gpu)["device"]["what"] == "GPU utilisation, %"
 
     without = drawn(spans)["device"]
-    # One run of about 9 ms every 250 ms, by a clock that is 50 minutes behind the ingress's.
+    # One run of about 9 ms every 250 ms, on a clock 50 minutes behind that of the ingress.
     assert without["what"].endswith("(no GPU in these traces)")
     assert sum(without["percent"]) / 60 == pytest.approx(100 * 9 / 250, rel=0.1)
 
 
-def test_loads_and_who_waited_for_them() -> None:
+def test_model_loads_and_the_requests_that_waited_for_them() -> None:
     spans = [
         one
         for number in range(100)
@@ -66,14 +66,14 @@ def test_loads_and_who_waited_for_them() -> None:
 
     (load,) = cold["loads"]
     assert load["y"] == 2.3
-    # By the clock of the ingress, to the millisecond that the way takes.
+    # On the ingress clock, accurate to the millisecond of transit.
     assert load["x"] == pytest.approx(10**12 + 40 * 250.0 - 500, abs=5)
     assert int(load["trace"], 16) == 40
     assert sum(cold["requests"]) == 2
     assert {int(trace, 16) for trace in cold["traces"] if trace} <= {40, 41}
 
 
-def test_tokens_against_forward_time_and_what_a_run_costs() -> None:
+def test_forward_time_by_tokens_and_the_fitted_run_cost() -> None:
     data = drawn(window({"tokens": 200}))
     slow, (begin, end) = data["tokens"]["slow"], data["tokens"]["fit"]
     assert {point["x"] for point in slow} == {200}

@@ -1,4 +1,4 @@
-"""What the processes' own counters say of lost telemetry."""
+"""Lost telemetry as reported by the processes' own counters."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ EXPORTED = "otel.sdk.exporter.span.exported"
     ],
     ids=["grown since", "unwritten", "failed exports only", "by process", "delta", "other counters"],
 )
-def test_what_was_lost_in_the_window(data: list[dict[str, Any]], lost: int) -> None:
+def test_losses_in_the_window(data: list[dict[str, Any]], lost: int) -> None:
     losses = Losses(since_ns=100)
     for one in data:
         losses.add(one)
     assert losses.total() == lost
 
 
-def test_the_verdict_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_reports_lost_spans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     counted = json.dumps(metrics(EXPORTED, (10**18, 7, "timeout")))
     (tmp_path / "all.jsonl").write_text(f'{otlp(window({}))}\n{counted}\n{{"resourceMetrics": 5}}\n')
     assert main(["why", "--source", str(tmp_path)]) == 0

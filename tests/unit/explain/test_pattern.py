@@ -1,4 +1,4 @@
-"""What sets slow requests apart: where they ran, who sent them, what they were, when they came."""
+"""What distinguishes slow requests: where they ran, which client sent them, their content and when they arrived."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNT = 240
 
 
 def said(slow: Callable[[int], dict[str, Any] | None], usual: Callable[[int], dict[str, Any]]) -> str:
-    """A minute of requests, of which those are slow that ``slow`` changes."""
+    """The traits reported for a minute of requests in which those that ``slow`` changes are slow."""
     numbers = [number for number in range(COUNT) if slow(number) is not None]
     spans = [one for n in range(COUNT) for one in request(n, n * 250.0, **usual(n) | (slow(n) or {}))]
     found = read(spans)
@@ -27,7 +27,7 @@ def said(slow: Callable[[int], dict[str, Any] | None], usual: Callable[[int], di
 def mixed(number: int) -> dict[str, Any]:
     chance = random.Random(number)
     replica = chance.choice("ab")
-    # Two replicas on the host one, one on the host two.
+    # One replica on each host.
     host = {"a": "one", "b": "two"}[replica]
     return {"replica": replica, "host": host, "client": f"10.0.0.{chance.randint(1, 3)}"}
 
@@ -47,7 +47,7 @@ CASES: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_they_have_in_common(case: str) -> None:
+def test_traits_that_slow_requests_share(case: str) -> None:
     change, expected = CASES[case]
     scattered = {random.Random(case).randrange(COUNT) for _ in range(12)} | {1, 80, 160, 238}
     assert said(lambda n: change(n) if n in scattered else None, mixed).strip(", ") == expected
@@ -64,5 +64,5 @@ def test_what_they_have_in_common(case: str) -> None:
     ],
     ids=["a burst", "since a moment", "periodic", "at any time", "one alone"],
 )
-def test_when_they_came(slow: Callable[[int], bool], expected: str) -> None:
+def test_when_slow_requests_arrived(slow: Callable[[int], bool], expected: str) -> None:
     assert said(lambda n: {} if slow(n) else None, lambda _: {}) == expected

@@ -1,4 +1,4 @@
-"""Traces out of files, in every form that they come in, whole and damaged."""
+"""Traces read from files, in every supported format, intact and damaged."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FORMS: dict[str, Callable[[list[bytes]], bytes]] = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_of_a_file_has_the_same_spans(tmp_path: Path, name: str) -> None:
+def test_every_file_format_yields_the_same_spans(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FORMS[name](LINES))
     for path in (tmp_path, tmp_path / name):
         source = TraceFiles(path)
@@ -59,33 +59,33 @@ def test_every_form_of_a_file_has_the_same_spans(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_file_that_was_cut_short_gives_what_comes_before(tmp_path: Path, name: str) -> None:
-    # Incompressible, so that the cut falls into the second line's own bytes.
+def test_a_truncated_file_yields_the_spans_before_the_truncation(tmp_path: Path, name: str) -> None:
+    # Incompressible, so that the truncation falls within the bytes of the second line.
     noise = base64.b85encode(bytes(i * i % 251 for i in range(3000))).decode()
     content = FORMS[name]([LINES[0], line(span(OTHER, "4", noise))])
     (tmp_path / name).write_bytes(content[:-20])
     source = TraceFiles(tmp_path)
     found = [s.span_id[0] for s in source.read()]
 
-    # A gzip or zstd stream may lose what stands in the block that was cut.
+    # A gzip or zstd stream may lose the contents of the truncated block.
     assert found == ["1"] or (not found and "." in name[6:])
     assert source.broken == 1
 
 
-def test_the_same_span_twice_and_ids_in_capitals_are_one_span(tmp_path: Path) -> None:
+def test_duplicate_spans_and_uppercase_ids_are_one_span(tmp_path: Path) -> None:
     twice = [LINES[0], LINES[0], line(span(TRACE.upper(), "1"))]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(twice))
     assert len(TraceFiles(tmp_path).trace(TRACE)) == 1
 
 
-def test_spans_of_other_traces_are_found_by_the_links_to_them(tmp_path: Path) -> None:
+def test_linked_spans_of_other_traces_are_found(tmp_path: Path) -> None:
     link = {"traceId": OTHER, "spanId": "3" * 16}
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([line(span(TRACE, "1", links=[link])), LINES[1]]))
     source = TraceFiles(tmp_path)
     assert [s.key for s in source.linked(source.trace(TRACE))] == [(OTHER, "3" * 16)]
 
 
-def test_a_broken_span_costs_only_itself(tmp_path: Path) -> None:
+def test_a_broken_span_does_not_affect_others(tmp_path: Path) -> None:
     broken = [
         {"traceId": TRACE},
         span(TRACE, "5") | {"endTimeUnixNano": None},
@@ -99,7 +99,7 @@ def test_a_broken_span_costs_only_itself(tmp_path: Path) -> None:
     assert source.broken == len(broken) + 3
 
 
-def test_kinds_of_values_and_ids_as_protobuf_writes_them() -> None:
+def test_value_types_and_ids_as_written_by_protobuf() -> None:
     values = {
         "int": {"intValue": "7"},
         "double": {"doubleValue": "Infinity"},
@@ -115,12 +115,12 @@ def test_kinds_of_values_and_ids_as_protobuf_writes_them() -> None:
     assert found.attributes == {"int": 7, "double": float("inf"), "list": ["a", True], "none": None}
 
 
-def test_one_document_over_many_lines_is_read_too(tmp_path: Path) -> None:
+def test_a_document_that_spans_many_lines_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(json.loads(LINES[1]), indent=2))
     assert [s.span_id[0] for s in TraceFiles(tmp_path / "a.json").read()] == ["2", "3"]
 
 
-def test_files_that_nobody_wrote_to_in_the_window_are_passed_over(tmp_path: Path) -> None:
+def test_files_not_written_in_the_window_are_skipped(tmp_path: Path) -> None:
     now_ns = time.time_ns()
     for name, written_ns in (("old.jsonl", now_ns - 7200 * 10**9), ("new.jsonl", now_ns)):
         (tmp_path / name).write_bytes(LINES[0])

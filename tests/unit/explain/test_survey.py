@@ -1,4 +1,4 @@
-"""Which requests are read closely, and that nothing is lost by not reading the others."""
+"""Which requests are read in full, and that no statistics are lost for the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def roots(count: int, error: str = "") -> list[Root]:
     return [Root((f"{n:032x}", "r"), n * 10**6, (n * 7919 % count) * 1000, error) for n in range(count)]
 
 
-def test_all_are_counted_and_some_are_read() -> None:
+def test_all_requests_are_counted_and_a_sample_is_read_in_full() -> None:
     found = survey([*roots(40_000), *roots(40_000)], 0.05)
 
     assert found.requests == 40_000
@@ -27,13 +27,13 @@ def latency_ns(key: tuple[str, str]) -> int:
     return int(key[0], 16) * 7919 % 40_000 * 1000
 
 
-def test_few_are_all_read() -> None:
+def test_few_requests_are_all_read_in_full() -> None:
     found = survey(roots(30), 0.05)
     assert (len(found.slow), len(found.ordinary), found.weight) == (5, 25, 1.0)
     assert survey([], 0.05).window_ns == (0, 0)
 
 
-def test_of_the_failed_the_longest_are_read_and_bad_input_is_nobodys_fault() -> None:
+def test_the_longest_failures_are_read_and_invalid_input_is_not_a_failure() -> None:
     found = survey([*roots(2_000, "replica_died")], 0.05)
     assert found.errors == {"replica_died": 2_000}
     assert len(found.failed) == FAILED
@@ -41,12 +41,12 @@ def test_of_the_failed_the_longest_are_read_and_bad_input_is_nobodys_fault() -> 
     assert survey(roots(50, "invalid_field"), 0.05).failed == set()
 
 
-def test_what_is_wanted() -> None:
+def test_which_spans_are_wanted() -> None:
     found = survey(roots(30), 0.05, since_ns=20 * 10**6)
     read, old = f"{25:032x}", f"{3:032x}"
     assert found.requests == 10
     assert found.wants(names.QUEUE, read)
     assert found.wants(names.BATCH_FORWARD, "somewhere")
-    # Of a request without a root, so that it is missed; a span of somebody else's is not.
+    # A span of a request without a root is wanted, so that its root is missed; a foreign span is not.
     assert found.wants(names.QUEUE, old)
     assert not found.wants("GET /", old)

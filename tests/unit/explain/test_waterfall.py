@@ -82,12 +82,12 @@ def test_the_newest_request_is_drawn_with_its_batch(store: Path, capsys: pytest.
     assert printed.err == "1 broken lines or spans were skipped\n"
 
 
-def test_a_request_by_its_id_and_from_one_file(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_request_by_trace_id_from_a_single_file(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "c" * 32, "--source", str(store / "traces-a.jsonl")]) == 0
     assert capsys.readouterr().out.startswith(f"trace {'c' * 32}\npredict")
 
 
-def test_a_span_whose_parent_is_missing_is_shown_all_the_same(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_span_with_a_missing_parent_is_still_shown(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", TRACE, "--source", str(store / "traces-b.jsonl")]) == 0
     assert "\nbatched_predict" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Request bodies: what is accepted, and which message names which field and rule."""
+"""Request bodies: accepted values, and errors that name the field and the rule."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refused(body: Any, parse: Any = parse_embeddings, of: ModelCard = CARD) -> A
         ([[5, 6], [7]], ((5, 6), (7,))),
     ],
 )
-def test_inputs_of_all_kinds(given: Any, inputs: tuple[Any, ...]) -> None:
+def test_all_input_types(given: Any, inputs: tuple[Any, ...]) -> None:
     parsed = parse_embeddings(json.dumps({"input": given}).encode(), CARD, LIMITS)
 
     assert (parsed.inputs, parsed.param, parsed.truncate, parsed.model) == (inputs, "input", True, CARD.name)
@@ -47,7 +47,7 @@ def test_inputs_of_all_kinds(given: Any, inputs: tuple[Any, ...]) -> None:
     assert parsed.texts == tuple(value for value in inputs if isinstance(value, str))
 
 
-def test_options_of_embeddings() -> None:
+def test_embeddings_options() -> None:
     body = {"input": "a", "model": CARD.name, "encoding_format": "base64", "dimensions": 2, "user": "u"}
 
     assert parse_embeddings(json.dumps(body).encode(), CARD, LIMITS).options == OutputOptions(
@@ -55,7 +55,7 @@ def test_options_of_embeddings() -> None:
     )
 
 
-def test_options_of_predict() -> None:
+def test_predict_options() -> None:
     body = {"inputs": ["a", "b"], "parameters": {"truncate": False, "top_k": 3}}
     parsed = parse_predict(json.dumps(body).encode(), CARD, LIMITS)
 
@@ -94,7 +94,7 @@ def test_options_of_predict() -> None:
         (["a"], None, "the body must be a JSON object; got a list"),
     ],
 )
-def test_a_wrong_field_of_embeddings_is_named_with_its_rule(body: Any, param: str | None, message: str) -> None:
+def test_an_invalid_embeddings_field_is_named_with_its_rule(body: Any, param: str | None, message: str) -> None:
     error = refused(body)
 
     assert isinstance(error, InvalidField)
@@ -112,7 +112,7 @@ def test_a_wrong_field_of_embeddings_is_named_with_its_rule(body: Any, param: st
         ({"inputs": "a", "parameters": "secret"}, "parameters: Input should be an object; got a string"),
     ],
 )
-def test_a_wrong_field_of_predict_is_named_with_its_rule(body: Any, message: str) -> None:
+def test_an_invalid_predict_field_is_named_with_its_rule(body: Any, message: str) -> None:
     error = refused(body, parse_predict)
 
     assert isinstance(error, InvalidField)
@@ -125,7 +125,7 @@ def test_input_text_is_never_quoted() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"input": "\\ud800"}', b"[" * 2000])
-def test_what_is_not_json_is_400(body: bytes) -> None:
+def test_invalid_json_is_400(body: bytes) -> None:
     assert isinstance(refused(body), InvalidJson)
 
 
@@ -136,7 +136,7 @@ def test_too_many_inputs_are_413() -> None:
     assert error.message == "input has 5 inputs; at most 4 are allowed in one request"
 
 
-def test_another_model_is_404_and_a_classifier_serves_no_embeddings() -> None:
+def test_an_unknown_model_is_404_and_a_fill_mask_model_serves_no_embeddings() -> None:
     assert isinstance(refused({"input": "a", "model": "gpt-5"}), ModelNotFound)
     assert (
         "serves fill-mask, not embeddings; call POST /predict"
@@ -144,7 +144,7 @@ def test_another_model_is_404_and_a_classifier_serves_no_embeddings() -> None:
     )
 
 
-def test_top_k_of_fill_mask_is_limited() -> None:
+def test_fill_mask_top_k_is_limited() -> None:
     body = {"inputs": "a", "parameters": {"top_k": 101}}
 
     assert (

@@ -1,4 +1,4 @@
-"""The ASGI application around the endpoints: the fast path, bodies, errors outside the path of a request."""
+"""The ASGI application around the endpoints: the fast path, request bodies, and errors outside the request path."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ask(method: str, path: str, app: FastPathApp | None = None, **options: Any) 
     return asyncio.run(run())
 
 
-def test_inference_routes_are_called_directly_and_all_others_by_fastapi() -> None:
+def test_inference_routes_bypass_fastapi_and_other_routes_do_not() -> None:
     assert ask("POST", "/echo", content=b"hello").json() == {"path": "/echo", "body": "hello"}
     assert ask("GET", "/slow/x").json() == {"name": "x"}
 
@@ -49,7 +49,7 @@ def test_inference_routes_are_called_directly_and_all_others_by_fastapi() -> Non
     ("method", "path", "status", "code"),
     [("GET", "/nothing", 404, "not_found"), ("DELETE", "/slow/x", 405, "method_not_allowed")],
 )
-def test_errors_of_routing_have_our_shape(method: str, path: str, status: int, code: str) -> None:
+def test_routing_errors_have_our_format(method: str, path: str, status: int, code: str) -> None:
     answer = ask(method, path)
 
     assert answer.status_code == status
@@ -57,7 +57,7 @@ def test_errors_of_routing_have_our_shape(method: str, path: str, status: int, c
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_an_unforeseen_error_is_500_and_says_nothing_of_itself() -> None:
+def test_an_unexpected_error_is_500_without_details() -> None:
     answer = ask("POST", "/broken")
 
     assert answer.status_code == 500
@@ -65,7 +65,7 @@ def test_an_unforeseen_error_is_500_and_says_nothing_of_itself() -> None:
     assert "secret" not in answer.text
 
 
-def test_retry_after_is_a_header() -> None:
+def test_retry_after_is_sent_as_a_header() -> None:
     error = QueueFull("full", retry_after_s=7)
 
     assert error_response(error, error.body()).headers["Retry-After"] == "7"
@@ -87,28 +87,28 @@ def request(*parts: bytes, announced: str | None = None, pause_s: float = 0.0, d
             yield message
 
     received = generate()
-    return Request({"type": "http", "method": "POST", "headers": headers}, lambda: anext(received))  # type: ignore[arg-type]
+    return Request({"type": "http", "method": "POST", "headers": headers}, lambda: anext(received))
 
 
-def test_a_body_is_read_whole() -> None:
+def test_a_body_is_read_completely() -> None:
     assert asyncio.run(read_body(request(b"ab", b"cd"), 4, FAR_NS)) == b"abcd"
 
 
-def test_a_body_that_is_announced_as_too_large_is_not_read() -> None:
+def test_a_body_whose_content_length_is_too_large_is_not_read() -> None:
     with pytest.raises(TooLarge, match="the body has 5 bytes; at most 4 are allowed"):
         asyncio.run(read_body(request(announced="5"), 4, FAR_NS))
 
 
-def test_a_body_that_becomes_too_large_is_refused_as_soon_as_it_is() -> None:
+def test_a_body_is_rejected_as_soon_as_it_exceeds_the_limit() -> None:
     with pytest.raises(TooLarge, match="the body has more than 4 bytes"):
         asyncio.run(read_body(request(b"abc", b"de", announced="many"), 4, FAR_NS))
 
 
-def test_a_body_past_the_deadline_is_refused() -> None:
+def test_a_body_past_the_deadline_is_rejected() -> None:
     with pytest.raises(DeadlinePassed, match="the deadline passed after 0 bytes of the body"):
         asyncio.run(read_body(request(b"a", pause_s=60.0), 4, time.monotonic_ns() + 1_000_000))
 
 
-def test_a_client_that_hangs_up_in_its_body_has_cancelled() -> None:
+def test_a_client_disconnect_while_sending_the_body_is_a_cancellation() -> None:
     with pytest.raises(Cancelled, match="the client hung up"):
         asyncio.run(read_body(request(disconnect=True), 4, FAR_NS))

@@ -1,4 +1,4 @@
-"""What the autoscaling policy decided, as telemetry."""
+"""Telemetry of autoscaling decisions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def values(pairs: list[Any]) -> dict[str, Any]:
     return {pair["key"]: read[kind](value) for pair in pairs for kind, value in pair["value"].items()}
 
 
-def test_a_change_of_mind_is_a_span_and_everything_is_shown(tmp_path: Path) -> None:
+def test_a_new_decision_emits_a_span_and_metrics(tmp_path: Path) -> None:
     telemetry = DecisionTelemetry(str(tmp_path), "node-1234567")
     telemetry.take(RECORD, False)
     telemetry.take(RECORD, True)
@@ -101,7 +101,7 @@ def test_a_change_of_mind_is_a_span_and_everything_is_shown(tmp_path: Path) -> N
     }
 
 
-def test_policies_that_start_together_share_one(tmp_path: Path) -> None:
+def test_policies_that_start_concurrently_share_one_telemetry(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: decision_telemetry(str(tmp_path), "node-1"), range(8)))
     for telemetry in {id(one): one for one in made}.values():
@@ -110,7 +110,7 @@ def test_policies_that_start_together_share_one(tmp_path: Path) -> None:
     assert len({id(one) for one in made}) == 1
 
 
-def test_a_policy_that_is_gone_is_shown_no_more(tmp_path: Path) -> None:
+def test_a_forgotten_deployment_is_no_longer_exported(tmp_path: Path) -> None:
     telemetry = DecisionTelemetry(str(tmp_path), "node-1234567")
     telemetry.take(RECORD, False)
     telemetry.forget(RECORD.application, RECORD.deployment)

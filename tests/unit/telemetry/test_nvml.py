@@ -45,7 +45,8 @@ def nvml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(nvml: Path | None, devices: list[str]) -> list[dict[str, Any]]:
-    return json.loads(run_with_nvml(nvml, READ.format(devices=devices)))
+    found: list[dict[str, Any]] = json.loads(run_with_nvml(nvml, READ.format(devices=devices)))
+    return found
 
 
 def test_only_the_given_device_is_read(nvml: Path) -> None:
@@ -73,11 +74,11 @@ def test_only_the_given_device_is_read(nvml: Path) -> None:
         (["GPU-x"], []),
     ],
 )
-def test_devices_as_cuda_names_them(nvml: Path, devices: list[str], uuids: list[str]) -> None:
+def test_devices_are_named_as_in_cuda(nvml: Path, devices: list[str], uuids: list[str]) -> None:
     assert [sample["uuid"] for sample in read(nvml, devices)] == uuids
 
 
-def test_a_mig_slice_tells_its_own_memory_and_nothing_of_its_neighbours(nvml: Path) -> None:
+def test_a_mig_slice_reports_only_its_own_memory(nvml: Path) -> None:
     (sample,) = read(nvml, [SLICE])
 
     assert (sample["uuid"], sample["index"]) == (SLICE, 1)
@@ -85,7 +86,7 @@ def test_a_mig_slice_tells_its_own_memory_and_nothing_of_its_neighbours(nvml: Pa
     assert sample["utilization_percent"] is sample["power_w"] is sample["temperature_c"] is None
 
 
-def test_a_missing_symbol_costs_only_its_figure(tmp_path: Path) -> None:
+def test_a_missing_symbol_loses_only_its_own_value(tmp_path: Path) -> None:
     (sample,) = read(compile_nvml(tmp_path, "-DNO_POWER"), ["0"])
 
     assert sample["power_w"] is None
@@ -99,7 +100,7 @@ def test_a_missing_library_means_no_gpu_telemetry(tmp_path: Path) -> None:
     assert read(tmp_path, ["0"]) == []
 
 
-def test_a_device_that_falls_off_is_forgotten_and_tried_again(nvml: Path, tmp_path: Path) -> None:
+def test_a_lost_device_is_dropped_and_retried(nvml: Path, tmp_path: Path) -> None:
     seen = json.loads(run_with_nvml(nvml, FALLS_OFF, FAKE_NVML_LOST=str(tmp_path / "lost")))
 
     assert seen == [[0, 1], [1], [0, 1]]

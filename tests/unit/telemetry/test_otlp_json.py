@@ -51,7 +51,7 @@ spans = st.builds(
 
 
 def comparable(value: Any) -> Any:
-    """Without what is empty: proto3 does not tell it from what is left out. And without NaN, which equals nothing."""
+    """Drop empty values, which proto3 does not distinguish from missing ones, and replace NaN, which equals nothing."""
     if isinstance(value, dict):
         found = {key: comparable(inner) for key, inner in value.items()}
         return {key: inner for key, inner in found.items() if inner not in ("", [], {}, None)}
@@ -61,7 +61,7 @@ def comparable(value: Any) -> Any:
 
 
 @given(st.lists(spans, min_size=1, max_size=3))
-def test_our_json_is_what_opentelemetry_writes(given_spans: list[Span]) -> None:
+def test_our_json_equals_that_of_opentelemetry(given_spans: list[Span]) -> None:
     encoder = JsonEncoder(RESOURCE)
     ours = json.loads(encoder.line([encoder.span(span) for span in given_spans]))
     theirs = json.loads(encode_spans([readable(span, RESOURCE) for span in given_spans]).to_json())
@@ -70,7 +70,7 @@ def test_our_json_is_what_opentelemetry_writes(given_spans: list[Span]) -> None:
 
 
 @given(st.lists(spans, min_size=1, max_size=3))
-def test_the_collectors_reader_takes_it(given_spans: list[Span]) -> None:
+def test_the_collector_can_parse_it(given_spans: list[Span]) -> None:
     encoder = JsonEncoder(RESOURCE)
     line = json.loads(encoder.line([encoder.span(span) for span in given_spans]))
     read = ParseDict(with_bytes_ids(line), ExportTraceServiceRequest()).resource_spans[0].scope_spans[0].spans
@@ -82,7 +82,7 @@ def test_the_collectors_reader_takes_it(given_spans: list[Span]) -> None:
     ]
 
 
-def test_a_line_is_one_line() -> None:
+def test_a_line_contains_no_newline() -> None:
     encoder = JsonEncoder(RESOURCE)
 
     assert b"\n" not in encoder.line([b"{}"])

@@ -1,4 +1,4 @@
-"""Where telemetry goes, and who it says it is from."""
+"""Telemetry destinations and resource attributes."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_destination(environ: dict[str, str], traces: str, metrics: str) -> None
         ({ENDPOINT: "http://c", PROTOCOL: "http/json"}, "'http/json' is not one of grpc, http/protobuf"),
     ],
 )
-def test_what_names_no_destination_is_refused(environ: dict[str, str], message: str) -> None:
+def test_an_unknown_destination_is_rejected(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         destination("traces", environ)
 
     assert message in str(refused.value)
 
 
-def test_our_names_win_over_the_environment_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_resource_attributes_override_the_environment_and_others_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "team=search,service.namespace=other")
     monkeypatch.setenv("OTEL_SERVICE_NAME", "other")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
@@ -69,7 +69,7 @@ def test_our_names_win_over_the_environment_and_the_rest_is_kept(monkeypatch: py
     assert {key: attributes[key] for key in expected} == expected
 
 
-def test_the_store_lies_under_the_xdg_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_is_in_the_xdg_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/var/state")
     assert str(TelemetryConfig().store_directory()) == "/var/state/slowlens"
     assert str(TelemetryConfig(directory="/data").store_directory()) == "/data"

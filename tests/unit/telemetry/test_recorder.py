@@ -1,4 +1,4 @@
-"""Telemetry of one process: sampling, endings, and that nothing it does reaches a request."""
+"""Telemetry of one process: sampling, how spans end, and that telemetry never affects a request."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_disabled_sdk_records_nothing_and_the_request_keeps_its_ids(start: Sta
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tracestate_travels_through_the_carrier(start: Start, tmp_path: Path) -> None:
+def test_the_carrier_propagates_tracestate(start: Start, tmp_path: Path) -> None:
     telemetry = start()
     headers = {"traceparent": SAMPLED.traceparent, "tracestate": "vendor=1,other=2"}
     with telemetry.request(
@@ -133,7 +133,7 @@ def test_tracestate_travels_through_the_carrier(start: Start, tmp_path: Path) ->
         (asyncio.CancelledError(), "cancelled", "the client hung up"),
     ],
 )
-def test_a_failed_stage_says_why_without_quoting_the_input(
+def test_a_failed_stage_records_the_error_without_quoting_the_input(
     start: Start, tmp_path: Path, error: BaseException, error_type: str, message: str
 ) -> None:
     telemetry = start("postprocessor")
@@ -158,7 +158,7 @@ def test_a_failed_stage_says_why_without_quoting_the_input(
     assert record.reply(None).failure is not None
 
 
-def test_a_record_that_cannot_be_exported_harms_no_other(start: Start, tmp_path: Path) -> None:
+def test_a_record_that_cannot_be_exported_does_not_affect_others(start: Start, tmp_path: Path) -> None:
     telemetry = start("postprocessor")
     broken = PostprocessRecord(envelope(Carrier("not a traceparent at 01")))
     with telemetry.stage(broken):
@@ -170,7 +170,7 @@ def test_a_record_that_cannot_be_exported_harms_no_other(start: Start, tmp_path:
     assert [span["name"] for span in stored(tmp_path)] == [names.POSTPROCESS]
 
 
-def test_what_does_not_fit_is_counted_not_kept(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excess_records_are_dropped_and_counted(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     telemetry = start("postprocessor")
     monkeypatch.setattr("deployments.telemetry.recorder._MAX_RECORDS", 0)
     with telemetry.stage(PostprocessRecord(envelope(SAMPLED))):
@@ -182,9 +182,7 @@ def test_what_does_not_fit_is_counted_not_kept(start: Start, tmp_path: Path, mon
     assert metrics.DROPPED_RECORDS.name in path.read_text()
 
 
-def test_a_dead_collector_costs_nothing_but_spans_and_they_are_counted(
-    start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_spans_lost_to_an_unreachable_collector_are_counted(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     telemetry = start(
@@ -201,7 +199,7 @@ def test_a_dead_collector_costs_nothing_but_spans_and_they_are_counted(
     receiver = OtlpReceiver(port)
     counted = {True: 0, False: 0}
     deadline = time.monotonic() + 30
-    # What was still queued when the collector came back is delivered; the rest is counted as lost.
+    # Spans still queued when the collector came back are delivered; the rest are counted as lost.
     while sum(counted.values()) < 200 and time.monotonic() < deadline:
         for point in receiver.metric_points("otel.sdk.exporter.span.exported"):
             is_lost = any(attribute.key == "error.type" for attribute in point.attributes)
@@ -212,7 +210,7 @@ def test_a_dead_collector_costs_nothing_but_spans_and_they_are_counted(
     assert sum(counted.values()) == 200
 
 
-def test_a_silent_collector_does_not_hold_up_the_end_of_a_replica(start: Start) -> None:
+def test_an_unresponsive_collector_does_not_delay_shutdown(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         telemetry = start(
             OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}",
@@ -221,11 +219,11 @@ def test_a_silent_collector_does_not_hold_up_the_end_of_a_replica(start: Start) 
         request(telemetry)
         started = time.monotonic()
         telemetry.close()
-        # The exporter itself would try for 10 s, and then for its metrics again.
+        # The exporter itself would retry for 10 s, and then again for its metrics.
         assert time.monotonic() - started < 9
 
 
-def test_a_request_cancelled_while_its_batch_runs_ends_with_it(start: Start, tmp_path: Path) -> None:
+def test_a_request_cancelled_while_its_batch_runs_ends_with_the_batch(start: Start, tmp_path: Path) -> None:
     telemetry = start("model")
     record = PredictRecord(envelope(SAMPLED))
     entry = BatchEntry(RunInput(record, np.array([1, 2], dtype=np.int32)), 2, 0, arrived_ns=record.started_ns)
@@ -247,7 +245,7 @@ def test_a_request_cancelled_while_its_batch_runs_ends_with_it(start: Start, tmp
     assert by_name[names.BATCH_FORWARD]["links"][0]["spanId"] == forward["spanId"]
 
 
-def test_the_last_of_two_tracestate_headers_is_not_lost() -> None:
+def test_multiple_tracestate_headers_are_joined() -> None:
     headers = Headers(
         raw=[(b"traceparent", SAMPLED.traceparent.encode()), (b"tracestate", b"a=1"), (b"tracestate", b"b=2")]
     )

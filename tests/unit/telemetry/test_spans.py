@@ -1,4 +1,4 @@
-"""Records to spans: each carries what its declaration says, no more and no less."""
+"""Spans made from records: each has exactly the attributes that its spec declares."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def every_span() -> list[Span]:
 
 
 @pytest.mark.parametrize("spec", SPANS, ids=lambda spec: spec.name)
-def test_a_span_carries_exactly_the_attributes_that_its_declaration_lists(spec: SpanSpec) -> None:
+def test_a_span_has_exactly_its_declared_attributes(spec: SpanSpec) -> None:
     if spec.name in EMITTED_ELSEWHERE:
         return
     found = [span for span in every_span() if span.name == spec.name]
@@ -84,11 +84,11 @@ def test_a_span_carries_exactly_the_attributes_that_its_declaration_lists(spec: 
         assert set(span.attributes) == set(spec.attributes) - IN_EVERY_FAILED_SPAN
 
 
-def test_every_span_that_is_made_is_declared() -> None:
+def test_every_emitted_span_is_declared() -> None:
     assert {span.name for span in every_span()} == {spec.name for spec in SPANS} - EMITTED_ELSEWHERE
 
 
-def test_a_request_that_is_not_sampled_makes_no_span() -> None:
+def test_an_unsampled_request_emits_no_spans() -> None:
     unsampled = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-00"), "id", 1000.0, 0)
     request = RequestRecord(SpanContext(1, 2, False), None, "id", "POST", "/p", "http", "/p", "", 0)
     load = ModelLoadRecord(SpanContext(1, 2, False), 0)
@@ -98,7 +98,7 @@ def test_a_request_that_is_not_sampled_makes_no_span() -> None:
     assert [span for record in [*records, alone] for span in factory().spans(record)] == []
 
 
-def test_a_forward_pass_lasts_until_its_last_run_ended_and_the_last_one_until_the_reply() -> None:
+def test_a_forward_pass_ends_with_its_last_run_and_the_last_one_with_the_reply() -> None:
     record = PredictRecord(ENVELOPE, 0, 100)
     for started_ns, ended_ns in ((10, 30), (40, 80)):
         membership = Membership(CONTEXT, started_ns, 0, 2, 3)
@@ -116,7 +116,7 @@ def test_a_forward_pass_lasts_until_its_last_run_ended_and_the_last_one_until_th
     assert [s.ended_unix_ns - s.started_unix_ns for s in spans[names.QUEUE]] == [5, 5]
 
 
-def test_a_request_that_ended_while_its_batch_ran_has_its_own_fault() -> None:
+def test_a_request_that_ends_while_its_batch_runs_keeps_its_own_fault() -> None:
     record = PredictRecord(ENVELOPE, 0, 15, fault=FAULT)
     membership = Membership(CONTEXT, 10, 0, 2, 3)
     run = batch(membership)
@@ -128,6 +128,6 @@ def test_a_request_that_ended_while_its_batch_ran_has_its_own_fault() -> None:
     assert forward.fault is FAULT
 
 
-def test_what_is_no_record_is_refused() -> None:
+def test_an_unknown_record_type_is_rejected() -> None:
     with pytest.raises(TypeError, match="no spans are defined for str"):
         factory().spans("a string")

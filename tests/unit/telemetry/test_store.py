@@ -1,13 +1,15 @@
-"""The local store: lines that the Collector's readers take, from several writers, within a cap, through a crash."""
+"""The local store: Collector-compatible lines, concurrent writers, the size cap and crashes."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ if sys.argv[4] == "crash":
 
 
 def lines_in(folder: Path) -> list[dict[str, Any]]:
-    """All whole lines; fails if anything but the last line of a file is broken."""
+    """Return all complete lines; fail if any line but the last of a file is broken."""
     found = []
     for path in sorted(folder.glob("*.jsonl")):
         *whole, rest = path.read_bytes().split(b"\n")
@@ -50,7 +52,7 @@ def lines_in(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def writer(folder: Path, number: int, lines: int, end: str = "close") -> subprocess.Popen[str]:
+def writer(folder: Path, number: int, lines: int, end: str = "close") -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(number), str(lines), end])
 
 
@@ -60,7 +62,7 @@ def a_span() -> Span:
 
 
 def with_bytes_ids(value: Any) -> Any:
-    """OTLP JSON writes ids in hex where protobuf's JSON has base64: the one difference between the two."""
+    """Convert ids from hex (OTLP JSON) to base64 (protobuf JSON), the only difference between the two."""
     if isinstance(value, dict):
         return {
             key: base64.b64encode(bytes.fromhex(inner)).decode()
@@ -71,14 +73,24 @@ def with_bytes_ids(value: Any) -> Any:
     return [with_bytes_ids(item) for item in value] if isinstance(value, list) else value
 
 
-def test_metrics_are_otlp_json(tmp_path: Path) -> None:
+Open = Callable[..., JsonLines]
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    """Makes stores, and closes them at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(contextlib.closing(JsonLines(*args, **options)))
+
+
+def test_metrics_are_otlp_json(tmp_path: Path, opened: Open) -> None:
     reader = InMemoryMetricReader()
     meter = MeterProvider([reader]).get_meter("slowlens")
     meter.create_histogram("h", "ms").record(5, {"model": "m"})
     meter.create_counter("c").add(2)
     data = reader.get_metrics_data()
     assert data is not None
-    JsonLinesMetricExporter(JsonLines(tmp_path, "metrics", "replica", 10**6, 10**7)).export(data)
+    JsonLinesMetricExporter(opened(tmp_path, "metrics", "replica", 10**6, 10**7)).export(data)
     (path,) = tmp_path.glob("metrics-replica-*.jsonl")
     parsed = ParseDict(with_bytes_ids(json.loads(path.read_text())), ExportMetricsServiceRequest())
     histogram, counter = parsed.resource_metrics[0].scope_metrics[0].metrics
@@ -87,7 +99,7 @@ def test_metrics_are_otlp_json(tmp_path: Path) -> None:
     assert counter.sum.data_points[0].as_int == 2
 
 
-def test_several_processes_write_whole_lines_and_lose_none(tmp_path: Path) -> None:
+def test_concurrent_writers_write_complete_lines_and_lose_none(tmp_path: Path) -> None:
     writers = [writer(tmp_path, number, 200) for number in range(3)]
     assert [process.wait(60) for process in writers] == [0, 0, 0]
     found = lines_in(tmp_path)
@@ -96,8 +108,8 @@ def test_several_processes_write_whole_lines_and_lose_none(tmp_path: Path) -> No
         assert [line["number"] for line in found if line["writer"] == number] == list(range(200))
 
 
-def test_files_are_rotated_and_the_oldest_go_when_the_cap_is_reached(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path, "traces", "replica", max_file_bytes=1_000, max_total_bytes=5_000)
+def test_files_are_rotated_and_the_oldest_deleted_at_the_cap(tmp_path: Path, opened: Open) -> None:
+    lines = opened(tmp_path, "traces", "replica", max_file_bytes=1_000, max_total_bytes=5_000)
     for number in range(200):
         lines.write(b'{"number": %3d, "padding": "%s"}' % (number, b"x" * 70))
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5_000
@@ -108,18 +120,18 @@ def test_files_are_rotated_and_the_oldest_go_when_the_cap_is_reached(tmp_path: P
     assert all(path.stat().st_size <= 1_000 for path in tmp_path.iterdir())
 
 
-def test_only_files_of_our_own_making_are_removed(tmp_path: Path) -> None:
+def test_only_own_files_are_deleted(tmp_path: Path, opened: Open) -> None:
     foreign = tmp_path / "my-dataset.jsonl"
     foreign.write_text("x" * 10_000)
-    lines = JsonLines(tmp_path, "traces", "replica", max_file_bytes=1_000, max_total_bytes=4_000)
+    lines = opened(tmp_path, "traces", "replica", max_file_bytes=1_000, max_total_bytes=4_000)
     for _ in range(100):
         lines.write(b"{}" + b" " * 98)
 
     assert foreign.exists()
 
 
-def test_the_cap_holds_for_many_writers(tmp_path: Path) -> None:
-    writers = [JsonLines(tmp_path, "traces", f"replica-{n}", 1_000, 5_000) for n in range(12)]
+def test_the_cap_holds_for_many_writers(tmp_path: Path, opened: Open) -> None:
+    writers = [opened(tmp_path, "traces", f"replica-{n}", 1_000, 5_000) for n in range(12)]
     for _ in range(30):
         for lines in writers:
             lines.write(b"{}" + b" " * 98)
@@ -128,32 +140,44 @@ def test_the_cap_holds_for_many_writers(tmp_path: Path) -> None:
     assert len(lines_in(tmp_path)) > 20
 
 
-def test_a_line_that_a_full_disk_cut_short_stays_the_last_of_its_file(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path, "traces", "replica", 10**6, 10**7)
-    lines.write(b'{"number": 1}')
-    whole, lines._file = lines._file, _FullDisk(lines._file)
-    with pytest.raises(OSError, match="the disk is full"):
-        lines.write(b'{"number": 2}')
-    assert whole.closed
-    lines.write(b'{"number": 3}')
+def test_a_line_truncated_by_a_full_disk_ends_its_file(
+    tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[_Disk] = []
+    really_open = Path.open
+
+    def open_on_disk(path: Path, *args: Any, **options: Any) -> _Disk:
+        files.append(_Disk(really_open(path, *args, **options)))
+        return files[-1]
+
+    lines = opened(tmp_path, "traces", "replica", 10**6, 10**7)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", open_on_disk)
+        lines.write(b'{"number": 1}')
+        files[0].is_full = True
+        with pytest.raises(OSError, match="the disk is full"):
+            lines.write(b'{"number": 2}')
+        assert files[0].closed
+        lines.write(b'{"number": 3}')
+    lines.close()
 
     assert lines_in(tmp_path) == [{"number": 1}, {"number": 3}]
 
 
-class _FullDisk:
-    """Takes three bytes of what is written, as the system call does when the disk fills up."""
+class _Disk:
+    """A file that takes only the first three bytes of a line once the disk is full, as the system call does."""
 
     def __init__(self, file: Any) -> None:
-        self._file = file
+        self._file, self.is_full = file, False
 
     def write(self, data: bytes) -> int:
-        return self._file.write(data[:3])
+        return int(self._file.write(data[:3] if self.is_full else data))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
 
-def test_a_crash_in_the_middle_of_a_line_harms_no_other_line(tmp_path: Path) -> None:
+def test_a_crash_in_the_middle_of_a_line_corrupts_no_other_line(tmp_path: Path) -> None:
     assert writer(tmp_path, 1, 20, "crash").wait(60) == -signal.SIGKILL
     assert writer(tmp_path, 1, 20).wait(60) == 0
     found = lines_in(tmp_path)
@@ -161,8 +185,8 @@ def test_a_crash_in_the_middle_of_a_line_harms_no_other_line(tmp_path: Path) -> 
     assert [line["number"] for line in found] == [*range(20), *range(20)]
 
 
-def test_a_file_removed_under_its_writer_is_begun_anew(tmp_path: Path) -> None:
-    lines = JsonLines(tmp_path, "traces", "replica", 10**6, 10**7)
+def test_a_file_deleted_while_open_is_recreated(tmp_path: Path, opened: Open) -> None:
+    lines = opened(tmp_path, "traces", "replica", 10**6, 10**7)
     lines.write(b'{"number": 1}')
     for path in tmp_path.iterdir():
         path.unlink()
@@ -171,10 +195,10 @@ def test_a_file_removed_under_its_writer_is_begun_anew(tmp_path: Path) -> None:
     assert lines_in(tmp_path) == [{"number": 2}]
 
 
-def test_a_folder_that_cannot_be_written_loses_the_spans_counts_them_and_nothing_else(tmp_path: Path) -> None:
+def test_an_unwritable_folder_drops_and_counts_spans_without_raising(tmp_path: Path, opened: Open) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    sink = StoreSink(JsonLines(blocked / "store", "traces", "replica", 10**6, 10**7), Resource({}))
+    sink = StoreSink(opened(blocked / "store", "traces", "replica", 10**6, 10**7), Resource({}))
     sink.take(a_span())
     sink.close()
 

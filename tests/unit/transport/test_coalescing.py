@@ -1,4 +1,4 @@
-"""Shared calls, in virtual time: who leaves when and with whom, and that nobody is lost or harmed by another."""
+"""Shared calls, in virtual time: which requests are sent when, and that none is lost or affected by another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.virtual_time import virtual
 
 
 class Stage:
-    """Answers a call when the test says so, or each request as it is ready."""
+    """Replies to a call when the test says so, or to each request as it is ready."""
 
     def __init__(self, **settings: Any) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -59,7 +59,7 @@ async def settle() -> None:
 
 
 @virtual
-async def test_what_comes_in_one_tick_leaves_together_at_once() -> None:
+async def test_requests_of_one_tick_are_sent_together_at_once() -> None:
     stage = Stage()
     answers = [stage.ask(name) for name in "abc"]
     await settle()
@@ -69,7 +69,7 @@ async def test_what_comes_in_one_tick_leaves_together_at_once() -> None:
 
 
 @virtual
-async def test_what_comes_while_a_call_is_under_way_leaves_with_the_next() -> None:
+async def test_requests_during_a_call_are_sent_with_the_next() -> None:
     stage = Stage()
     stage.ask("a")
     await settle()
@@ -85,7 +85,7 @@ async def test_what_comes_while_a_call_is_under_way_leaves_with_the_next() -> No
 
 
 @virtual
-async def test_where_replies_come_as_they_are_ready_no_call_holds_up_the_next() -> None:
+async def test_a_pipelined_call_does_not_delay_the_next() -> None:
     stage = Stage(pipelined=True)
     stage.ask("a")
     await settle()
@@ -95,14 +95,14 @@ async def test_where_replies_come_as_they_are_ready_no_call_holds_up_the_next() 
 
 
 @virtual
-async def test_a_full_call_leaves_at_once_and_one_that_is_heavier_alone() -> None:
+async def test_a_full_call_is_sent_at_once_and_an_oversized_request_alone() -> None:
     stage = Stage()
     stage.ask("first")
     await settle()
     for name in ("a", "b", "c"):
         stage.ask(name, weight=4)
     await settle()
-    # Twelve are waiting, ten fit: the call is full. The third waits for the next.
+    # A weight of 12 is waiting and 10 fit, so the call is full. The third request waits for the next.
     assert stage.calls[1:] == [("a", "b")]
     stage.gates[0].set()
     stage.gates[1].set()
@@ -112,16 +112,16 @@ async def test_a_full_call_leaves_at_once_and_one_that_is_heavier_alone() -> Non
     stage.ask("huge", weight=11)
     stage.ask("small")
     await settle()
-    # What waited before a huge one goes with it in mind: each in its turn, the huge one alone.
+    # Requests are sent in order, the huge one alone.
     assert stage.calls[3:] == [("huge",)]
     stage.gates[2].set()
     await settle()
-    # The huge one is still under way and holds up nobody.
+    # The huge one is still in flight and delays no other.
     assert stage.calls[4:] == [("small",)]
 
 
 @virtual
-async def test_a_call_that_lasts_holds_up_the_others_for_the_patience_only() -> None:
+async def test_a_long_call_delays_the_others_by_at_most_the_linger_time() -> None:
     stage = Stage()
     stage.ask("stuck")
     await settle()
@@ -134,7 +134,7 @@ async def test_a_call_that_lasts_holds_up_the_others_for_the_patience_only() -> 
 
 
 @virtual
-async def test_a_stage_rests_after_a_call_in_proportion_to_it_and_what_comes_leaves_together() -> None:
+async def test_cooldown_is_proportional_to_the_last_call() -> None:
     stage = Stage(cooldown_factor=2.0)
     stage.ask("a")
     await asyncio.sleep(0.005)
@@ -150,7 +150,7 @@ async def test_a_stage_rests_after_a_call_in_proportion_to_it_and_what_comes_lea
 
 
 @virtual
-async def test_the_rest_is_bounded_and_neither_a_full_call_nor_a_lone_request_keeps_it() -> None:
+async def test_cooldown_is_bounded_and_skipped_by_full_calls_and_lone_requests() -> None:
     busy = True
     stage = Stage(cooldown_factor=2.0, is_busy=lambda: busy)
     stage.ask("a")
@@ -177,7 +177,7 @@ async def test_the_rest_is_bounded_and_neither_a_full_call_nor_a_lone_request_ke
 
 
 @virtual
-async def test_a_request_that_is_gone_before_its_call_leaves_is_not_sent() -> None:
+async def test_a_request_cancelled_before_its_call_is_not_sent() -> None:
     stage = Stage()
     stage.ask("first")
     await settle()
@@ -192,7 +192,7 @@ async def test_a_request_that_is_gone_before_its_call_leaves_is_not_sent() -> No
 
 
 @virtual
-async def test_one_that_goes_from_a_shared_call_is_forgotten_and_the_others_get_their_answers() -> None:
+async def test_a_request_cancelled_in_a_shared_call_is_forgotten_and_the_others_get_replies() -> None:
     stage = Stage(pipelined=True)
     gone, stays = stage.ask("gone"), stage.ask("stays")
     await settle()
@@ -204,7 +204,7 @@ async def test_one_that_goes_from_a_shared_call_is_forgotten_and_the_others_get_
 
 
 @virtual
-async def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
+async def test_a_call_with_no_waiting_requests_is_cancelled() -> None:
     stage = Stage(pipelined=True)
     one, other = stage.ask("one"), stage.ask("other", timeout_s=5.0)
     await settle()
@@ -217,7 +217,7 @@ async def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
 
 
 @virtual
-async def test_a_request_whose_time_is_up_gets_a_timeout_while_it_waits_for_its_call_too() -> None:
+async def test_a_request_times_out_even_while_it_waits_for_its_call() -> None:
     stage = Stage()
     stage.ask("first")
     await settle()
@@ -232,7 +232,7 @@ async def test_a_request_whose_time_is_up_gets_a_timeout_while_it_waits_for_its_
 
 
 @virtual
-async def test_an_error_of_the_call_reaches_all_in_it_and_the_next_call_is_none_the_worse() -> None:
+async def test_a_call_error_reaches_all_its_requests_and_does_not_affect_the_next_call() -> None:
     stage = Stage()
     answers = [stage.ask(name) for name in "ab"]
     await settle()
@@ -249,7 +249,7 @@ async def test_an_error_of_the_call_reaches_all_in_it_and_the_next_call_is_none_
 
 
 @virtual
-async def test_a_request_without_a_reply_gets_an_error_and_not_silence() -> None:
+async def test_a_request_without_a_reply_gets_an_error() -> None:
     async def forgetful(requests: tuple[Any, ...]) -> AsyncIterator[Replies]:
         yield [(0, "only the first")]
 
@@ -261,8 +261,8 @@ async def test_a_request_without_a_reply_gets_an_error_and_not_silence() -> None
 
 
 @virtual
-async def test_a_call_is_nobodys_alone() -> None:
-    """What the first request has in its context does not reach the call."""
+async def test_a_call_does_not_inherit_the_context_of_a_request() -> None:
+    """The context of the first request does not reach the call."""
     import contextvars
 
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="clean")

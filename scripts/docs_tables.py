@@ -1,6 +1,6 @@
-"""The tables of the README, made from the code and from the results of the benchmark.
+"""Generated tables of the documentation, from the code and from the results of the benchmarks.
 
-``python -m tests.support.readme`` writes them into README.md; a test fails where they differ.
+``python scripts/docs_tables.py`` writes them into the pages; a test fails where they differ.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from deployments.explain.options import PageConfig
 from deployments.telemetry.metrics import METRICS
 from deployments.telemetry.span_specs import SPANS
 
-README = Path(__file__).parents[2] / "README.md"
-RESULTS = README.parent / "benchmarks" / "results" / "throughput.json"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "throughput.json"
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 # The workload and the figure of each column.
 SPEED = {
     "1 client": ("short-1", "requests_per_s"),
@@ -107,13 +108,23 @@ def speed() -> Iterator[tuple[str, ...]]:
         yield server, *cells
 
 
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def with_tables(text: str) -> str:
-    for name, content in tables().items():
-        marked = re.compile(f"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        assert marked.search(text), f"README.md has no table {name}"
-        text = marked.sub(lambda match, content=content: match[1] + content + match[2], text)
-    return text
+    """The page with its tables made anew. Raises KeyError where it has a table that is not made here."""
+    made = tables()
+    return _TABLE.sub(lambda match: match[1] + made[match[2]] + match[3], text)
+
+
+def tables_in(text: str) -> list[str]:
+    return [match[2] for match in _TABLE.finditer(text)]
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in pages():
+        text = page.read_text()
+        if (fresh := with_tables(text)) != text:
+            page.write_text(fresh)
+            print(f"{page.relative_to(ROOT)}: written")
