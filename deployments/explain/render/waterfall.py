@@ -70,7 +70,8 @@ def members(trace_id: str, linked: Iterable[Span], spans: Iterable[Span]) -> Ite
         if not any(span.trace_id != trace_id for span in passes):
             continue
         yield ""
-        yield f"in the batch of trace {batch.trace_id}: {'tokens':>21} {'waited ms':>10}"
+        yield f"in the batch of trace {batch.trace_id}:"
+        yield f"  {'':<47} {'tokens':>20} {'waited ms':>10}"
         for span in sorted(passes, key=lambda one: -inputs[one.trace_id]):
             stage = by_key.get((span.trace_id, span.parent_id))
             waited = f"{(span.start_ns - stage.start_ns) / 1e6:.2f}" if stage is not None else ""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deployments.cli.main import main
+from deployments.explain.render.waterfall import members
+from deployments.telemetry import names
+from tests.support.made import request
 
 TRACE, BATCH = "a" * 32, "b" * 32
 
@@ -110,3 +114,32 @@ def test_neither_ray_nor_torch_is_imported() -> None:
     code = "import sys, deployments.cli.main; print([m for m in ('ray', 'torch', 'numpy') if m in sys.modules])"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_batch_mates_are_listed_with_their_tokens_and_waits() -> None:
+    spans, keys = [], []
+    for number in range(70):
+        made = list(request(number, 0.0, tokens=number, busy=float(number)))
+        keys += [one.key for one in made if one.name == names.FORWARD_PASS]
+        spans += [
+            replace(one, attributes={names.AI_PREPROCESS_TOKEN_COUNT: number}) if one.name == names.PREPROCESS else one
+            for one in made
+        ]
+    batch = replace(next(one for one in spans if one.name == names.BATCH_FORWARD), links=tuple(keys))
+    own = keys[3][0]
+    _, title, header, first, *rest, last = members(own, [batch], spans)
+
+    assert title == f"in the batch of trace {batch.trace_id}:"
+    # Columns end where their heading does; the largest input is first, and 64 requests are listed.
+    assert first == f"  slowlens trace {keys[63][0]} {63:>20} {'63.00':>10}"
+    assert [header.index("tokens") + 6, len(header)] == [first.index(" 63 ") + 3, len(first)]
+    assert len(rest) == 63
+    assert sum(line.endswith(" (this request)") for line in rest) == 1
+    assert last == "  and 6 more"
+
+
+def test_a_request_alone_in_its_batch_has_no_batch_mates() -> None:
+    spans = list(request(1, 0.0))
+    batch = next(one for one in spans if one.name == names.BATCH_FORWARD)
+
+    assert list(members(spans[0].trace_id, [batch], spans)) == []
