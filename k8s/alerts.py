@@ -75,9 +75,9 @@ ALERTS = (
         _IS_LATE,
         "5m",
         "warning",
-        "What waits for {{ $labels.ai_autoscaling_deployment }} takes {{ $value | humanize }} ms, longer than accepted",
-        "device_queue and replica_queue say which stage; `scaled late` says when the policy saw it and when a replica "
-        "was warm. If replicas were ordered and did not come, look at the cluster's room.",
+        "The backlog of {{ $labels.ai_autoscaling_deployment }} takes {{ $value | humanize }} ms, more than its target",
+        "device_queue and replica_queue name the stage; `scaled late` says when the policy reacted and when a replica "
+        "was warm. If ordered replicas did not start, check the cluster's capacity.",
         "15m",
     ),
     Alert(
@@ -86,8 +86,8 @@ ALERTS = (
         f"and on ({_DEPLOYMENT}) ({_IS_LATE})",
         "5m",
         "critical",
-        "{{ $labels.ai_autoscaling_deployment }} has all {{ $value }} replicas that it may have, and requests wait",
-        "Raise autoscaling_config.max_replicas of the deployment, or make runs cost less; the finding has the numbers.",
+        "{{ $labels.ai_autoscaling_deployment }} is at its maximum of {{ $value }} replicas, and requests wait",
+        "Raise autoscaling_config.max_replicas of the deployment, or make runs cheaper; the finding has the numbers.",
         "15m",
     ),
     Alert(
@@ -96,8 +96,8 @@ ALERTS = (
         "0m",
         "warning",
         "{{ $value }} model replicas were loaded within ten minutes",
-        "cold_start says how many requests waited for them. If replicas come and go, raise quiet_s or min_replicas; if "
-        "they die, look at their logs.",
+        "cold_start says how many requests waited for them. If replicas start and stop often, raise quiet_s or min_replicas; "
+        "if they die, check their logs.",
         "10m",
     ),
     Alert(
@@ -115,7 +115,7 @@ ALERTS = (
         "2m",
         "critical",
         f"Errors use the month's {1 - OBJECTIVE:.1%} {{{{ $value | humanize }}}} times too fast: gone in two days",
-        "errors_retries names the kinds of failure, and what helps against the most frequent one.",
+        "errors_retries lists the kinds of failure and a fix for the most frequent one.",
         "1h",
     ),
     Alert(
@@ -124,7 +124,7 @@ ALERTS = (
         "15m",
         "warning",
         f"Errors use the month's {1 - OBJECTIVE:.1%} {{{{ $value | humanize }}}} times too fast: gone in five days",
-        "errors_retries names the kinds of failure, and what helps against the most frequent one.",
+        "errors_retries lists the kinds of failure and a fix for the most frequent one.",
         "6h",
     ),
     Alert(
@@ -132,8 +132,8 @@ ALERTS = (
         " + ".join(f"(sum (rate({lost}[5m])) or vector(0))" for lost in _LOSSES) + " > 0",
         "5m",
         "warning",
-        "Telemetry is lost: {{ $value | humanize }} records and spans a second",
-        "telemetry_loss says what is missing. Look at the Collector: its memory, its queue, its backend.",
+        "Telemetry is being lost: {{ $value | humanize }} records and spans per second",
+        "telemetry_loss says what is missing. Check the Collector: its memory, its queue, its backend.",
         "15m",
     ),
 )

@@ -74,20 +74,20 @@ def _by_stage() -> Iterator[Query]:
 LATENCY_DASHBOARD = (
     Panel(
         "Latency",
-        "Whole requests. The dots are exemplars: each leads to its trace.",
+        "End-to-end latency. The dots are exemplars: each links to its trace.",
         "ms",
         _quantiles(metrics.LATENCY),
     ),
     Panel(
         "Latency by stage",
-        "What a request spent in each stage, on average. slowlens why says what the slowest spent theirs on.",
+        "Average time per stage. `slowlens why` says where the slowest requests spent theirs.",
         "ms",
         tuple(_by_stage()),
         stacked=True,
     ),
     Panel(
         "Wait before the device",
-        "From the arrival at the model replica until the batch began, and the wait that the policy is set to.",
+        "From arrival at the model replica to the start of the batch, and the policy's target.",
         "ms",
         (
             *_quantiles(metrics.QUEUE_WAIT),
@@ -96,14 +96,14 @@ LATENCY_DASHBOARD = (
     ),
     Panel(
         "Requests by outcome",
-        "error: on our side; overloaded: the queue was full; deadline: it passed; invalid, cancelled: the caller's.",
+        "error: failed on the server; overloaded: the queue was full; deadline: it passed; invalid, cancelled: by the client.",
         "reqps",
         (Query(per_second(metrics.REQUESTS, "outcome"), "{{outcome}}"),),
         stacked=True,
     ),
     Panel(
-        "Tokens against the time of a run",
-        "Tokens of answered requests, and what one run of the model took (right).",
+        "Tokens and run time",
+        "Tokens of successful requests, and the duration of a model run (right).",
         "short",
         (
             Query(f"sum (rate({series(metrics.TOKENS)}[{RATE}]))", "tokens a second"),
@@ -114,13 +114,13 @@ LATENCY_DASHBOARD = (
     ),
     Panel(
         "Between the actors",
-        "What each call cost beside the work of its stage.",
+        "Duration of each hop minus the time in its stage.",
         "ms",
         (Query(quantile(0.99, metrics.TRANSIT, "stage"), "{{stage}} p99"),),
     ),
     Panel(
         "Responses",
-        "As the semantic conventions count them, by route and status.",
+        "By route and status code, as the semantic conventions count them.",
         "reqps",
         (
             Query(
@@ -131,8 +131,8 @@ LATENCY_DASHBOARD = (
         stacked=True,
     ),
     Panel(
-        "Telemetry's own health",
-        "Records and spans that were lost. A trace that is not there cannot be explained.",
+        "Telemetry health",
+        "Lost records and spans. A missing trace cannot be explained.",
         "cps",
         (
             Query(f"sum (rate({series(metrics.DROPPED_RECORDS)}[{RATE}])) or vector(0)", "records dropped"),
@@ -146,7 +146,7 @@ LATENCY_DASHBOARD = (
 CAPACITY_DASHBOARD = (
     Panel(
         "Queue and replicas",
-        "Inputs that wait in all model replicas; replicas that are warm, ordered, and allowed (right).",
+        "Inputs waiting in all model replicas; warm, target and maximum replicas (right).",
         "short",
         (
             Query(f"sum ({series(metrics.QUEUE_DEPTH)})", "inputs waiting"),
@@ -157,7 +157,7 @@ CAPACITY_DASHBOARD = (
     ),
     Panel(
         "Oldest input and replicas",
-        "How long the first waiting input of any replica has waited; warm replicas (right).",
+        "Age of the oldest waiting input of any replica; warm replicas (right).",
         "ms",
         (
             Query(f"max ({series(metrics.QUEUE_AGE)})", "oldest"),
@@ -166,8 +166,8 @@ CAPACITY_DASHBOARD = (
         ),
     ),
     Panel(
-        "What arrives, in replicas",
-        "Replicas' worth of work that arrives, by deployment, and the replicas that run.",
+        "Demand in replicas",
+        "Arriving work, as the number of replicas it keeps busy, and running replicas, by deployment.",
         "short",
         (
             Query(f"max by ({_DEPLOYMENT}) ({series(metrics.SCALING_DEMAND)})", f"{{{{{_DEPLOYMENT}}}}} arriving"),
@@ -175,8 +175,8 @@ CAPACITY_DASHBOARD = (
         ),
     ),
     Panel(
-        "Decisions of the policy",
-        "Changes of the number of replicas, by what they were for.",
+        "Scaling decisions",
+        "Changes to the number of replicas, by reason.",
         "short",
         (
             Query(
@@ -188,27 +188,27 @@ CAPACITY_DASHBOARD = (
         stacked=True,
     ),
     Panel(
-        "Inputs in a run",
-        "Batches grow with load; small ones beside a long queue say that a limit of batching is too low.",
+        "Inputs per run",
+        "Batches grow with load; small batches with a long queue mean that a batching limit is too low.",
         "short",
         (Query(mean(metrics.BATCH_SIZE), "mean"), Query(quantile(0.9, metrics.BATCH_SIZE), "p90")),
     ),
     Panel(
         "Padding",
-        "Padding tokens over all tokens of a run.",
+        "Fraction of the tokens of a run that are padding.",
         "percentunit",
         (Query(mean(metrics.PADDING), "mean"), Query(quantile(0.9, metrics.PADDING), "p90")),
     ),
     Panel(
-        "Why batches were cut",
-        "full and token_budget: there was more; device_idle: all there was; timeout: after max_wait_ms.",
+        "Batches by dispatch reason",
+        "full and token_budget: more inputs were waiting; device_idle: all that waited; timeout: after max_wait_ms.",
         "short",
         (Query(per_second(metrics.DISPATCHES, "reason"), "{{reason}}"),),
         stacked=True,
     ),
     Panel(
         "Cold starts",
-        "Model replicas that were loaded in the last ten minutes, and runs that did not fit the memory.",
+        "Model replicas loaded in the last ten minutes, and runs that did not fit in memory.",
         "short",
         (
             # A replica's counter starts at 1, which `increase` does not count.
@@ -217,8 +217,8 @@ CAPACITY_DASHBOARD = (
         ),
     ),
     Panel(
-        "GPU utilization beside latency",
-        "Of each device of each replica, and the p99 of requests (right).",
+        "GPU utilization and latency",
+        "Each GPU of each replica, and p99 latency (right).",
         "percent",
         (
             Query(
@@ -229,8 +229,8 @@ CAPACITY_DASHBOARD = (
         right_unit="ms",
     ),
     Panel(
-        "GPU memory beside latency",
-        "Of each device of each replica, and the p99 of requests (right).",
+        "GPU memory and latency",
+        "Each GPU of each replica, and p99 latency (right).",
         "percentunit",
         (
             Query(
@@ -243,7 +243,7 @@ CAPACITY_DASHBOARD = (
     ),
     Panel(
         "GPU power and temperature",
-        "Of each device of each replica; temperature on the right.",
+        "Each GPU of each replica; temperature on the right.",
         "watt",
         (
             Query(f"max by (instance, hw_id) ({series(metrics.HW_POWER)})", "{{instance}} {{hw_id}}"),
@@ -257,7 +257,7 @@ CAPACITY_DASHBOARD = (
     ),
     Panel(
         "Processes",
-        "Processor time of each replica, as a part of its machine, and resident memory (right).",
+        "CPU time of each replica as a fraction of its machine, and resident memory (right).",
         "percentunit",
         (
             Query(f"max by (job, instance) ({series(metrics.PROCESS_CPU)})", "{{job}} {{instance}}"),

@@ -31,9 +31,9 @@ def group_with_oldest(lengths: Sequence[int], cost: RunCost, max_size: int, max_
         return list(range(count))
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     starts = _cheapest_split([lengths[i] for i in order], cost, max_size, max_tokens)
-    place = order.index(0)
+    position = order.index(0)
     end = len(order)
-    while starts[end] > place:
+    while starts[end] > position:
         end = starts[end]
     return sorted(order[starts[end] : end])
 

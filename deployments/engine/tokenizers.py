@@ -57,9 +57,9 @@ class FastTokenizer:
         return [self._read(encoding, with_offsets) for encoding in self._backend.encode_batch(list(texts))]
 
     def _read(self, encoding: Any, with_offsets: bool) -> Encoded:
-        cut = sum(len(part) - self._special_tokens for part in encoding.overflowing)
+        truncated = sum(len(part) - self._special_tokens for part in encoding.overflowing)
         offsets = None
         if with_offsets:
             pairs = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
             offsets = [(-1, -1) if special else offset for offset, special in pairs]
-        return Encoded(np.array(encoding.ids, dtype=np.int32), len(encoding) + cut, offsets)
+        return Encoded(np.array(encoding.ids, dtype=np.int32), len(encoding) + truncated, offsets)

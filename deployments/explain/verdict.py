@@ -230,12 +230,12 @@ def _advisories(read: Capture) -> list[Finding]:
             "these inputs"
         )
         found.append(Finding("small_batches", 0.0, sum(run.size for run in wasteful), summary, fix, ()))
-    cut = [request for request in read.requests if request.truncated]
-    count = round(sum(map(read.weight, cut)))
+    truncated = [request for request in read.requests if request.truncated]
+    count = round(sum(map(read.weight, truncated)))
     if count > counted.requests / 20:
         summary = f"{count} of {counted.requests} requests had inputs truncated to the model's maximum length"
         fix = Fix("send shorter inputs, or set `truncate: false` to have them rejected")
-        evidence = tuple((request.trace_id, 0.0) for request in cut[:_EVIDENCE])
+        evidence = tuple((request.trace_id, 0.0) for request in truncated[:_EVIDENCE])
         found.append(Finding("truncation", 0.0, count, summary, fix, evidence))
     if read.lost or read.incomplete > (counted.requests + read.incomplete) / 100:
         said = [f"the processes report {read.lost} lost spans"] if read.lost else []

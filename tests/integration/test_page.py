@@ -102,7 +102,7 @@ def test_a_finding_links_to_its_traces(opened: Opened) -> None:
     assert trace_id in shown
     assert "batched_predict" in shown
     assert "cold start 2002" in shown
-    assert "The run of the model that it was in" in shown
+    assert "The model run of this request" in shown
     assert page.url.endswith(f"#{trace_id}")
     page.get_by_role("button", name="close").click()
     assert not page.locator("#trace").is_visible()

@@ -164,16 +164,16 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
     return result
 
 
-def without(intervals: Sequence[Interval], cut: Sequence[Interval]) -> list[Interval]:
-    """Return what is in ``intervals`` and not in ``cut``; both as returned by ``union``."""
+def without(intervals: Sequence[Interval], removed: Sequence[Interval]) -> list[Interval]:
+    """Return what is in ``intervals`` and not in ``removed``; both as returned by ``union``."""
     result = []
     for start, end in intervals:
-        for cut_start, cut_end in cut:
-            if cut_end <= start or end <= cut_start:
+        for removed_start, removed_end in removed:
+            if removed_end <= start or end <= removed_start:
                 continue
-            if start < cut_start:
-                result.append((start, cut_start))
-            start = max(start, cut_end)
+            if start < removed_start:
+                result.append((start, removed_start))
+            start = max(start, removed_end)
         if start < end:
             result.append((start, end))
     return result

@@ -88,18 +88,18 @@ def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0) -> Survey:
     failed = sorted(
         (root for root in every if root.error and root.error not in NOT_OURS), key=lambda root: -root.latency_ns
     )
-    cut = len(answered) - min(max(0, len(answered) - 1), max(_MIN_SLOW, round(len(answered) * slowest)))
-    read = random.Random(0).sample(answered[:cut], min(ORDINARY, cut))
+    ordinary = len(answered) - min(max(0, len(answered) - 1), max(_MIN_SLOW, round(len(answered) * slowest)))
+    read = random.Random(0).sample(answered[:ordinary], min(ORDINARY, ordinary))
     found = Survey(
         requests=len(every),
         errors=dict(Counter(root.error for root in every if root.error)),
         failed_ms=sum(root.latency_ns for root in failed) / 1e6,
         latencies_ms=[root.latency_ns / 1e6 for root in answered],
         since_ns=since_ns,
-        slow={root.key for root in answered[cut:]},
+        slow={root.key for root in answered[ordinary:]},
         ordinary={root.key for root in read},
         failed={root.key for root in failed[:FAILED]},
-        weight=cut / len(read) if read else 1.0,
+        weight=ordinary / len(read) if read else 1.0,
         known={root.key[0] for root in every},
     )
     if every:

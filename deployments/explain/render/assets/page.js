@@ -39,7 +39,7 @@ const charts = {
       })),
     },
     options: {
-      scales: { x: { ...timeAxis(), stacked: true, offset: false }, y: axis("ms a request", { stacked: true }) },
+      scales: { x: { ...timeAxis(), stacked: true, offset: false }, y: axis("ms per request", { stacked: true }) },
     },
   }),
   cold: () => ({
@@ -73,7 +73,7 @@ const charts = {
       datasets: [
         { label: "slow requests", data: data.tokens.slow, backgroundColor: color("--c2"), pointStyle: "triangle", radius: 5 },
         { label: "other requests", data: data.tokens.others, backgroundColor: color("--c0"), radius: 3 },
-        { label: "a run of so many tokens alone (fitted)", data: data.tokens.fit, showLine: true, pointRadius: 0, borderColor: color("--faint"), backgroundColor: color("--faint"), borderDash: [6, 4], borderWidth: 1.5 },
+        { label: "cost of a run of that many tokens alone (fitted)", data: data.tokens.fit, showLine: true, pointRadius: 0, borderColor: color("--faint"), backgroundColor: color("--faint"), borderDash: [6, 4], borderWidth: 1.5 },
       ],
     },
     options: { scales: { x: axis("tokens of the request"), y: axis("forward, ms") } },
@@ -83,7 +83,7 @@ const charts = {
     data: {
       datasets: [
         { label: "inputs in a run (mean)", data: data.batches.size.map((y, bin) => ({ x: middle(bin), y, trace: data.batches.traces[bin] })), showLine: true, borderColor: color("--c0"), backgroundColor: color("--c0"), borderWidth: 1.5 },
-        { label: "of its tokens padding, %", data: data.batches.padding.map((y, bin) => ({ x: middle(bin), y, trace: data.batches.traces[bin] })), yAxisID: "percent", showLine: true, borderColor: color("--c4"), backgroundColor: color("--c4"), pointStyle: "rectRot", borderWidth: 1.5 },
+        { label: "padding, % of its tokens", data: data.batches.padding.map((y, bin) => ({ x: middle(bin), y, trace: data.batches.traces[bin] })), yAxisID: "percent", showLine: true, borderColor: color("--c4"), backgroundColor: color("--c4"), pointStyle: "rectRot", borderWidth: 1.5 },
       ],
     },
     options: {
@@ -116,7 +116,7 @@ function draw() {
             callbacks: {
               title: (items) => (name === "tokens" ? `${items[0].raw.x} tokens` : clock(items[0].raw.x)),
               label: (item) => `${item.dataset.label}: ${round(item.raw.y)}`,
-              footer: (items) => (items[0].raw.trace ? "click: a trace that shows it" : ""),
+              footer: (items) => (items[0].raw.trace ? "click to open a trace" : ""),
             },
           },
         },
@@ -164,10 +164,10 @@ function show() {
   place.append(element("p", { className: "note" }, `${clock(trace.at)}, ${round(trace.ms)} ms, ${trace.spent}`));
   trace.spans.forEach((span) => place.append(bar(span, trace.ms)));
   trace.runs.forEach((run) => {
-    place.append(element("h2", {}, "The run of the model that it was in"));
+    place.append(element("h2", {}, "The model run of this request"));
     place.append(bar(run.span, trace.ms));
     if (run.members.length > 1) {
-      place.append(element("p", { className: "note" }, `${run.members.length} requests were in it; those on this page can be opened:`));
+      place.append(element("p", { className: "note" }, `${run.members.length} requests in the batch; those on this page can be opened:`));
       run.members.forEach((member) => place.append(element("div", {}, link(member), member === id ? " (this one)" : "")));
     }
   });
