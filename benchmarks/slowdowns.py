@@ -241,7 +241,7 @@ SLOWDOWNS = {
     ),
     "odd_input": Slowdown(
         ("tokenization",),
-        "every 15th request has 190,000 characters that the tokenizer must take apart",
+        "every 15th request has 190,000 characters that normalization expands (U+FDFA)",
         lambda _: steady(odd=(lambda: post("\ufdfa " * 95_000),)),
     ),
     "slow_upload": Slowdown(
@@ -279,7 +279,7 @@ SLOWDOWNS = {
     ),
     "two_at_once": Slowdown(
         ("slow_upload", "long_input"),
-        "of the 15th requests, every other has 250 words, every other pauses 0.4 s in its body",
+        "every 15th request has 250 words or, in turn, pauses 0.4 s in its body",
         lambda _: steady(odd=(long, slow_upload)),
     ),
 }

@@ -96,8 +96,8 @@ ALERTS = (
         "0m",
         "warning",
         "{{ $value }} model replicas were loaded within ten minutes",
-        "cold_start says how many requests waited for them. If replicas start and stop often, raise quiet_s or min_replicas; "
-        "if they die, check their logs.",
+        "cold_start says how many requests waited for them. If replicas start and stop often, raise quiet_s or "
+        "min_replicas; if they die, check their logs.",
         "10m",
     ),
     Alert(

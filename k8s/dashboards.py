@@ -96,7 +96,7 @@ LATENCY_DASHBOARD = (
     ),
     Panel(
         "Requests by outcome",
-        "error: failed on the server; overloaded: the queue was full; deadline: it passed; invalid, cancelled: by the client.",
+        "error: on the server; overloaded: the queue was full; deadline: it passed; invalid, cancelled: by the client.",
         "reqps",
         (Query(per_second(metrics.REQUESTS, "outcome"), "{{outcome}}"),),
         stacked=True,

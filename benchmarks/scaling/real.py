@@ -116,7 +116,7 @@ def measure() -> Seen:
 
 
 ROUTERS = {
-    "Serve's (fewer calls of two)": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
+    "Serve's (power of two choices)": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
     "ours (least work)": ROUTER,
 }
 
