@@ -85,6 +85,15 @@ class BatchRunner:
         self._submit = batched(self._run_entries, max_batch_size)
         self._workers: list[asyncio.Task[None]] = []
 
+    @property
+    def broken(self) -> str | None:
+        """Why no further batch can run in this process; None while they can."""
+        if self._engine.broken is not None:
+            return f"the device can no longer be used: {self._engine.broken}"
+        if any(worker.done() for worker in self._workers):
+            return "a worker that runs batches has stopped"
+        return None
+
     def load(self) -> ModelLoadRecord:
         """Load the model and warm it up, in the thread that will run it. Blocks."""
         with self._telemetry.model_load() as record:

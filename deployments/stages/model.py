@@ -121,9 +121,9 @@ class ModelStage:
     # --- what Serve and operators see ---
 
     async def check_health(self) -> None:
-        """Called by Serve: a replica whose device is no longer usable is replaced."""
-        if self._engine.broken is not None:
-            raise RuntimeError(f"the device can no longer be used: {self._engine.broken}")
+        """Called by Serve: a replica that can run no further batch is replaced."""
+        if self._runner.broken is not None:
+            raise RuntimeError(self._runner.broken)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for the autoscaling policy."""

@@ -316,8 +316,15 @@ class Telemetry:
             self._queue.append(record)
 
     def _work(self) -> None:
+        has_failed = False
         while not self._stopped.wait(_DRAIN_INTERVAL_S):
-            self.flush()
+            try:
+                self.flush()
+            except Exception:
+                # This thread must outlive whatever an exporter or a callback raises; one stack trace says it.
+                if not has_failed:
+                    _logger.exception("telemetry could not be flushed; further failures are not logged")
+                has_failed = True
 
     def flush(self) -> None:
         """Turn everything recorded so far into spans and measurements, in the calling thread."""

@@ -183,3 +183,19 @@ def test_an_error_of_ours_fails_the_batch_and_not_the_replica(
 
         asyncio.run(run())
         assert "a batch of 1 failed" in caplog.text
+
+
+def test_a_runner_without_its_workers_or_its_device_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(made: Replica) -> None:
+        assert await made.submit(1) == [2]
+        assert made.runner.broken is None
+        made.engine.broken = "illegal access"
+        assert made.runner.broken == "the device can no longer be used: illegal access"
+        made.engine.broken = None
+        monkeypatch.setattr(made.gate, "end", lambda _: 1 / 0)
+        assert await made.submit(2) == [4]
+        await asyncio.sleep(0)
+        assert made.runner.broken == "a worker that runs batches has stopped"
+
+    with replica(tmp_path) as made:
+        asyncio.run(run(made))

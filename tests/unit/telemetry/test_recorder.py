@@ -26,6 +26,7 @@ from deployments.messages import Carrier, Envelope
 from deployments.telemetry import metrics, names
 from deployments.telemetry.carrier import from_headers
 from deployments.telemetry.export.provider import ReplicaIdentity
+from deployments.telemetry.export.sinks import StoreSink
 from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import Membership, PostprocessRecord, PredictRecord, RequestRecord, RunInput
@@ -294,3 +295,26 @@ def test_server_timing_adds_up(start: Start) -> None:
         "validate;dur=2.000, tokenize;dur=3.000, queue;dur=3.000, forward;dur=15.000, postprocess;dur=0.000, "
         "transit;dur=4.000, total;dur=27.000"
     )
+
+
+def test_the_telemetry_thread_outlives_an_error_in_its_flush(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = iter([RuntimeError("not an OSError"), ValueError("nor this")])
+    really_tick = StoreSink.tick
+
+    def tick(sink: StoreSink) -> None:
+        if (failure := next(failures, None)) is not None:
+            raise failure
+        really_tick(sink)
+
+    monkeypatch.setattr(StoreSink, "tick", tick)
+    telemetry = start("postprocessor")
+    with telemetry.stage(PostprocessRecord(envelope(SAMPLED))):
+        pass
+    deadline = time.monotonic() + 10
+    while not stored(tmp_path):
+        assert time.monotonic() < deadline, "the thread has ended"
+        time.sleep(0.01)
+
+    assert caplog.text.count("telemetry could not be flushed") == 1
