@@ -145,10 +145,9 @@ def test_client_disconnect_cancels_the_request(running: Running) -> None:
         assert one(spans, name).status == "ERROR"
 
 
-def test_readme_examples_run(running: Running) -> None:
-    text = (ROOT / "README.md").read_text()
-    (curl,) = re.findall(r"^curl -i .*?^```", text, re.MULTILINE | re.DOTALL)
-    (python,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+def test_documented_examples_run(running: Running) -> None:
+    (curl,) = re.findall(r"^curl -i .*?^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (python,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE | re.DOTALL)
     answer = subprocess.run(["bash", "-c", curl.removesuffix("```")], capture_output=True, text=True, check=True).stdout
     subprocess.run([sys.executable, "-c", python], check=True)
     trace_id = re.search(r"traceresponse: 00-(\w{32})-", answer)
