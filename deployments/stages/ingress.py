@@ -10,29 +10,21 @@ import asyncio
 import functools
 import logging
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, TypedDict
 
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel
 from ray.serve.handle import DeploymentHandle
 
 from deployments import __version__
 from deployments.autoscaling.meters import EventLoopMeter
-from deployments.config import AppConfig, LimitsConfig
+from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
-from deployments.errors import ApiError, InvalidField, ModelNotFound, NoReplicaReady
-from deployments.http.schemas import (
-    EmbeddingsBody,
-    ParsedRequest,
-    PredictBody,
-    frame_embeddings,
-    frame_predict,
-    parse_embeddings,
-    parse_predict,
-)
+from deployments.errors import ApiError, ModelNotFound, NoReplicaReady
+from deployments.http.headers import client_address, request_id_of, timeout_ms
+from deployments.http.routes import ROUTES, Route, body_schema
+from deployments.http.schemas import ParsedRequest
 from deployments.http.server import FastPathApp, error_response, json_response, read_body
 from deployments.http.server_timing import server_timing
 from deployments.messages import (
@@ -54,23 +46,6 @@ from deployments.transport.stage_client import MAX_COST_US, StageClient
 _logger = logging.getLogger("slowlens.ingress")
 _CONTROLLER_TIMEOUT_S = 5.0
 _TOKENIZER_COOLDOWN = 2.0
-_MAX_REQUEST_ID, _MAX_ADDRESS = 256, 64
-"""Maximum characters kept in telemetry."""
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One inference route: how its body is parsed and its response framed."""
-
-    path: str
-    operation: str
-    body: type[BaseModel]
-    parse: Callable[[bytes, ModelCard, LimitsConfig], ParsedRequest]
-    frame: Callable[[Sequence[bytes], ModelCard, int], bytes]
-
-
-EMBEDDINGS = Route("/v1/embeddings", "embeddings", EmbeddingsBody, parse_embeddings, frame_embeddings)
-PREDICT = Route("/predict", "predict", PredictBody, parse_predict, frame_predict)
 
 
 class _Common(TypedDict):
@@ -142,13 +117,13 @@ class IngressStage:
     # --- the path of a request ---
 
     async def _serve(self, http: Request, route: Route) -> Response:
-        request_id = _request_id(http.headers)
+        request_id = request_id_of(http.headers)
         with self._telemetry.request(
             method=http.method,
             path=http.scope["path"],
             scheme=http.scope["scheme"],
             route=route.path,
-            client=_client(http),
+            client=client_address(http),
             request_id=request_id,
             headers=http.headers,
         ) as record:
@@ -167,7 +142,7 @@ class IngressStage:
 
     async def _infer(self, http: Request, route: Route, record: RequestRecord) -> bytes:
         with self._telemetry.interval(record, "validate"):
-            record.deadline_ns = record.started_ns + int(self._timeout_ms(http.headers) * 1e6)
+            record.deadline_ns = record.started_ns + int(timeout_ms(http.headers, self._limits) * 1e6)
             record.operation = route.operation
             body = await read_body(http, self._limits.max_body_bytes, record.deadline_ns)
             request = route.parse(body, self._card, self._limits)
@@ -192,23 +167,6 @@ class IngressStage:
         record.input_count, record.input_length = len(request.inputs), sum(map(len, request.texts))
         if self._config.telemetry.capture_text:
             record.texts = request.texts
-
-    def _timeout_ms(self, headers: Mapping[str, str]) -> float:
-        """The request's own timeout, or the default. Raises InvalidField."""
-        wanted = headers.get("x-request-timeout-ms")
-        if wanted is None:
-            return self._limits.default_timeout_ms
-        try:
-            timeout_ms = float(wanted)
-        except ValueError:
-            timeout_ms = float("nan")
-        if not 0 < timeout_ms <= self._limits.max_timeout_ms:
-            raise InvalidField(
-                f"X-Request-Timeout-Ms must be a number of milliseconds, above 0 and at most "
-                f"{self._limits.max_timeout_ms:g}; got {wanted[:80]!r}",
-                param="X-Request-Timeout-Ms",
-            )
-        return timeout_ms
 
     def _failed(self, record: RequestRecord, error: Exception) -> Response:
         told = self._telemetry.fail(record, error)
@@ -261,17 +219,17 @@ class IngressStage:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the routes. Serve calls this once, after the constructor."""
         app = FastPathApp(
-            {route.path: self._endpoint(route) for route in (EMBEDDINGS, PREDICT)},
+            {route.path: self._endpoint(route) for route in ROUTES},
             title="slowlens",
             version=__version__,
             description="Transformer inference that can tell you why a request was slow.",
         )
-        for route in (EMBEDDINGS, PREDICT):
+        for route in ROUTES:
             app.add_api_route(
                 route.path,
                 self._endpoint(route),
                 methods=["POST"],
-                openapi_extra=_body_schema(route),
+                openapi_extra=body_schema(route),
                 summary=route.operation,
             )
         app.add_api_route("/v1/models", self._list_models, methods=["GET"], summary="The served model, as a list")
@@ -290,23 +248,3 @@ class IngressStage:
     def __del__(self) -> None:
         if hasattr(self, "_telemetry"):
             self._telemetry.close()
-
-
-def _request_id(headers: Mapping[str, str]) -> str:
-    """The client's X-Request-ID, or the one that Serve assigned. Serve itself adds it to every response."""
-    return headers.get("x-request-id", "")[:_MAX_REQUEST_ID] or uuid.uuid4().hex
-
-
-def _client(http: Request) -> str:
-    """The client's address: the one forwarded by the first proxy, or that of the peer."""
-    forwarded = http.headers.get("x-forwarded-for", "").partition(",")[0].strip()
-    return (forwarded or (http.client.host if http.client is not None else ""))[:_MAX_ADDRESS]
-
-
-def _body_schema(route: Route) -> dict[str, Any]:
-    schema = route.body.model_json_schema()
-    definitions = schema.pop("$defs", {})
-    for name, field in schema["properties"].items():
-        if field.get("$ref"):
-            schema["properties"][name] = definitions[field["$ref"].rpartition("/")[2]]
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
