@@ -7,9 +7,7 @@ queued; a thread turns it into spans and measurements later. An unsampled reques
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -25,6 +23,7 @@ from deployments.errors import ApiError, InternalError
 from deployments.messages import Carrier
 from deployments.telemetry import metrics, names
 from deployments.telemetry.carrier import child_of, from_carrier, from_headers, is_sampled, to_carrier
+from deployments.telemetry.export.drain import MAX_RECORDS, Drain
 from deployments.telemetry.export.provider import Provider, ReplicaIdentity
 from deployments.telemetry.gauges.instruments import show_gpus, show_process
 from deployments.telemetry.gauges.nvml import GpuReader
@@ -51,9 +50,6 @@ from deployments.telemetry.spans import SpanFactory
 
 Stage = TypeVar("Stage", TokenizeRecord, PredictRecord, PostprocessRecord)
 Part = TypeVar("Part", bound=Interval)
-_MAX_RECORDS = 20_000
-_DRAIN_INTERVAL_S = 0.1
-_RECORDS_AT_ONCE = 8
 _logger = logging.getLogger("slowlens.telemetry")
 
 
@@ -66,6 +62,7 @@ class Telemetry:
         model: the served model's name.
         identity: this process's identity in Ray.
         gpus: the devices assigned to this replica.
+        max_records: records that wait for the telemetry thread; more are lost, and counted.
     """
 
     def __init__(
@@ -75,6 +72,7 @@ class Telemetry:
         model: str,
         identity: ReplicaIdentity,
         gpus: Sequence[str] = (),
+        max_records: int = MAX_RECORDS,
     ) -> None:
         self._config, self._model = config, model
         self._provider = Provider(service, config, identity)
@@ -83,18 +81,12 @@ class Telemetry:
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
         show_process(self._measures)
         show_gpus(self._measures, self.gpu)
-        self._queue: deque[Record] = deque()
-        self._lost = self._unwritten = 0
-        self._stopped = threading.Event()
-        self._drain_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="slowlens-telemetry", daemon=True)
-        self._thread.start()
+        self._unwritten = 0
+        self._drain = Drain(self._export, max_records)
 
     def close(self) -> None:
         """Hand everything recorded so far to the exporters and stop."""
-        self._stopped.set()
-        self._thread.join(timeout=5)
-        self.flush()
+        self._drain.close()
         self.gpu.close()
         self._provider.close()
 
@@ -129,7 +121,7 @@ class Telemetry:
             yield record
         finally:
             record.ended_ns = record.boundary_ns
-            self._emit(record)
+            self._drain.put(record)
 
     def fail(self, record: RequestRecord, error: BaseException) -> ApiError:
         """Record why a request failed, and return the error to send to the client."""
@@ -194,7 +186,7 @@ class Telemetry:
         finally:
             for record in records:
                 record.end(record.error or error)
-                self._emit(record)
+                self._drain.put(record)
 
     @contextmanager
     def part(self, record: Stage) -> Iterator[None]:
@@ -264,7 +256,7 @@ class Telemetry:
         after = self.gpu.first()
         if after is not None:
             record.gpu_utilization = (record.gpu_utilization[0], after.utilization_percent)
-        self._emit(record)
+        self._drain.put(record)
 
     def _child_of(self, record: StageRecord) -> SpanContext:
         """Return a context for a span of this request; if unsampled, a placeholder that is never exported."""
@@ -285,7 +277,7 @@ class Telemetry:
             raise
         finally:
             record.ended_ns = time.monotonic_ns()
-            self._emit(record)
+            self._drain.put(record)
 
     @contextmanager
     def load_phase(self, record: ModelLoadRecord, name: str) -> Iterator[None]:
@@ -309,49 +301,30 @@ class Telemetry:
 
     # --- off the request path ---
 
-    def _emit(self, record: Record) -> None:
-        if len(self._queue) >= _MAX_RECORDS:
-            self._lost += 1
-        else:
-            self._queue.append(record)
-
-    def _work(self) -> None:
-        has_failed = False
-        while not self._stopped.wait(_DRAIN_INTERVAL_S):
-            try:
-                self.flush()
-            except Exception:
-                # This thread must outlive whatever an exporter or a callback raises; one stack trace says it.
-                if not has_failed:
-                    _logger.exception("telemetry could not be flushed; further failures are not logged")
-                has_failed = True
-
     def flush(self) -> None:
         """Turn everything recorded so far into spans and measurements, in the calling thread."""
-        with self._drain_lock:
-            factory = SpanFactory(
-                ids=self._ids,
-                model=self._model,
-                max_batch_size=self._config.batching.max_batch_size,
-                max_wait_ms=self._config.batching.max_wait_ms,
-                wall_offset_ns=time.time_ns() - time.monotonic_ns(),
-            )
-            for number in range(len(self._queue)):
-                self._export(self._queue.popleft(), factory)
-                if number % _RECORDS_AT_ONCE == 0:
-                    # Yield the GIL to the event loop now, not only at the interpreter's next switch.
-                    time.sleep(0)
-            self._provider.sink.tick()
-            unwritten = self._provider.sink.unwritten
-            if unwritten > self._unwritten:
-                self._measures.count(metrics.UNWRITTEN_SPANS, unwritten - self._unwritten)
-                self._unwritten = unwritten
-            if self._lost:
-                lost, self._lost = self._lost, 0
-                self._measures.count(metrics.DROPPED_RECORDS, lost)
-            self._measures.flush()
+        self._drain.flush()
 
-    def _export(self, record: Record, factory: SpanFactory) -> None:
+    def _export(self, records: Iterator[Record], lost: int) -> None:
+        factory = SpanFactory(
+            ids=self._ids,
+            model=self._model,
+            max_batch_size=self._config.batching.max_batch_size,
+            max_wait_ms=self._config.batching.max_wait_ms,
+            wall_offset_ns=time.time_ns() - time.monotonic_ns(),
+        )
+        for record in records:
+            self._export_one(record, factory)
+        self._provider.sink.tick()
+        unwritten = self._provider.sink.unwritten
+        if unwritten > self._unwritten:
+            self._measures.count(metrics.UNWRITTEN_SPANS, unwritten - self._unwritten)
+            self._unwritten = unwritten
+        if lost:
+            self._measures.count(metrics.DROPPED_RECORDS, lost)
+        self._measures.flush()
+
+    def _export_one(self, record: Record, factory: SpanFactory) -> None:
         try:
             if self._provider.sink.wants_spans:
                 for span in factory.spans(record):
@@ -359,4 +332,4 @@ class Telemetry:
             self._measures.measure(record)
         except Exception:
             _logger.exception("a %s could not be exported", type(record).__name__)
-            self._lost += 1
+            self._drain.lose()

@@ -41,11 +41,11 @@ Start = Callable[..., Telemetry]
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     started = []
 
-    def run(service: Service = "ingress", **environ: str) -> Telemetry:
+    def run(service: Service = "ingress", max_records: int = 20_000, **environ: str) -> Telemetry:
         for key, value in environ.items():
             monkeypatch.setenv(key, value)
         config = AppConfig.parse({"telemetry": {"directory": str(tmp_path)}})
-        started.append(Telemetry(service, config, "model", ReplicaIdentity("replica", "node")))
+        started.append(Telemetry(service, config, "model", ReplicaIdentity("replica", "node"), max_records=max_records))
         return started[-1]
 
     yield run
@@ -171,9 +171,8 @@ def test_a_record_that_cannot_be_exported_does_not_affect_others(start: Start, t
     assert [span["name"] for span in stored(tmp_path)] == [names.POSTPROCESS]
 
 
-def test_excess_records_are_dropped_and_counted(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    telemetry = start("postprocessor")
-    monkeypatch.setattr("deployments.telemetry.recorder._MAX_RECORDS", 0)
+def test_excess_records_are_dropped_and_counted(start: Start, tmp_path: Path) -> None:
+    telemetry = start("postprocessor", max_records=0)
     with telemetry.stage(PostprocessRecord(envelope(SAMPLED))):
         pass
     telemetry.close()
