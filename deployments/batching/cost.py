@@ -2,7 +2,7 @@
 
 ``a`` is the fixed cost of any run (launches, Python, the smallest matrices), ``b`` the cost of each padded token. Both
 are tracked by normalised least mean squares (Widrow and Hoff): the error of each run mainly adjusts the term that
-contributed more to it, and no run adjusts either by more than a fifth, so that a single stall does not spoil the
+contributed more to it, and no run adjusts either by more than a quarter, so that a single stall does not spoil the
 estimate.
 """
 
