@@ -130,7 +130,8 @@ class BatchRunner:
                 _logger.exception("a batch of %d failed", len(batch.entries))
             finally:
                 for entry in batch.entries:
-                    entry.fail(InternalError("the input was abandoned before it ran"))
+                    if not entry.result.done():
+                        entry.fail(InternalError("the input was abandoned before it ran"))
                 self._gate.end(batch)
 
     async def _run_entries(self, entries: list[Entry]) -> list[None]:
