@@ -14,6 +14,15 @@ from ray import serve
 
 from deployments.app import build
 from tests.support.otlp import OtlpReceiver
+from tests.support.warnings import collect_what_ray_leaves_open, ignore_what_ray_leaves_open
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    ignore_what_ray_leaves_open(config)
+
+
+def pytest_sessionfinish() -> None:
+    collect_what_ray_leaves_open()
 
 
 @pytest.fixture(scope="package")
