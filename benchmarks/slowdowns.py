@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,6 +47,8 @@ class Slowdown:
     setup: Callable[[Path], Setup] = lambda _: Setup()
     rest_s: float = 0.0
     """Idle time before the traffic, so that replicas scale down."""
+    warm_up: Callable[[], None] | None = None
+    """Sends the requests before the traffic, if embeddings are not what is served."""
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
@@ -100,6 +105,17 @@ def steady(usual: Work = short, odd: tuple[Work, ...] = ()) -> None:
         thread.join()
 
 
+def at_random(per_s: float, odd: Work = short, share: float = 0.0) -> None:
+    """Send requests whose arrivals are random (exponential gaps); this share of them are odd ones."""
+    chance, at, begin, sent = random.Random(3), 0.0, time.monotonic(), []
+    while (at := at + chance.expovariate(per_s)) < SECONDS:
+        sent.append(threading.Thread(target=odd if chance.random() < share else short))
+        time.sleep(max(0.0, begin + at - time.monotonic()))
+        sent[-1].start()
+    for thread in sent:
+        thread.join()
+
+
 def clients(count: int, text: str, seconds: float) -> None:
     """Run ``count`` closed-loop clients: each waits for its response before it sends the next request."""
     end = time.monotonic() + seconds
@@ -123,13 +139,67 @@ def burst() -> None:
     clients(64, SHORT, SECONDS / 4)
 
 
+# --- chats -----------------------------------------------------------------------------------------------------------
+
+CHAT_SECONDS = 60.0
+
+
+def chat(words: int = 8, tokens: int = 8, seed: int = 0, read_s: float = 0.0) -> None:
+    """Stream one chat. With ``read_s``, the reader takes that long before it reads on."""
+    content = f"{seed} " + " ".join(SHORT.split()[(seed + i * 5) % 9] for i in range(words))
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=120)
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        connection.connect()
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.read(64)
+        time.sleep(read_s)
+        response.read()
+
+
+def chats(odd: Work | None = None, every: int = 20, tokens: int = 8, at_once: int = 2) -> None:
+    """Closed-loop clients with short chats for a minute; every so many chats, an odd one instead."""
+    end, numbers, lock = time.monotonic() + CHAT_SECONDS, itertools.count(1), threading.Lock()
+
+    def one() -> None:
+        while time.monotonic() < end:
+            with lock:
+                number = next(numbers)
+            if odd is not None and number % every == every - 1:
+                odd()
+            else:
+                chat(tokens=tokens, seed=number)
+
+    together(*[one] * at_once)
+
+
+def in_the_middle(work: Work, count: int = 1) -> Work:
+    def run() -> None:
+        time.sleep(CHAT_SECONDS / 2)
+        together(*[work] * count)
+
+    return run
+
+
+def language_model(**generation: Any) -> Callable[[Path], Setup]:
+    return lambda _: Setup(args={"generation": generation}, config="../serve_llm.yaml")
+
+
+def fast_language_model(_: Path) -> Setup:
+    """The fake engine: answers that are large enough to fill the buffers between server and reader."""
+    model = {"engine": "fake", "task": "text-generation", "max_length": 32_768, "fake": {"base_ms": 1.0}}
+    return Setup(args={"model": model, "generation": {"kv_cache_tokens": 65_536}}, config="../serve_llm.yaml")
+
+
 # --- other processes -------------------------------------------------------------------------------------------------
 
 
-def hogs() -> None:
+def hogs(part: float = 1 / 8) -> None:
     """Run four busy loops with a higher priority than the replicas for part of the time."""
     loops = [subprocess.Popen(["nice", "-n", "5", sys.executable, "-c", "while True: pass"]) for _ in range(4)]
-    time.sleep(SECONDS / 8)
+    time.sleep(SECONDS * part)
     for loop in loops:
         loop.kill()
         loop.wait()
@@ -176,8 +246,7 @@ def one_call_at_a_time(_: Path) -> Setup:
 
 
 def from_zero(_: Path) -> Setup:
-    scaling = {"autoscaling_config": {"downscale_delay_s": 1, "downscale_to_zero_delay_s": 1}}
-    return Setup(deployments={"Model": scaling}, config="scale_from_zero.yaml")
+    return Setup(config="scale_from_zero.yaml")
 
 
 def fill_mask(folder: Path) -> Setup:
@@ -195,7 +264,7 @@ def fill_mask(folder: Path) -> Setup:
 
 def delayed(folder: Path) -> Setup:
     library = folder / "delay.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "delay.c", "-ldl"], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "delay.c", "-ldl", "-lpthread"], check=True)
     variables = {"LD_PRELOAD": str(library), "DELAY_FILE": str(folder / "slow")}
     options = {"ray_actor_options": {"runtime_env": {"env_vars": variables}}}
     return Setup(deployments=dict.fromkeys(("Ingress", "Tokenizer", "Model", "Postprocessor"), options))
@@ -255,7 +324,7 @@ SLOWDOWNS = {
     ),
     "delayed_messages": Slowdown(
         ("transit",),
-        "every TCP message between the actors is sent 40 ms late for an eighth of the time",
+        "every message between the actors is sent 40 ms late for an eighth of the time",
         lambda folder: together(steady, later(messages_late(folder))),
         delayed,
     ),
@@ -267,7 +336,16 @@ SLOWDOWNS = {
         rest_s=20,
     ),
     "cpu_hog": Slowdown(
-        ("device_contention",), "four busy loops for an eighth of the time", lambda _: together(steady, later(hogs))
+        ("cpu_starvation",), "four busy loops for an eighth of the time", lambda _: together(steady, later(hogs))
+    ),
+    "cpus_taken": Slowdown(
+        ("cpu_starvation",),
+        "four busy loops from the middle on",
+        lambda _: together(steady, later(lambda: hogs(1 / 2))),
+    ),
+    "random_arrivals": Slowdown((), "20 short requests a second, at random", lambda _: at_random(20)),
+    "long_among_random": Slowdown(
+        ("long_input",), "the same, one in twenty with 250 words", lambda _: at_random(20, long, 0.05)
     ),
     "killed_replica": Slowdown(
         ("cold_start", "errors_retries"),
@@ -276,6 +354,43 @@ SLOWDOWNS = {
     ),
     "dead_collector": Slowdown(
         ("telemetry_loss",), "the OTLP collector is away for half of the time", collector_dies, to_collector
+    ),
+    "healthy_chats": Slowdown((), "2 clients with short chats", lambda _: chats(), language_model(), warm_up=chat),
+    "chats_long_prompt": Slowdown(
+        # Its own prefill is one request's, and a cause takes more than one.
+        ("prefill_interference",),
+        "the same, and one prompt of 900 words in the middle",
+        lambda _: together(chats, in_the_middle(lambda: chat(900, 2))),
+        language_model(),
+        warm_up=chat,
+    ),
+    "chats_cache_full": Slowdown(
+        ("kv_cache_full",),
+        "the same with a cache of 512 tokens, and one that reserves 400 of them in the middle",
+        lambda _: together(chats, in_the_middle(lambda: chat(8, 400))),
+        language_model(kv_cache_tokens=512),
+        warm_up=chat,
+    ),
+    "chats_at_once": Slowdown(
+        ("decode_batch",),
+        "short chats of 30 tokens, and 10 more of them at once in the middle",
+        lambda _: together(lambda: chats(tokens=30), in_the_middle(lambda: chat(2, 30), 10)),
+        language_model(),
+        warm_up=chat,
+    ),
+    "chats_long_output": Slowdown(
+        ("long_output",),
+        "every 20th chat has 80 tokens",
+        lambda _: chats(lambda: chat(8, 80)),
+        language_model(),
+        warm_up=chat,
+    ),
+    "chats_slow_reader": Slowdown(
+        ("slow_reader",),
+        "answers of 8,000 tokens of the fake engine; every 20th reader pauses for 20 s",
+        lambda _: chats(lambda: chat(8, 8000, read_s=20), tokens=8000),
+        fast_language_model,
+        warm_up=chat,
     ),
     "two_at_once": Slowdown(
         ("slow_upload", "long_input"),

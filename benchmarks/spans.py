@@ -58,7 +58,7 @@ TRACER = PROVIDER.get_tracer("benchmark")
 
 
 def main() -> None:
-    envelope = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01"), "id", 1000.0, 0)
+    envelope = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01"), "id", 0, 10**9)
     factory = SpanFactory(RandomIdGenerator(), "model", 32, 0.0, 1_700_000_000 * 10**9)
     records = [TokenizeRecord(envelope, number, number + 500, slow_ms=1e9) for number in range(SPANS)]
     spans = [span for record in records for span in factory.spans(record)]

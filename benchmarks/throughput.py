@@ -32,7 +32,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deployments.cli.serve import environment_for
+from deployments.engine.device import automatic_dtype
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -48,6 +51,8 @@ INSTALLS = {
 }
 CLOSED = {"short-1": ("short.lua", 1), "short-16": ("short.lua", 16), "short-64": ("short.lua", 64)}
 CLOSED["mixed-64"] = ("mixed.lua", 64)
+USUAL = (*CLOSED, "open-50", "open-80")
+CLOSED["short-256"] = ("short.lua", 256)
 
 
 Wait = Callable[[int, "subprocess.Popen[bytes]", Path], None]
@@ -352,7 +357,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of slowlens to compare with")
     parser.add_argument("--environments", type=Path, default=HERE / ".environments")
     parser.add_argument("--servers", nargs="+", choices=everything, default=everything, metavar="NAME")
-    parser.add_argument("--workloads", nargs="+", default=[*CLOSED, "open-50", "open-80"], metavar="NAME")
+    parser.add_argument("--workloads", nargs="+", default=USUAL, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=RESULTS / "throughput")
@@ -364,15 +369,19 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     folder = HERE / ".logs"
     folder.mkdir(exist_ok=True)
+    # What slowlens takes by `dtype: auto`; the peers read it from here.
+    dtype = str(automatic_dtype(torch.device("cpu"))).removeprefix("torch.")
+    os.environ["BENCH_DTYPE"] = dtype
+    conditions = f"{machine()}, {dtype}"
     known = servers(options.environments)
     if options.against is not None:
         known[OTHER] = other_checkout(options.against.resolve())
         options.servers, options.output = [OURS, OTHER], folder / "against"
     rows = run_rounds(options, known, folder)
-    document = {"machine": machine(), "seconds": options.seconds, "rows": rows}
+    document = {"machine": conditions, "seconds": options.seconds, "rows": rows}
     options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(table(rows, machine()))
-    print(table(rows, machine()))
+    options.output.with_suffix(".md").write_text(table(rows, conditions))
+    print(table(rows, conditions))
     if options.against is None:
         plot(rows, options.output.with_suffix(".svg"))
 

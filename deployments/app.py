@@ -5,7 +5,7 @@
 """
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray import serve
 from ray.serve import Application
@@ -13,16 +13,45 @@ from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
+from deployments.http.keys import ApiKeys
+from deployments.stages.generation.ingress import GenerationIngressStage
+from deployments.stages.generation.model import GeneratorStage
+from deployments.stages.generation.postprocessor import DetokenizerStage
+from deployments.stages.generation.tokenizer import PromptTokenizerStage
 from deployments.stages.ingress import IngressStage
 from deployments.stages.model import ModelStage
 from deployments.stages.postprocessor import PostprocessorStage
+from deployments.stages.replica import DEFAULT_MAX_ONGOING_REQUESTS
 from deployments.stages.tokenizer import TokenizerStage
 from deployments.telemetry.export.provider import destination
-from deployments.transport.routing import ROUTER
+from deployments.transport.discovery import ROUTER
 
-# More than the gate admits (batching.max_queue), so that requests wait and are rejected in the gate, where this is
-# traced, not in front of the ingress. Serve's default of 5 would starve the batches.
-_MAX_ONGOING_REQUESTS = 4000
+
+class ServedIngress(IngressStage):
+    """As Serve runs it: it awaits the destructor of an ingress only if that is a coroutine function."""
+
+    async def __del__(self) -> None:
+        await self.close()
+
+
+class ServedGenerationIngress(GenerationIngressStage):
+    """The same for a language model."""
+
+    async def __del__(self) -> None:
+        await self.close()
+
+
+class _Stages(NamedTuple):
+    ingress: type[Any]
+    tokenizer: type[Any]
+    model: type[Any]
+    postprocessor: type[Any]
+
+
+_ENCODER = _Stages(ServedIngress, TokenizerStage, ModelStage, PostprocessorStage)
+_GENERATION = _Stages(ServedGenerationIngress, PromptTokenizerStage, GeneratorStage, DetokenizerStage)
+_GRACE_S = 5.0
+"""How much longer than the longest deadline a replica may take to stop."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -31,24 +60,35 @@ def build(args: dict[str, Any]) -> Application:
     Raises ConfigError, naming the key, if they are invalid or the model cannot be found.
     """
     config = AppConfig.parse(args)
-    ModelCard.load(config.model)
+    stages = _GENERATION if ModelCard.load(config.model).task == "text-generation" else _ENCODER
+    ApiKeys(config.security.api_keys)
     for signal in ("traces", "metrics"):
         destination(signal)
-    tokenizer = _deployment("Tokenizer", TokenizerStage, num_cpus=0.2).bind(config)
-    router: dict[str, Any] = {"request_router_class": ROUTER}
-    by_work = RequestRouterConfig(**router)
-    model = _deployment("Model", ModelStage, num_cpus=1.0, request_router_config=by_work).bind(config)
-    postprocessor = _deployment("Postprocessor", PostprocessorStage, num_cpus=0.1).bind(config)
-    ingress = _deployment("Ingress", serve.ingress()(IngressStage), num_cpus=0.2)
+    tokenizer = _behind_the_ingress("Tokenizer", stages.tokenizer, config, num_cpus=0.2)
+    model = _behind_the_ingress("Model", stages.model, config, num_cpus=1.0)
+    postprocessor = _behind_the_ingress("Postprocessor", stages.postprocessor, config, num_cpus=0.1)
+    ingress = _deployment("Ingress", serve.ingress()(stages.ingress), config, num_cpus=0.2)
     bound: Application = ingress.bind(config, tokenizer, model, postprocessor, int(time.time()))
     return bound
 
 
-def _deployment(name: str, stage: type[Any], *, num_cpus: float, **options: Any) -> Any:
+def _behind_the_ingress(name: str, stage: type[Any], config: AppConfig, *, num_cpus: float) -> Any:
+    """A stage that is called through the channel: callers learn of its replicas from the router of their handles."""
+    arguments: dict[str, Any] = {
+        "request_router_class": ROUTER,
+        "request_router_kwargs": {"deployment": name},
+    }
+    router = RequestRouterConfig(**arguments)
+    return _deployment(name, stage, config, num_cpus=num_cpus, request_router_config=router).bind(config)
+
+
+def _deployment(name: str, stage: type[Any], config: AppConfig, *, num_cpus: float, **options: Any) -> Any:
     return serve.deployment(
         name=name,
-        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        max_ongoing_requests=DEFAULT_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": num_cpus},
         health_check_period_s=5,
+        # A replica that stops first finishes what it has.
+        graceful_shutdown_timeout_s=config.limits.max_timeout_ms / 1e3 + _GRACE_S,
         **options,
     )(stage)

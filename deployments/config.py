@@ -16,6 +16,7 @@ from deployments.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 Milliseconds = Annotated[float, Field(ge=0)]
+Port = Annotated[int, Field(ge=1024, le=65535)]
 
 
 class Section(BaseModel):
@@ -49,13 +50,15 @@ class ModelConfig(Section):
     )
     name: str | None = Field(None, description="Model name in the API. Default: derived from `source`.")
     revision: str | None = Field(None, description="Branch, tag or commit, for a hub id.")
-    task: Literal["auto", "embeddings", "text-classification", "token-classification", "fill-mask"] = Field(
-        "auto", description="Task of the model. `auto` detects it from the model's files."
-    )
+    task: Literal[
+        "auto", "embeddings", "text-classification", "token-classification", "fill-mask", "text-generation"
+    ] = Field("auto", description="Task of the model. `auto` detects it from the model's files.")
     engine: Literal["transformers", "fake"] = Field("transformers", description="Engine that runs the model.")
     device: str = Field("auto", description="`auto` (CUDA if the replica has a GPU), `cpu`, `cuda`, `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Data type of the weights. `auto` is bfloat16 if the hardware supports it, else float32."
+        "auto",
+        description="Data type of the weights. `auto` is bfloat16 if the hardware has it and it is faster, else "
+        "float32.",
     )
     max_length: Positive | None = Field(
         None, description="Maximum input length in tokens, including special tokens. Default: read from the model."
@@ -116,11 +119,64 @@ class BatchingConfig(Section):
     )
 
 
+class GenerationConfig(Section):
+    """For language models (``text-generation``) only, as ``BatchingConfig`` is for all others."""
+
+    max_sequences: Positive = Field(32, description="Maximum sequences that a replica generates at once.")
+    max_batch_tokens: Positive = Field(
+        512, description="Maximum tokens of one step; longer prompts are prefilled in several."
+    )
+    max_step_ms: Annotated[float, Field(gt=0)] = Field(
+        250.0,
+        description="Maximum time of a step while sequences decode, and so between two of their tokens: prompts are "
+        "prefilled in chunks that keep it, by the cost of a step as it is learned.",
+    )
+    kv_cache_tokens: Positive | None = Field(
+        None,
+        description="Tokens that the KV cache holds. Default: 16384 on a CPU, on a GPU what fits into the memory that "
+        "is left (kv_memory_fraction).",
+    )
+    kv_memory_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Fraction of the GPU's free memory for the KV cache, if kv_cache_tokens is not set."
+    )
+    kv_reserve: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        description="Fraction of a sequence's maximum output that the cache must have room for before it starts. Below "
+        "1 more sequences run at once, and when the cache is full, the newest is preempted and computed again later.",
+    )
+    default_max_tokens: Positive = Field(
+        512, description="Maximum output tokens of a chat request that states none (`max_completion_tokens`)."
+    )
+    max_queue: Positive = Field(
+        256, description="Maximum sequences per model replica that have not begun; beyond it, requests get 429."
+    )
+
+    @model_validator(mode="after")
+    def _all_can_decode_in_one_step(self) -> GenerationConfig:
+        if self.max_sequences > self.max_batch_tokens:
+            raise ValueError(
+                f"generation.max_sequences ({self.max_sequences}) must be at most generation.max_batch_tokens "
+                f"({self.max_batch_tokens}): every sequence decodes in every step"
+            )
+        return self
+
+
 class LimitsConfig(Section):
     max_body_bytes: Positive = Field(4 * 1024 * 1024, description="Maximum request body; larger ones get 413.")
+    body_timeout_ms: Annotated[float, Field(gt=0)] = Field(
+        10_000.0, description="How long a request body may take to arrive; a slower one gets 408."
+    )
+    max_held_body_bytes: Positive = Field(
+        256 * 1024 * 1024,
+        description="Maximum bytes of the bodies of all requests in an ingress replica, without the first 64 KiB of "
+        "each; beyond it, requests with larger bodies get 429.",
+    )
     max_inputs: Positive = Field(256, description="Maximum inputs per request; more get 413.")
     max_input_chars: Positive = Field(
         200_000, description="Maximum characters (or token ids) per input; checked before tokenizing; more get 422."
+    )
+    max_request_chars: Positive = Field(
+        1_000_000, description="Maximum characters (or token ids) of all inputs of a request; more get 413."
     )
     default_timeout_ms: Annotated[float, Field(gt=0)] = Field(
         60_000.0, description="Deadline of requests without X-Request-Timeout-Ms."
@@ -134,12 +190,46 @@ class LimitsConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _one_body_fits(self) -> LimitsConfig:
+        if self.max_body_bytes > self.max_held_body_bytes:
+            raise ValueError(
+                f"limits.max_body_bytes ({self.max_body_bytes}) must be at most limits.max_held_body_bytes "
+                f"({self.max_held_body_bytes})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _default_is_allowed(self) -> LimitsConfig:
         if self.default_timeout_ms > self.max_timeout_ms:
             raise ValueError(
                 f"limits.default_timeout_ms ({self.default_timeout_ms:g}) must be at most limits.max_timeout_ms "
                 f"({self.max_timeout_ms:g})"
             )
+        return self
+
+
+class SecurityConfig(Section):
+    api_keys: str | None = Field(
+        None,
+        description="A YAML file of API keys, or `env:NAME` for a variable with the same content; read again when the "
+        "file changes. Default: no key is needed.",
+    )
+
+
+class TransportConfig(Section):
+    ports: tuple[Port, Port] = Field(
+        (21000, 21999),
+        # YAML and JSON have lists only.
+        strict=False,
+        description="First and last port of the range in which replicas listen for calls, each on the first that is "
+        "free on its node. Firewalls and network policies must let the replicas reach each other there.",
+    )
+
+    @model_validator(mode="after")
+    def _range_has_a_port(self) -> TransportConfig:
+        first, last = self.ports
+        if first > last:
+            raise ValueError(f"transport.ports must be the first and the last port; got [{first}, {last}]")
         return self
 
 
@@ -189,7 +279,10 @@ class AppConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    generation: GenerationConfig = Field(default_factory=GenerationConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    security: SecurityConfig = Field(default_factory=SecurityConfig)
+    transport: TransportConfig = Field(default_factory=TransportConfig)
     telemetry: TelemetryConfig = Field(default_factory=TelemetryConfig)
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ and the value that broke it; they never contain input text, because they also go
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
 class ConfigError(ValueError):
@@ -54,6 +54,10 @@ class TooLarge(ApiError):
     status, type, code, outcome = 413, "invalid_request_error", "too_large", "invalid"
 
 
+class Unauthorized(ApiError):
+    status, type, code, outcome = 401, "invalid_request_error", "invalid_api_key", "invalid"
+
+
 class ModelNotFound(ApiError):
     status, type, code, outcome = 404, "invalid_request_error", "model_not_found", "invalid"
 
@@ -84,6 +88,10 @@ class DeadlinePassed(ApiError):
     status, type, code, outcome = 504, "timeout_error", "deadline_passed", "deadline"
 
 
+class BodyTooSlow(ApiError):
+    status, type, code, outcome = 408, "timeout_error", "body_too_slow", "invalid"
+
+
 class Cancelled(ApiError):
     """The client disconnected. The response is never read; 499 is the status that proxies log in this case."""
 
@@ -100,8 +108,7 @@ class InternalError(ApiError):
     """An internal fault. The message contains the trace id and no other details."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True, array_like=True):
     """An ``ApiError`` as sent in a reply: the class name and the arguments."""
 
     kind: str

@@ -1,23 +1,24 @@
-"""Messages between processes. All are frozen, compact and free of behaviour.
+"""Messages between processes, as msgspec structs: frozen, compact and free of behaviour.
 
-1. A ``Call`` is a request to a stage with its ``Envelope``: its trace context (the caller's hop span, as W3C text), its
-   id for logs, and the time left until its deadline.
-2. An actor call carries a tuple of ``Call`` objects, because requests that wait for the same stage share one; each
-   keeps its own times and outcome. Replies arrive as a tuple in the same order, or, from the model, as tuples of
-   ``(index, reply)`` as they become ready.
-3. Every ``Reply`` reports how long the stage held the request, by the stage's monotonic clock. The caller's duration
+1. A ``Call`` is a request to a stage with its trace context (the caller's hop span, as W3C text) and its id for logs.
+   How long it may take and how long it has waited is written when it leaves (``transport.frames``), and reaches the
+   stage in its ``Envelope``.
+2. Every ``Reply`` reports how long the stage held the request, by the stage's monotonic clock. The caller's duration
    minus this one is the cost of the hop; clocks of different machines are never subtracted from each other.
-4. ``cost_us`` estimates how long a request keeps its stage busy, excluding the model, so that large requests are sent
-   alone.
-5. Sequences of token ids are sent as one flat array and their lengths, not as lists of numbers.
+3. ``work`` compares the requests of one stage: how long it is busy with each, in a unit of its own. Callers choose the
+   replica with the least.
+4. Sequences of token ids are sent as one flat array and their lengths, not as lists of numbers.
+5. On the wire a struct is the array of its fields. A field may be added at the end, with a default; anything else is
+   another version of the protocol (``transport.handshake``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -26,48 +27,42 @@ from deployments.errors import Failure
 Ids = npt.NDArray[np.int32]
 Request = TypeVar("Request")
 Result = TypeVar("Result")
-INPUT_COST_US = 50
-"""Cost of one input in the model replica, excluding the model itself."""
-Task = Literal["embeddings", "text-classification", "token-classification", "fill-mask"]
+Task = Literal["embeddings", "text-classification", "token-classification", "fill-mask", "text-generation"]
 
 
-class _Message:
-    """Pickles as a call of the class: the default pickling of dataclasses costs ten times as much."""
-
-    __slots__: tuple[str, ...] = ()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, name) for name in self.__slots__)
+class _Message(msgspec.Struct, frozen=True, array_like=True):
+    pass
 
 
-@dataclass(frozen=True, slots=True)
-class Carrier(_Message):
+class Carrier(_Message, frozen=True):
     """W3C trace context of the span that the receiver's spans are children of."""
 
     traceparent: str
     tracestate: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope(_Message):
+class Call(_Message, Generic[Request], frozen=True):
+    """One request to a stage, as it is sent."""
+
     carrier: Carrier
     request_id: str
-    remaining_ms: float
-    """Milliseconds until the deadline, measured when the message was sent."""
-    sent_unix_ns: int
-    """Sender's wall clock: used only to check whether the receiver was ready by then, never to measure a duration."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call(_Message, Generic[Request]):
-    """One request to a stage."""
-
-    envelope: Envelope
     request: Request
 
 
 @dataclass(frozen=True, slots=True)
-class Ragged(_Message):
+class Envelope:
+    """What a stage knows of a call besides its request. Times are monotonic nanoseconds of the stage's process."""
+
+    carrier: Carrier
+    request_id: str
+    arrived_ns: int
+    deadline_ns: int
+    """The time that was left when the call was sent, counted from its arrival."""
+    waited_ns: int = 0
+    """How long the call had waited at its caller for a replica that could take it."""
+
+
+class Ragged(_Message, frozen=True):
     """``n`` sequences in one array: ``values`` of shape ``[sum(lengths), ...]``."""
 
     values: npt.NDArray[Any]
@@ -85,8 +80,7 @@ class Ragged(_Message):
             start += length
 
 
-@dataclass(frozen=True, slots=True)
-class Reply(_Message, Generic[Result]):
+class Reply(_Message, Generic[Result], frozen=True):
     """What a stage sends back for one request: a result or a failure, and how long the stage held the request."""
 
     held_ns: int
@@ -94,45 +88,78 @@ class Reply(_Message, Generic[Result]):
     failure: Failure | None = None
 
 
+class Share(_Message, frozen=True):
+    """On whose behalf a request is made, and how it shares the device with others."""
+
+    tenant: str = ""
+    """Name of the API key; empty if there are none."""
+    weight: float = 1.0
+    """Tenants get tokens in proportion to it."""
+    priority: int = 0
+    """0: interactive; 1: of a batch job."""
+
+
+NOBODYS = Share()
+
+
 # --- tokenizer -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizeRequest(_Message):
-    inputs: tuple[str, ...] | tuple[tuple[int, ...], ...]
+class TokenizeRequest(_Message, frozen=True):
+    inputs: tuple[str | tuple[int, ...], ...]
     """Texts, or token ids supplied by the caller (used as they are, without adding special tokens)."""
     truncate: bool
     param: str
     """The request field that the inputs came from, for error messages."""
 
     @property
-    def cost_us(self) -> int:
+    def work(self) -> int:
+        """In characters or token ids, with 50 for the request."""
         return 50 + sum(map(len, self.inputs))
 
 
-@dataclass(frozen=True, slots=True)
-class Tokenized(_Message):
+class Tokenized(_Message, frozen=True):
     ids: Ragged
     truncated: tuple[bool, ...]
     offsets: Ragged | None = None
     """Start and end of each token, ``[tokens, 2]``; ``(-1, -1)`` for special tokens. Only for token-classification."""
 
 
+class ChatMessage(_Message, frozen=True):
+    role: str
+    content: str
+    name: str = ""
+
+
+class RenderRequest(_Message, frozen=True):
+    """A prompt of a language model: a conversation, for its chat template, or a text, or token ids."""
+
+    param: str
+    messages: tuple[ChatMessage, ...] = ()
+    text: str | None = None
+    ids: tuple[int, ...] = ()
+
+    @property
+    def work(self) -> int:
+        """In characters or token ids, with 50 for the request."""
+        return 50 + sum(len(m.content) for m in self.messages) + len(self.text or "") + len(self.ids)
+
+
 # --- model -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class PredictRequest(_Message):
+class PredictRequest(_Message, frozen=True):
     ids: Ragged
     param: str
+    share: Share = NOBODYS
 
     @property
-    def cost_us(self) -> int:
-        return INPUT_COST_US * len(self.ids.lengths)
+    def work(self) -> int:
+        """In tokens, with 16 for each input."""
+        return sum(self.ids.lengths) + 16 * len(self.ids.lengths)
 
 
-@dataclass(frozen=True, slots=True)
-class Predicted(_Message):
+class Predicted(_Message, frozen=True):
     outputs: tuple[Any, ...]
     """One per input, see ``engine.protocol.Output``."""
     forward_ns: int
@@ -140,11 +167,79 @@ class Predicted(_Message):
     device: str
 
 
+class Sampling(_Message, frozen=True):
+    """How the next token is chosen from the model's distribution, see ``engine.generation.sampling``."""
+
+    temperature: float = 1.0
+    """0: the most probable token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all tokens."""
+    seed: int | None = None
+    logprobs: int | None = None
+    """How many of the most probable tokens to report for each, besides the chosen one; None: no log probabilities."""
+
+
+class GenerateRequest(_Message, frozen=True):
+    ids: Ids
+    """The prompt, ``[tokens]``."""
+    max_tokens: int
+    sampling: Sampling
+    choices: int
+    is_streamed: bool
+    """Whether tokens are sent as they come, or all at the end."""
+    param: str
+    share: Share = NOBODYS
+
+    @property
+    def work(self) -> int:
+        """In tokens; an output token takes about as long as ten of the prompt."""
+        return len(self.ids) + 10 * self.max_tokens * self.choices
+
+
+class TokenLogprobs(_Message, frozen=True):
+    """Log probabilities at one position: of the chosen token, and of the most probable ones, best first."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class TokenDelta(_Message, frozen=True):
+    """New tokens of one choice."""
+
+    choice: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class TokenDeltas(_Message, frozen=True):
+    """A chunk of a generation: what is new since the last one."""
+
+    deltas: tuple[TokenDelta, ...]
+    queue_ns: int = 0
+    """How long the first choice waited for its first step."""
+    prefill_ns: int = 0
+    """From there until its first token."""
+    decode_ns: int = 0
+    """From there until the newest token of any choice."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were in the cache already."""
+
+
+class Generated(_Message, frozen=True):
+    """The end of a generation, whose tokens have been sent."""
+
+    device: str
+
+
 # --- postprocessor ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class OutputOptions(_Message):
+class OutputOptions(_Message, frozen=True):
     """Output options of a request. ``route`` decides the shape; the others apply to the tasks that support them."""
 
     route: Literal["/v1/embeddings", "/predict"]
@@ -153,21 +248,85 @@ class OutputOptions(_Message):
     base64: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PostprocessRequest(_Message):
+class PostprocessRequest(_Message, frozen=True):
     tokenized: Tokenized
     outputs: tuple[Any, ...]
     options: OutputOptions
-    texts: tuple[str, ...] = field(default=())
+    texts: tuple[str, ...] = ()
     """Only for token-classification."""
 
     @property
-    def cost_us(self) -> int:
+    def work(self) -> int:
+        """In microseconds, roughly."""
         # A fill-mask candidate is decoded to text; a number is only formatted.
         return sum(50 + (output.size // 5 if isinstance(output, np.ndarray) else 5_000) for output in self.outputs)
 
 
-@dataclass(frozen=True, slots=True)
-class Postprocessed(_Message):
+class Postprocessed(_Message, frozen=True):
     fragments: tuple[bytes, ...]
     """One JSON object per input. Numbers are formatted as text in this stage, which scales, not in the ingress."""
+
+
+class TokenText(_Message, frozen=True):
+    """A token as text, with its log probability and those of the most probable ones."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+class HeldToken(_Message, frozen=True):
+    """A token whose text has not been passed on to its end."""
+
+    token: TokenText
+    chars: int
+    """How much of its text has not."""
+
+
+class TextState(_Message, frozen=True):
+    """What a text that is generated needs to be continued: held by the caller between calls, opaque to it."""
+
+    context: tuple[int, ...] = ()
+    """The last tokens whose text is known: the text of those that follow depends on them."""
+    pending: tuple[int, ...] = ()
+    """Tokens after those, which end within a character."""
+    held: str = ""
+    """Text that may be the beginning of a stop string, and is not passed on yet."""
+    held_tokens: tuple[HeldToken, ...] = ()
+    """Tokens with log probabilities that have given it."""
+
+
+class DetokenizeItem(_Message, frozen=True):
+    """New tokens of one choice of a request."""
+
+    state: TextState
+    tokens: tuple[int, ...]
+    stop: tuple[str, ...]
+    is_last: bool
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class DetokenizeRequest(_Message, frozen=True):
+    """New tokens of any number of requests: those of a step travel together."""
+
+    items: tuple[DetokenizeItem, ...]
+
+    @property
+    def work(self) -> int:
+        """In microseconds, roughly."""
+        return sum(20 + 5 * len(item.tokens) for item in self.items)
+
+
+class DetokenizedItem(_Message, frozen=True):
+    state: TextState
+    text: str
+    is_stopped: bool
+    """Whether a stop string was found: the text ends before it."""
+    used_tokens: int
+    """Tokens up to where the stop string ends; all if there is none."""
+    logprobs: tuple[TokenText, ...] = ()
+    """Of the tokens whose text has been passed on, if they were asked for."""
+
+
+class Detokenized(_Message, frozen=True):
+    items: tuple[DetokenizedItem, ...]

@@ -18,17 +18,19 @@ from ray.serve import Application
 
 from deployments import __version__
 from deployments.config import TelemetryConfig
-from deployments.errors import ApiError, ConfigError, InvalidField, NotFound, SourceUnavailable
+from deployments.errors import ApiError, ConfigError, InvalidField, NotFound, QueueFull, SourceUnavailable
 from deployments.explain.options import PageConfig, duration_s, share
-from deployments.explain.render.html import as_html
+from deployments.explain.render.html import as_html, content_security_policy
 from deployments.explain.render.text import as_json
 from deployments.explain.traces.http_api import SourceError
 from deployments.explain.traces.open import source_at
 from deployments.explain.verdict import Verdict, examine
+from deployments.http.keys import ApiKeys
 from deployments.http.server import FastPathApp, error_response
 from deployments.telemetry.export.provider import destination
 
 Value = TypeVar("Value")
+_MAX_WAITING, _RETRY_S = 16, 5
 _FORMS: dict[str, tuple[Callable[[Verdict], str], str]] = {
     "html": (as_html, "text/html"),
     "json": (as_json, "application/json"),
@@ -36,8 +38,7 @@ _FORMS: dict[str, tuple[Callable[[Verdict], str], str]] = {
 # The page is self-contained and loads nothing else.
 _HEADERS = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+    "Content-Security-Policy": f"{content_security_policy()}; frame-ancestors 'self'",
 }
 
 
@@ -45,7 +46,9 @@ class DiagnosisPage:
     def __init__(self, config: PageConfig) -> None:
         self._config = config
         self._where = config.source or str(TelemetryConfig().store_directory())
+        self._longest_s = max(duration_s(config.max_since), duration_s(config.since))
         self._reading = asyncio.Lock()
+        self._waiting, self._rests_until_s = 0, 0.0
         self._last: tuple[tuple[int, float], float, Verdict] | None = None
 
     async def _page(self, since: str | None = None, slowest: str | None = None, format: str = "html") -> Response:
@@ -57,20 +60,34 @@ class DiagnosisPage:
                 _asked(duration_s, "since", since or self._config.since),
                 _asked(share, "slowest", slowest or self._config.slowest),
             )
+            if wanted[0] > self._longest_s:
+                raise InvalidField(f"since must be at most {self._config.max_since}", param="since")
             verdict = await self._verdict(wanted)
             return Response(await asyncio.to_thread(render, verdict), media_type=media_type, headers=_HEADERS)
         except ApiError as error:
             return error_response(error, error.body())
 
     async def _verdict(self, wanted: tuple[int, float]) -> Verdict:
-        """Run one reading at a time; a request that waited for one with the same parameters reuses its verdict."""
-        async with self._reading:
-            now = time.monotonic()
-            if self._last is not None and self._last[0] == wanted and now < self._last[1] + self._config.max_age_s:
-                return self._last[2]
-            verdict = await asyncio.to_thread(self._read, *wanted)
-            self._last = wanted, time.monotonic(), verdict
-            return verdict
+        """Run one reading at a time; a request that waited for one with the same parameters reuses its verdict.
+
+        Whoever asks for what, reading takes at most a third of the time. Raises QueueFull.
+        """
+        if self._waiting >= _MAX_WAITING:
+            raise QueueFull("too many wait for the traces to be read", retry_after_s=_RETRY_S)
+        self._waiting += 1
+        try:
+            async with self._reading:
+                now = time.monotonic()
+                if self._last is not None and self._last[0] == wanted and now < self._last[1] + self._config.max_age_s:
+                    return self._last[2]
+                await asyncio.sleep(max(0.0, self._rests_until_s - now))
+                began_s = time.monotonic()
+                verdict = await asyncio.to_thread(self._read, *wanted)
+                ended_s = time.monotonic()
+                self._last, self._rests_until_s = (wanted, ended_s, verdict), ended_s + 2 * (ended_s - began_s)
+                return verdict
+        finally:
+            self._waiting -= 1
 
     def _read(self, since_s: int, slowest: float) -> Verdict:
         try:
@@ -80,7 +97,14 @@ class DiagnosisPage:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = FastPathApp(
-            {}, title="slowlens page", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+            {},
+            ApiKeys(self._config.api_keys, "args.api_keys"),
+            challenge='Basic realm="slowlens"',
+            title="slowlens page",
+            version=__version__,
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
         )
         # With and without a slash after the route prefix.
         for path in ("", "/"):
@@ -91,6 +115,7 @@ class DiagnosisPage:
 def build(args: dict[str, Any]) -> Application:
     """Build the application from its ``args`` of serve_config.yaml. Raises ConfigError, naming the key."""
     config = PageConfig.parse(args)
+    ApiKeys(config.api_keys, "args.api_keys")
     if config.enabled and config.source is None and destination("traces") != "store":
         raise ConfigError(
             "args.source: traces do not go to the local store here (see OTEL_EXPORTER_OTLP_ENDPOINT); set it to the "

@@ -110,6 +110,17 @@ ALERTS = (
         "15m",
     ),
     Alert(
+        "SlowlensKvCacheFull",
+        f"max by (instance) ({series(metrics.KV_USED)}) > 0.9 and on (instance) "
+        f"max by (instance) ({series(metrics.QUEUE_DEPTH)}) > 0",
+        "5m",
+        "warning",
+        "The KV cache of {{ $labels.instance }} is {{ $value | humanizePercentage }} full, and sequences wait",
+        "kv_cache_full says how long requests waited for it. Raise generation.kv_cache_tokens, lower max_tokens, or "
+        "add model replicas.",
+        "15m",
+    ),
+    Alert(
         "SlowlensErrorBudgetBurnsFast",
         f"{_burn('1h')} > 14.4 and {_burn('5m')} > 14.4",
         "2m",

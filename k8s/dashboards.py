@@ -257,18 +257,73 @@ CAPACITY_DASHBOARD = (
     ),
     Panel(
         "Processes",
-        "CPU time of each replica as a fraction of its machine, and resident memory (right).",
+        "CPU time of each replica as a fraction of its machine, the share of the time in which its threads got no CPU, "
+        "and resident memory (right).",
         "percentunit",
         (
             Query(f"max by (job, instance) ({series(metrics.PROCESS_CPU)})", "{{job}} {{instance}}"),
+            Query(f"max by (job, instance) ({series(metrics.CPU_RUN_DELAY)})", "{{job}} {{instance}} waits for a CPU"),
             Query(f"sum by (job) ({series(metrics.PROCESS_MEMORY)})", "{{job}}", on_the_right=True),
         ),
         right_unit="bytes",
     ),
 )
+GENERATION_DASHBOARD = (
+    Panel(
+        "Time to first token",
+        "Of language models. `slowlens why` says what the slowest first tokens waited for.",
+        "s",
+        _quantiles(metrics.TIME_TO_FIRST_TOKEN),
+    ),
+    Panel(
+        "Time per output token",
+        "After the first, averaged over each request.",
+        "s",
+        _quantiles(metrics.TIME_PER_OUTPUT_TOKEN),
+    ),
+    Panel(
+        "Between two tokens",
+        "From one step that decodes to the next, and the step itself. What is longer than generation.max_step_ms was a "
+        "prompt, or many sequences.",
+        "ms",
+        (
+            *_quantiles(metrics.INTER_TOKEN),
+            Query(quantile(0.99, metrics.STEP_LATENCY), "step p99", exemplars=True),
+        ),
+    ),
+    Panel(
+        "Generations",
+        "Until the last token.",
+        "s",
+        _quantiles(metrics.GEN_AI_DURATION),
+    ),
+    Panel(
+        "Tokens",
+        "Generated tokens a second.",
+        "short",
+        (Query(per_second(metrics.OUTPUT_TOKENS, "model"), "{{model}}"),),
+    ),
+    Panel(
+        "Sequences and cache",
+        "Sequences that are generated, and the fraction of the KV cache that they hold (right).",
+        "short",
+        (
+            Query(f"sum by (model) ({series(metrics.RUNNING)})", "{{model}} running"),
+            Query(f"max by (instance) ({series(metrics.KV_USED)})", "{{instance}} cache", on_the_right=True),
+        ),
+        right_unit="percentunit",
+    ),
+    Panel(
+        "Preemptions",
+        "Sequences a second that lost their keys and values to others. None with generation.kv_reserve: 1.",
+        "short",
+        (Query(per_second(metrics.PREEMPTIONS, "model"), "{{model}}"),),
+    ),
+)
 DASHBOARDS = {
     "slowlens-latency": ("slowlens: latency", LATENCY_DASHBOARD),
     "slowlens-capacity": ("slowlens: capacity", CAPACITY_DASHBOARD),
+    "slowlens-generation": ("slowlens: generation", GENERATION_DASHBOARD),
 }
 
 

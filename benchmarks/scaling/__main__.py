@@ -3,7 +3,6 @@
     python benchmarks/scaling            # every pattern and size: a table and a plot, about ten minutes
     python benchmarks/scaling --only burst --peaks 8
     python benchmarks/scaling --real     # one real run on this machine and its simulation, five minutes
-    python benchmarks/scaling --routers  # Serve's router and ours in real runs, ten minutes
 
 A request is late if it waited longer than the target (500 ms) before the device. Replicas are paid for from the time
 they are ordered; their cost is given as a multiple of what the arrivals need at 80 % utilization. The plot needs
@@ -89,13 +88,10 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=patterns.PATTERNS, metavar="PATTERN")
     parser.add_argument("--peaks", type=int, nargs="*", default=PEAKS, choices=PEAKS)
     parser.add_argument("--real", action="store_true")
-    parser.add_argument("--routers", action="store_true")
     parser.add_argument("-o", dest="output", type=Path, metavar="FOLDER", help="folder for the table and scaling.svg")
     options = parser.parse_args()
     if options.real:
         text, name = real.compare(), "scaling_real.md"
-    elif options.routers:
-        text, name = real.compare_routers(), "routers.md"
     else:
         cases = list(itertools.product(options.only or patterns.PATTERNS, options.peaks, POLICIES))
         with ProcessPoolExecutor() as pool:

@@ -1,10 +1,9 @@
-"""Real runs on this machine with the fake engine: one compared with its simulation, and Serve's router with ours."""
+"""A real run on this machine with the fake engine, compared with its simulation."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import json
 import os
 import random
@@ -27,7 +26,6 @@ from simulation import Setup, simulate
 
 from deployments.autoscaling.settings import POLICY
 from deployments.telemetry import names
-from deployments.transport.routing import ROUTER
 
 URL = "http://127.0.0.1:8000"
 BATCH, RUN_S, TARGET_S = 8, 0.4, 0.5
@@ -36,7 +34,6 @@ PATTERN = [0.25] * 40 + [1.0] * 80 + [0.25] * 120
 PEAK = 60.0
 """Requests per second: enough work for three replicas."""
 MAX_REPLICAS = 6
-LONG_SHARE = 0.15
 _SCALING = {
     "min_replicas": 1,
     "max_replicas": MAX_REPLICAS,
@@ -113,32 +110,6 @@ def measure() -> Seen:
     seen.requests, seen.failed = len(waits), waits.count(None)
     seen.late = sum(wait is not None and wait > TARGET_S * 1e3 for wait in waits)
     return seen
-
-
-ROUTERS = {
-    "Serve's (power of two choices)": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
-    "ours (least work)": ROUTER,
-}
-
-
-def compare_routers(rounds: int = 5, seconds: int = 30) -> str:
-    """Run four replicas with each router in turn. About every seventh request has 200 words, whose run takes 0.2 s."""
-    lines = ["| round | router | mean ms | p90 ms | p99 ms | late |", "| --- | --- | --- | --- | --- | --- |"]
-    for number in range(1, rounds + 1):
-        for name, router in ROUTERS.items():
-            config = copy.deepcopy(CONFIG)
-            config["applications"][0]["args"]["model"]["fake"] = {"base_ms": 20, "per_token_us": 1000}
-            (model,) = config["applications"][0]["deployments"]
-            del model["autoscaling_config"]
-            model |= {"num_replicas": 4, "request_router_config": {"request_router_class": router}}
-            with tempfile.TemporaryDirectory() as folder, serving(config, Path(folder)):
-                asyncio.run(send([1.0] * 5, PEAK, LONG_SHARE))
-                answered = asyncio.run(send([1.0] * seconds, PEAK, LONG_SHARE))
-            waits = sorted(wait for wait in answered if wait is not None)
-            shown = [sum(waits) / len(waits), *(waits[int(len(waits) * share)] for share in (0.9, 0.99))]
-            late = sum(wait > TARGET_S * 1e3 for wait in waits) / len(waits)
-            lines.append(f"| {number} | {name} | {' | '.join(f'{ms:.0f}' for ms in shown)} | {late:.1%} |")
-    return "\n".join(lines)
 
 
 @contextlib.contextmanager

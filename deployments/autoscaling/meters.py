@@ -10,6 +10,7 @@ from typing import Any
 
 from deployments.autoscaling.report import LoadReport
 from deployments.batching.gate import AdmissionGate
+from deployments.batching.generation.step_cost import StepCost
 
 _MEMORY_S, _NOW_S = 5.0, 1.0
 _IDLE_S = 2.0
@@ -46,13 +47,15 @@ class EventLoopMeter:
     The loop's thread uses at most one processor; its share is the fraction it used. Call ``report`` in that thread.
 
     Args:
-        started_s: when the stage's constructor began, by ``time.monotonic``.
+        started_s: when the stage's constructor began, by ``clock``.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, started_s: float) -> None:
-        self._start_ms = (time.monotonic() - started_s) * 1e3
-        self._requests = DecayingRate()
-        self._work_s, self._work_now_s = DecayingRate(), DecayingRate(memory_s=_NOW_S)
+    def __init__(self, started_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start_ms = (clock() - started_s) * 1e3
+        self._requests = DecayingRate(clock)
+        self._work_s, self._work_now_s = DecayingRate(clock), DecayingRate(clock, _NOW_S)
         self._calls: dict[int, tuple[float, int]] = {}
         self.in_progress = 0
         self._next = 0
@@ -66,19 +69,19 @@ class EventLoopMeter:
         self.arrive(count)
         self._next += 1
         key = self._next
-        self._calls[key] = time.monotonic(), count
+        self._calls[key] = self._clock(), count
         self.in_progress += count
         try:
             yield
         finally:
             self.in_progress -= count
             del self._calls[key]
-            self._last_s = time.monotonic()
+            self._last_s = self._clock()
 
     def arrive(self, count: int) -> None:
         """Record the arrival of ``count`` requests."""
         self._requests.add(count)
-        self._last_s = time.monotonic()
+        self._last_s = self._clock()
 
     def arriving(self) -> float:
         """Arriving requests per second."""
@@ -87,11 +90,11 @@ class EventLoopMeter:
     @contextmanager
     def in_thread(self) -> Iterator[None]:
         """Meter work in a thread while it is awaited."""
-        began_s = time.monotonic()
+        began_s = self._clock()
         try:
             yield
         finally:
-            self._worked(time.monotonic() - began_s)
+            self._worked(self._clock() - began_s)
 
     def share(self) -> float:
         """Seconds of work per second, in the loop's thread and in the threads beside it."""
@@ -107,7 +110,7 @@ class EventLoopMeter:
 
     def report(self) -> LoadReport:
         share, arriving = self.share(), self.arriving()
-        now_s = time.monotonic()
+        now_s = self._clock()
         is_idle = self.in_progress == 0 and now_s - self._last_s > _IDLE_S
         if not is_idle:
             self._each_s = share / arriving if arriving > 0 else 0.0
@@ -130,10 +133,10 @@ class BatchQueueMeter:
     more, and how busy it is says little. Arriving work is therefore compared with the rate of full batches.
     """
 
-    def __init__(self, gate: AdmissionGate[Any], started_s: float) -> None:
-        self._gate, self._loop = gate, EventLoopMeter(started_s)
-        self._tokens = DecayingRate()
-        self._tokens_now = DecayingRate(memory_s=_NOW_S)
+    def __init__(self, gate: AdmissionGate[Any], started_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._gate, self._loop = gate, EventLoopMeter(started_s, clock)
+        self._tokens = DecayingRate(clock)
+        self._tokens_now = DecayingRate(clock, _NOW_S)
 
     def arrive(self, lengths: tuple[int, ...]) -> None:
         """Record the arrival of inputs of these lengths in tokens, whether they are admitted or not."""
@@ -142,11 +145,19 @@ class BatchQueueMeter:
         self._tokens.add(tokens)
         self._tokens_now.add(tokens)
 
-    def report(self) -> LoadReport:
-        gate = self._gate
+    def queue_wait_ms(self) -> float:
+        """Time the device needs for everything that waits."""
+        return self._gate.waiting_tokens / self._rate()[0] * 1e3
+
+    def _rate(self) -> tuple[float, float]:
+        """Tokens per second that the device can run in full batches, and the tokens of an input, on average."""
         inputs, tokens = self._loop.arriving(), self._tokens.per_second()
         mean = tokens / inputs if inputs > 0 and tokens > 0 else 1.0
-        rate = gate.planner.tokens_per_second(mean)
+        return self._gate.planner.tokens_per_second(mean), mean
+
+    def report(self) -> LoadReport:
+        gate, (rate, mean) = self._gate, self._rate()
+        tokens = self._tokens.per_second()
         of_loop = self._loop.report()
         return LoadReport(
             queue_depth=gate.depth,
@@ -156,5 +167,73 @@ class BatchQueueMeter:
             demand=max(tokens / rate, of_loop.demand),
             demand_now=max(self._tokens_now.per_second() / rate, of_loop.demand_now),
             throughput=rate / mean,
+            start_ms=of_loop.start_ms,
+        )
+
+
+class GenerationMeter:
+    """The load of a language model: seconds of device time that arrive and wait, by the learned cost of a step.
+
+    A sequence costs the prefill of its prompt, and for each of its tokens its part of a step that is full. How much of
+    ``max_tokens`` it will use is learned from those before it.
+    """
+
+    def __init__(
+        self, cost: StepCost, max_sequences: int, started_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._cost, self._max_sequences = cost, max_sequences
+        self._loop = EventLoopMeter(started_s, clock)
+        self._work_s, self._work_now_s = DecayingRate(clock), DecayingRate(clock, _NOW_S)
+        self._used_ratio = 1.0
+        self._prompt_tokens = self._max_tokens = self._sequences = 0
+
+    def arrive(self, choices: int, prompt: int, max_tokens: int) -> None:
+        """Record the arrival of a request, whether it is admitted or not."""
+        self._loop.arrive(choices)
+        seconds = self._seconds(choices, choices * prompt, choices * max_tokens)
+        self._work_s.add(seconds)
+        self._work_now_s.add(seconds)
+
+    def queued(self, prompt: int, max_tokens: int) -> None:
+        """Record that a sequence was admitted to the queue; ``left`` must follow."""
+        self._sequences += 1
+        self._prompt_tokens += prompt
+        self._max_tokens += max_tokens
+
+    def left(self, prompt: int, max_tokens: int) -> None:
+        self._sequences -= 1
+        self._prompt_tokens -= prompt
+        self._max_tokens -= max_tokens
+
+    def finished(self, max_tokens: int, tokens: int) -> None:
+        """Record how much of its maximum a sequence used."""
+        self._used_ratio += 0.1 * (tokens / max_tokens - self._used_ratio)
+
+    def queue_wait_ms(self) -> float:
+        """How long a sequence that arrived now would wait: 0 while there is a place for it."""
+        if self._sequences < self._max_sequences:
+            return 0.0
+        behind = self._sequences - self._max_sequences + 1
+        each = self._seconds(self._sequences, self._prompt_tokens, self._max_tokens) / self._sequences
+        return behind * each * 1e3
+
+    def _seconds(self, sequences: int, prompt_tokens: int, max_tokens: int) -> float:
+        """Device time of these sequences, in full steps."""
+        in_full = self._cost.estimate(self._max_sequences, 0) / self._max_sequences
+        prefill = self._cost.estimate(0, prompt_tokens) - self._cost.estimate(0, 0)
+        return (prefill + max(sequences, max_tokens * self._used_ratio) * in_full) / 1e9
+
+    def report(self, waiting: int, oldest_age_ms: float) -> LoadReport:
+        of_loop = self._loop.report()
+        work_s, arriving = self._work_s.per_second(), self._loop.arriving()
+        # What arrived long ago may still be generated.
+        taken = min(1.0, self._sequences / self._max_sequences)
+        return LoadReport(
+            queue_depth=waiting,
+            oldest_age_ms=oldest_age_ms,
+            queue_wait_ms=self.queue_wait_ms(),
+            demand=max(work_s, taken, of_loop.demand),
+            demand_now=max(self._work_now_s.per_second(), taken, of_loop.demand_now),
+            throughput=arriving / work_s if work_s > 0 else 0.0,
             start_ms=of_loop.start_ms,
         )

@@ -6,6 +6,9 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from deployments.batching.fairness import Order
+from deployments.messages import NOBODYS, Share
+
 DispatchReason = Literal["full", "token_budget", "timeout", "device_idle", "deadline"]
 Payload = TypeVar("Payload")
 NEVER = -1
@@ -23,6 +26,9 @@ class BatchEntry(Generic[Payload]):
     payload: Payload
     tokens: int
     deadline_ns: int
+    share: Share = NOBODYS
+    order: Order = (0, 0.0)
+    """Its place in the queue."""
     padded: int = 0
     """Tokens after padding, if the input runs alone."""
     arrived_ns: int = NEVER

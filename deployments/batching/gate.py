@@ -12,7 +12,8 @@
    overtaken by at most as many batches as there were inputs waiting when it arrived.
 3. The runner pulls batches (``next_batch``), calls ``begin`` when the run starts and ``end`` when it is over, and sets
    the result of every entry in between. A batch belongs to its puller from ``next_batch`` to ``end``.
-4. A request is admitted or rejected (``QueueFull``) as a whole, so a queue limit never splits a request.
+4. A request is admitted or rejected (``QueueFull``) as a whole, so a queue limit never splits a request. Tenants share
+   the queue's room and its order (see ``fairness``); where this file says arrival, it means that order.
 5. A cancelled input leaves the queue immediately. When a batch is formed, an input whose deadline has passed, or would
    pass during a run of its own at the estimated cost (see ``cost``), is discarded, and the batch is shrunk until all
    its inputs meet their deadlines.
@@ -25,16 +26,17 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic
 
 from deployments.batching.entry import Batch, BatchEntry, Payload
+from deployments.batching.fairness import FairOrder, may_hold
 from deployments.batching.planner import BatchPlanner, GateLimits
 from deployments.errors import DeadlinePassed, QueueFull
+from deployments.messages import Share
 
 _CAUTION, _TIMER_NS = 1.1, 1_000_000
 """Margin kept before a deadline while a batch fills: factor on the run's estimate, and allowance for a late timer."""
@@ -55,6 +57,10 @@ class AdmissionGate(Generic[Payload]):
         self.planner = BatchPlanner(limits)
         self._waiting: deque[BatchEntry[Payload]] = deque()
         self._waiting_tokens = 0
+        self._order = FairOrder()
+        self._held: Counter[str] = Counter()
+        self._held_tokens: Counter[str] = Counter()
+        """Inputs and tokens that wait, by tenant."""
         self._pullers: deque[asyncio.Future[Batch[Payload]]] = deque()
         # The first is running or being handed to the device; the second is ready to follow it.
         self._released: list[Batch[Payload]] = []
@@ -78,6 +84,12 @@ class AdmissionGate(Generic[Payload]):
         return self._waiting_tokens + sum(entry.padded for entry in self._ready_to_follow())
 
     @property
+    def is_full(self) -> bool:
+        """Whether a request of one short input would be refused now."""
+        limits = self._limits
+        return self.depth >= limits.max_queue or self.waiting_tokens >= limits.max_queue_tokens
+
+    @property
     def is_busy(self) -> bool:
         """Whether a batch is running."""
         return self._running_batches > 0
@@ -90,7 +102,7 @@ class AdmissionGate(Generic[Payload]):
     @property
     def oldest_age_ms(self) -> float:
         """How long the oldest waiting input has waited; 0 if there is none. May be read from another thread."""
-        waiting = [*self._ready_to_follow(), *itertools.islice(tuple(self._waiting), 1)]
+        waiting = [*self._ready_to_follow(), *tuple(self._waiting)]
         return (self._clock() - min(entry.arrived_ns for entry in waiting)) / 1e6 if waiting else 0.0
 
     def _ready_to_follow(self) -> Iterator[BatchEntry[Payload]]:
@@ -107,14 +119,13 @@ class AdmissionGate(Generic[Payload]):
         for entry in entries:
             entry.padded = self.planner.rounded(entry.tokens)
         was_full = self._may_be_full()
-        self._admit(len(entries), sum(entry.padded for entry in entries))
+        self._admit(len(entries), sum(entry.padded for entry in entries), entries[0].share)
         loop, now = asyncio.get_running_loop(), self._clock()
         for entry in entries:
             entry.arrived_ns, entry.depth_on_arrival = now, self.depth
             entry.busy_total_at_arrival_ns = self._busy_at(now)
             entry.result = loop.create_future()
-            self._waiting.append(entry)
-            self._waiting_tokens += entry.padded
+            self._insert(entry)
         if not self._released or self._may_be_full() > was_full:
             self._release_next()
         try:
@@ -123,13 +134,28 @@ class AdmissionGate(Generic[Payload]):
             for entry in entries:
                 self._withdraw(entry)
 
-    def _admit(self, count: int, tokens: int) -> None:
+    def _insert(self, entry: BatchEntry[Payload]) -> None:
+        waiting, tenant = self._waiting, entry.share.tenant
+        entry.order = self._order.tag(entry.share, entry.padded)
+        at = len(waiting)
+        while at and waiting[at - 1].order > entry.order:
+            at -= 1
+        waiting.insert(at, entry)
+        self._waiting_tokens += entry.padded
+        self._held[tenant] += 1
+        self._held_tokens[tenant] += entry.padded
+
+    def _admit(self, count: int, tokens: int, share: Share) -> None:
         limits = self._limits
         queued = self.waiting_tokens
         if self.depth + count > limits.max_queue:
             held = f"{self.depth} inputs of at most {limits.max_queue}, and this request adds {count}"
         elif self.depth and queued + tokens > limits.max_queue_tokens:
             held = f"{queued} tokens of at most {limits.max_queue_tokens}, and this request adds {tokens}"
+        elif not may_hold(share, self._held[share.tenant], count, self.depth, limits.max_queue):
+            held = f"{self._held[share.tenant]} inputs of {share.tenant!r} already, whose share of it is used up"
+        elif not may_hold(share, self._held_tokens[share.tenant], tokens, queued, limits.max_queue_tokens):
+            held = f"{self._held_tokens[share.tenant]} tokens of {share.tenant!r} already, whose share of it is used up"
         else:
             return
         raise QueueFull(
@@ -149,6 +175,8 @@ class AdmissionGate(Generic[Payload]):
     def _remove(self, entry: BatchEntry[Payload]) -> None:
         self._waiting.remove(entry)
         self._waiting_tokens -= entry.padded
+        self._held[entry.share.tenant] -= 1
+        self._held_tokens[entry.share.tenant] -= entry.padded
 
     # --- the path of a batch ---
 
@@ -233,6 +261,7 @@ class AdmissionGate(Generic[Payload]):
 
     def _release(self, batch: Batch[Payload], puller: asyncio.Future[Batch[Payload]]) -> None:
         self._stop_fill_timer()
+        self._order.served(batch.entries[0].order)
         for entry in batch.entries:
             self._remove(entry)
             entry.batch = batch

@@ -57,7 +57,7 @@ def _serve(config: Path, rest: Sequence[str]) -> int:
     from deployments.cli.serve import launch
 
     try:
-        launch(config, rest)
+        return launch(config, rest)
     except ConfigError as error:
         print(f"slowlens: {error}", file=sys.stderr)  # noqa: T201
         return 2
@@ -84,8 +84,8 @@ def parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="start `serve run` with the environment that makes Serve fast",
-        description="Checks the configuration, sets the environment that makes Serve fast, and executes `serve run`. "
-        "Further arguments are passed to it.",
+        description="Checks the configuration, sets the environment that makes Serve fast, and runs `serve run` until "
+        "it ends. Further arguments are passed to it.",
         usage="slowlens serve [CONFIG] [arguments of serve run ...]",
     )
     serve.add_argument("config", nargs="?", type=Path, default=Path("serve_config.yaml"), metavar="CONFIG")

@@ -7,16 +7,16 @@ can set them. Variables that are already set are left alone.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from deployments.autoscaling.settings import POLICY, PolicySettings
+from deployments.cli.supervise import holder_of, supervise
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ConfigError
@@ -35,27 +35,35 @@ FAST: dict[str, Setting] = {
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": Setting(
         "0", "Disable the proxy's request count for Ray's dashboard; `http.server.request.duration` has it."
     ),
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": Setting(
+        "5",
+        "How long an ingress that stops still takes requests, until HAProxy knows of it. (Serve's 30 s are longer than "
+        "it waits itself when all ends.)",
+    ),
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": Setting(
         "0.5", "Run the control loop of Serve's controller twice a second, not ten times."
     ),
 }
+_HTTP_PORT, _HAPROXY_PORTS = 8000, (8404, 9101)
 IMPORT_PATH, PAGE_IMPORT_PATH = "deployments.app:build", "deployments.page:build"
 
 
-def launch(config: Path, arguments: Sequence[str]) -> NoReturn:
-    """Replace this process with ``serve run CONFIG ARGUMENTS``.
+def launch(config: Path, arguments: Sequence[str]) -> int:
+    """Run ``serve run CONFIG ARGUMENTS`` until it ends, and return its exit status.
 
-    Raises ConfigError, before anything is started, if the file cannot be read or slowlens' part of it is invalid.
+    Raises ConfigError, before anything is started, if the file cannot be read, slowlens' part of it is invalid, or a
+    port is taken.
     """
-    check(config)
-    program = _serve()
     environment = environment_for(os.environ)
+    ports = check(config)
+    if not any(one.startswith(("-a", "--address")) for one in arguments):
+        _check_ports(ports + (_HAPROXY_PORTS if environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1" else ()))
     for name, value in environment.items():
         note = "" if name not in os.environ else "  (already set)"
         print(f"{name}={value}{note}", file=sys.stderr)  # noqa: T201
-    command = [program, "run", str(config), *arguments]
-    print(" ".join(command), file=sys.stderr, flush=True)  # noqa: T201
-    os.execve(program, command, {**os.environ, **environment})
+    command = ["run", str(config), *arguments]
+    print(" ".join(["serve", *command]), file=sys.stderr, flush=True)  # noqa: T201
+    return supervise([sys.executable, "-m", "deployments.cli.running", *command], {**os.environ, **environment})
 
 
 def environment_for(environ: Mapping[str, str]) -> dict[str, str]:
@@ -63,8 +71,8 @@ def environment_for(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ.get(name, setting.value) for name, setting in FAST.items()}
 
 
-def check(config: Path) -> None:
-    """Validate ``args`` of every slowlens application in the file. Raises ConfigError."""
+def check(config: Path) -> tuple[int, ...]:
+    """Validate ``args`` of every slowlens application in the file, and return the port of HTTP. Raises ConfigError."""
     try:
         content: Any = yaml.safe_load(config.read_text())
     except FileNotFoundError:
@@ -81,6 +89,10 @@ def check(config: Path) -> None:
             ModelCard.load(AppConfig.parse(application.get("args") or {}).model)
         elif path == PAGE_IMPORT_PATH:
             PageConfig.parse(application.get("args") or {})
+    options = content.get("http_options")
+    port = options.get("port", _HTTP_PORT) if isinstance(options, dict) else _HTTP_PORT
+    # Anything else is left for Serve to refuse.
+    return (port,) if isinstance(port, int) else ()
 
 
 def _check_policies(deployments: list[Any]) -> None:
@@ -96,10 +108,8 @@ def _check_policies(deployments: list[Any]) -> None:
                 raise ConfigError(f"deployments.{deployment.get('name')}.{error}") from None
 
 
-def _serve() -> str:
-    """The ``serve`` next to the running Python, or the first on the path."""
-    beside = Path(sys.executable).with_name("serve")
-    found = str(beside) if beside.is_file() else shutil.which("serve")
-    if found is None:
-        raise ConfigError("the command `serve` is not installed; install it with: pip install 'ray[serve]'")
-    return found
+def _check_ports(ports: Sequence[int]) -> None:
+    for port in ports:
+        holder = holder_of(port)
+        if holder is not None:
+            raise ConfigError(f"port {port} is taken by {holder}; stop that, or choose another (http_options.port)")

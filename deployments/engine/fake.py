@@ -16,7 +16,7 @@ import numpy as np
 
 from deployments.config import FakeConfig
 from deployments.engine.protocol import Encoded, Memory, OutOfMemory, Phase, Run, WarmUp
-from deployments.messages import Ids
+from deployments.messages import ChatMessage, Ids
 
 
 def fake_token_id(word: str) -> int:
@@ -45,6 +45,19 @@ class FakeTokenizer:
     def _encode(self, words: list[str]) -> Encoded:
         kept = [fake_token_id(word) for word in words[: self._max_length - 2]]
         return Encoded(np.array([1, *kept, 2], dtype=np.int32), len(words) + 2)
+
+
+class FakeTextTokenizer:
+    """Words to ids, and ids to words: ``w123`` for any id but the special ones."""
+
+    def encode(self, text: str) -> Ids:
+        return np.array([1, *map(fake_token_id, text.split())], dtype=np.int32)
+
+    def render(self, messages: Sequence[ChatMessage]) -> Ids:
+        return self.encode(" ".join(f"{one.role}: {one.content}" for one in messages))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f" w{i}" for i in ids if i > 2)
 
 
 class FakeEngine:

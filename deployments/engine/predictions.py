@@ -34,7 +34,7 @@ class PredictionBuilder:
     ) -> tuple[bytes, ...]:
         """Return one JSON object per input, in order. Raises ModelFailed if an output is not finite."""
         for index, output in enumerate(outputs):
-            values = output[0] if isinstance(output, tuple) else output
+            values = output if isinstance(output, np.ndarray) else output[0]
             if not np.isfinite(values).all():
                 raise ModelFailed(f"the model returned a non-finite number for input {index}")
         if options.route == "/v1/embeddings":
@@ -61,6 +61,8 @@ class PredictionBuilder:
                 return {"entities": self._entities(output, ids, offsets, text)}
             case "fill-mask":
                 return {"fills": self._fills(output, ids, options.top_k or DEFAULT_FILLS)}
+            case task:
+                raise AssertionError(f"{task} has no predictions")
 
     def _entities(self, logits: Floats, ids: Ids, offsets: npt.NDArray[np.int32], text: str) -> list[dict[str, Any]]:
         """One entity per token that is not special and not labelled ``O`` (aggregation strategy ``none``)."""

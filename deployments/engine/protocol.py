@@ -2,7 +2,8 @@
 
 Every engine loads, warms up and reports the state of its device (``Engine``). How it computes is a separate protocol: a
 ``BatchEngine`` runs a batch from start to finish, as encoders do, and is driven by ``stages.batch_runner``. An engine
-that advances many sequences one step at a time extends ``Engine`` in a protocol of its own, with its own runner.
+that advances many sequences one step at a time, as language models do, is a ``StepEngine``, driven by
+``stages.generation.step_runner``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deployments.messages import Ids
+from deployments.batching.generation.steps import Cache, Member
+from deployments.messages import ChatMessage, Ids, Sampling, TokenLogprobs
 
 Output = Any
 """One input's result, by task, as float32 arrays on the host:
@@ -49,6 +51,25 @@ class Tokenizer(Protocol):
 
     def encode(self, texts: Sequence[str], *, with_offsets: bool) -> list[Encoded]:
         """Tokenize, truncating to the model's ``max_length``. Thread-safe. Holds the GIL only to build the result."""
+        ...
+
+
+class TextTokenizer(Protocol):
+    """The tokenizer of a language model. Thread-safe."""
+
+    def encode(self, text: str) -> Ids:
+        """Tokenize a prompt, with the special tokens that begin one."""
+        ...
+
+    def render(self, messages: Sequence[ChatMessage]) -> Ids:
+        """Tokenize a conversation by the model's chat template, up to where the answer begins.
+
+        Raises ``tokenizers.TemplateError``.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones left out; U+FFFD where the bytes of a character are incomplete."""
         ...
 
 
@@ -115,4 +136,39 @@ class BatchEngine(Engine, Protocol):
 
         May raise any exception, including OutOfMemory; the caller isolates the input that caused it.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The next token of a sequence."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+class StepEngine(Engine, Protocol):
+    """An engine that advances sequences one step at a time, with their keys and values in its cache."""
+
+    @property
+    def cache(self) -> Cache:
+        """There once it is loaded."""
+        ...
+
+    end_tokens: frozenset[int]
+    """Tokens that end a text."""
+
+    def step(self, members: Sequence[Member]) -> list[Sampled | None]:
+        """Compute the next tokens of each member, and choose the token that follows, where the member asks for it.
+
+        The cache holds room for them. Called from one thread.
+        """
+        ...
+
+    def start(self, number: int, sampling: Sampling) -> None:
+        """Prepare to choose the tokens of a new sequence."""
+        ...
+
+    def forget(self, number: int) -> None:
+        """Drop what ``start`` prepared."""
         ...

@@ -9,9 +9,14 @@ import numpy as np
 
 from deployments.config import ModelConfig
 from deployments.engine.card import ModelCard
-from deployments.engine.fake import FakeTokenizer
-from deployments.engine.protocol import Encoded, Tokenizer
+from deployments.engine.fake import FakeTextTokenizer, FakeTokenizer
+from deployments.engine.protocol import Encoded, TextTokenizer, Tokenizer
 from deployments.errors import ConfigError
+from deployments.messages import ChatMessage, Ids
+
+
+class TemplateError(ValueError):
+    """A conversation that the model's chat template does not take. The message contains no text of it."""
 
 
 def load_tokenizer(config: ModelConfig, card: ModelCard) -> Tokenizer:
@@ -63,3 +68,42 @@ class FastTokenizer:
             pairs = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
             offsets = [(-1, -1) if special else offset for offset, special in pairs]
         return Encoded(np.array(encoding.ids, dtype=np.int32), len(encoding) + truncated, offsets)
+
+
+def load_text_tokenizer(config: ModelConfig, card: ModelCard) -> TextTokenizer:
+    if config.engine == "fake":
+        return FakeTextTokenizer()
+    return PretrainedTextTokenizer(load_pretrained_tokenizer(config, card))
+
+
+class PretrainedTextTokenizer:
+    """The tokenizer of a language model: both ways, and its chat template."""
+
+    def __init__(self, pretrained: Any) -> None:
+        self._pretrained, self._backend = pretrained, pretrained.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._special = frozenset(pretrained.all_special_ids)
+
+    def encode(self, text: str) -> Ids:
+        return np.array(self._backend.encode(text).ids, dtype=np.int32)
+
+    def render(self, messages: Sequence[ChatMessage]) -> Ids:
+        if self._pretrained.chat_template is None:
+            raise TemplateError("the model has no chat template; send a prompt to /v1/completions")
+        import jinja2
+
+        conversation = [
+            {"role": one.role, "content": one.content} | ({"name": one.name} if one.name else {}) for one in messages
+        ]
+        try:
+            text = self._pretrained.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            # A template is a program of the model's authors, which says itself what it does not take.
+            raise TemplateError(f"the model's chat template does not take these messages: {error.message}") from None
+        # The template writes the special tokens itself.
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._backend.decode([i for i in ids if i not in self._special], skip_special_tokens=False)
+        return text

@@ -19,6 +19,8 @@ class Cause:
         fix: builds the suggested fix.
         stage: the stage whose replica matters.
         is_stated: whether the trace itself states it, so that one request is enough evidence.
+        least_of_useful: the least that a request must have lost to it, in times of what it takes without any waiting.
+        behind: the part that is time lost behind others; the finding says how many lost most of it there.
         is_for_want_of_replicas: whether having more replicas of ``stage`` sooner would have helped; if so, the finding
             says what autoscaling did.
     """
@@ -31,6 +33,8 @@ class Cause:
     stage: str = "model"
     is_stated: bool = False
     is_for_want_of_replicas: bool = False
+    behind: str = ""
+    least_of_useful: float = 1.5
 
 
 CAUSES = (
@@ -60,13 +64,65 @@ CAUSES = (
         fixes.shorter_fill_wait,
     ),
     Cause("tokenization", ("tokenization",), False, "in the tokenizer", fixes.less_tokenization, "tokenizer"),
-    Cause("long_input", ("own_work",), False, "running inputs longer than usual", fixes.shorter_inputs),
+    Cause(
+        "long_input",
+        ("own_work", "others_work"),
+        False,
+        "on inputs longer than usual, their own or those that they waited behind",
+        fixes.shorter_inputs,
+        behind="others_work",
+    ),
     Cause(
         "padding",
         ("padding",),
         True,
         "on padding to longer inputs, in their own runs or in runs they waited for",
         fixes.less_padding,
+    ),
+    Cause(
+        "long_prompt",
+        ("own_prefill",),
+        False,
+        "computing their own prompts, longer than usual",
+        advice("send shorter prompts, or begin them alike: what two prompts have in common is computed once"),
+    ),
+    Cause(
+        "prefill_interference",
+        ("others_prefill",),
+        True,
+        "in steps that computed the prompts of others",
+        fixes.smaller_steps,
+    ),
+    Cause(
+        "decode_batch",
+        ("decode_neighbours",),
+        False,
+        "in steps that were longer for the sequences that decoded beside them",
+        fixes.fewer_neighbours,
+        is_for_want_of_replicas=True,
+    ),
+    Cause(
+        "kv_cache_full",
+        ("cache_wait", "preempted"),
+        True,
+        "waiting for room in the KV cache, or computing again what had lost its place there",
+        fixes.larger_cache,
+        is_for_want_of_replicas=True,
+    ),
+    Cause(
+        "long_output",
+        ("decode",),
+        False,
+        "generating answers longer than usual",
+        advice("limit max_completion_tokens, or set stop strings"),
+    ),
+    Cause(
+        "slow_reader",
+        ("slow_reader",),
+        True,
+        "sending answers that were complete to readers that took them slowly",
+        advice("the client read its answer slowly: check its network, and what it does with each chunk"),
+        "ingress",
     ),
     Cause(
         "device_contention",
@@ -79,7 +135,26 @@ CAUSES = (
         ),
     ),
     Cause(
+        "cpu_starvation",
+        ("cpu_starved",),
+        True,
+        "waiting for a CPU: threads of the application could run and did not",
+        advice(
+            "other processes use the CPUs, or a limit of the container is reached: see what else runs on the host "
+            "(ai.cpu.run_delay_ratio of each process), raise the limit, and give each stage CPUs of its own (num_cpus)"
+        ),
+        least_of_useful=3.0,
+    ),
+    Cause(
         "postprocessing", ("postprocessing",), False, "in the postprocessor", fixes.more_postprocessors, "postprocessor"
+    ),
+    Cause(
+        "errors_retries",
+        ("lost_attempt",),
+        True,
+        "on replicas that died before they replied, until the call was sent to another",
+        fixes.living_replicas,
+        is_stated=True,
     ),
     Cause(
         "transit",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.explain.requests.capture import BINS, Capture, bin_ns
-from deployments.explain.requests.parts import median
+from deployments.explain.requests.parts import input_sizes, median
 from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import orders_during
 
@@ -83,10 +83,13 @@ def shorter_fill_wait(_: Capture, slow: Sequence[Request]) -> Fix:
 
 
 def shorter_inputs(capture: Capture, slow: Sequence[Request]) -> Fix:
-    tokens = median([request.tokens for request in slow])
+    sizes = input_sizes(capture)
+    # Those who waited behind a long input may be short themselves.
+    long = [request for request in capture.requests if request.tokens / max(1, request.inputs) >= sizes.long] or slow
+    tokens = median([request.tokens / max(1, request.inputs) for request in long])
     return Fix(
-        f"the slow requests had {tokens:.0f} tokens (median): reject longer ones (",
-        _input_limit(capture, slow),
+        f"the long inputs have {tokens:.0f} tokens (median; usual are {sizes.usual:.0f}): reject them (",
+        _input_limit(capture, long),
         "), truncate them (model.max_length), or make runs cheaper (a GPU, model.dtype)",
     )
 
@@ -98,6 +101,14 @@ def less_tokenization(capture: Capture, slow: Sequence[Request]) -> Fix:
         _input_limit(capture, slow),
         ", or add tokenizer replicas (",
         more_replicas(capture, "Tokenizer"),
+        ")",
+    )
+
+
+def living_replicas(capture: Capture, _: Sequence[Request]) -> Fix:
+    return Fix(
+        "a replica's process died: check its log and the kernel log (out of memory?), and run one more (",
+        more_replicas(capture, "Model"),
         ")",
     )
 
@@ -122,11 +133,7 @@ def after_failures(capture: Capture, kind: str) -> Fix:
     if kind == "no_replica_ready":
         return warm_replicas(capture, ())
     if kind == "replica_died":
-        return Fix(
-            "a replica's process died: check its log and the kernel log (out of memory?), and run one more (",
-            more_replicas(capture, "Model"),
-            ")",
-        )
+        return living_replicas(capture, ())
     return Fix("check one of these traces, and the replica's log at that time")
 
 
@@ -166,6 +173,35 @@ def less_padding(capture: Capture, _: Sequence[Request]) -> Fix:
     return Fix("smaller batches: ", Change("batching.max_batch_tokens", tokens, (tokens or 8192) // 2))
 
 
+def smaller_steps(capture: Capture, _: Sequence[Request]) -> Fix:
+    key = "generation.max_step_ms"
+    current = capture.settings.get(key)
+    return Fix("compute prompts in smaller chunks: ", Change(key, current, max(1, round((current or 250) / 2))))
+
+
+def fewer_neighbours(capture: Capture, slow: Sequence[Request]) -> Fix:
+    key = "generation.max_sequences"
+    current = capture.settings.get(key)
+    more = more_replicas(capture, "Model", slow=slow)
+    return Fix(
+        "add model replicas (", more, "), or generate fewer at once: ", Change(key, current, (current or 32) // 2)
+    )
+
+
+def larger_cache(capture: Capture, slow: Sequence[Request]) -> Fix:
+    key = "generation.kv_cache_tokens"
+    current = capture.settings.get(key)
+    larger = Change(key, current, 2 * current) if current else f"raise {key}"
+    more = more_replicas(capture, "Model", slow=slow)
+    return Fix(
+        larger,
+        ", reserve less of it for output that does not come (generation.kv_reserve, max_tokens), or add "
+        "model replicas (",
+        more,
+        ")",
+    )
+
+
 def more_postprocessors(capture: Capture, _: Sequence[Request]) -> Fix:
     more = more_replicas(capture, "Postprocessor")
     return Fix("add replicas (", more, "), or request smaller responses (top_k, dimensions)")
@@ -174,7 +210,8 @@ def more_postprocessors(capture: Capture, _: Sequence[Request]) -> Fix:
 def more_replicas(capture: Capture, deployment: str, wanted: int = 0, slow: Sequence[Request] = ()) -> Change:
     """Return the setting that gives more replicas: one more, or ``wanted`` if that is higher.
 
-    If the deployment was scaled, but too late for these requests, return the setting that keeps the replicas running.
+    If the deployment was scaled, but too late for these requests, or if it had fewer replicas than it may have, return
+    the setting that keeps the replicas running.
     """
     path = f"deployments.{deployment}"
     most = capture.settings.get(f"{path}.autoscaling_config.max_replicas")
@@ -183,9 +220,13 @@ def more_replicas(capture: Capture, deployment: str, wanted: int = 0, slow: Sequ
     if ordered:
         key = f"{path}.autoscaling_config.min_replicas"
         return Change(key, capture.settings.get(key), max(ordered))
-    if most is not None:
-        return Change(f"{path}.autoscaling_config.max_replicas", most, max(most + 1, wanted))
     stage = deployment.lower()
     seen = len({request.replicas[stage] for request in capture.requests if stage in request.replicas})
+    was_at_most = any(one.needed > one.most for one in orders)
+    if most is not None and seen < most and not was_at_most:
+        key = f"{path}.autoscaling_config.min_replicas"
+        return Change(key, capture.settings.get(key), min(most, max(seen + 1, wanted)))
+    if most is not None:
+        return Change(f"{path}.autoscaling_config.max_replicas", most, max(most + 1, wanted))
     current = capture.settings.get(f"{path}.num_replicas", seen or 1)
     return Change(f"{path}.num_replicas", current, max(current + 1, wanted))

@@ -8,14 +8,19 @@ from pydantic import AfterValidator, Field
 
 from deployments.config import Section
 
+_DIGITS, _LONGEST_DAYS = 9, 3660
+
 
 def duration_s(text: str) -> int:
     """Parse ``90s``, ``15m``, ``2h`` or ``1d`` into seconds. Raises ValueError."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     number, unit = text[:-1], text[-1:]
-    if unit not in units or not (number.isascii() and number.isdecimal()) or not int(number):
+    if unit not in units or not (number.isascii() and number.isdecimal()) or not int(number[:_DIGITS]):
         raise ValueError(f"{text!r} must be a number followed by s, m, h or d, such as 15m")
-    return int(number) * units[unit]
+    seconds = int(number[:_DIGITS]) * units[unit]
+    if len(number) > _DIGITS or seconds > _LONGEST_DAYS * 86400:
+        raise ValueError(f"{text!r} is longer than {_LONGEST_DAYS}d")
+    return seconds
 
 
 def share(text: str) -> float:
@@ -43,6 +48,11 @@ class PageConfig(Section):
     """``args`` of the application that serves the verdict as a page."""
 
     enabled: bool = Field(False, description="Whether the page is served. It shows trace contents to anyone.")
+    api_keys: str | None = Field(
+        None,
+        description="Keys that open the page, as `security.api_keys` of the application; a browser asks for them as a "
+        "password. Default: no key is needed.",
+    )
     source: str | None = Field(
         None,
         description="A file or folder of OTLP JSON lines, or the URL of a Jaeger query service or of Tempo. Default: "
@@ -51,6 +61,7 @@ class PageConfig(Section):
     since: Annotated[str, AfterValidator(_is_duration)] = Field(
         "15m", description="Only requests that ended within this period; `?since=` overrides it."
     )
+    max_since: Annotated[str, AfterValidator(_is_duration)] = Field("24h", description="Longest `?since=`.")
     slowest: Annotated[str, AfterValidator(_is_share)] = Field(
         "5%", description="Share of the requests that count as slow; `?slowest=` overrides it."
     )

@@ -3,10 +3,12 @@
 1. The slow requests are the slowest share of the answered requests, at least five; the others are ordinary.
 2. The excess of a part is its time beyond the ordinary amount: the median of the ordinary requests on the same route,
    or zero for waiting, padding and contention, which do no useful work. Work that is always long has no excess.
+   Waiting for a CPU grows with everything else: its ordinary amount is a share of the request's time.
 3. A cause is named if at least a tenth of the slow requests, and more than one, lost to it one and a half times what a
    request takes without any waiting, and if it makes up a seventh of the total excess or most of the excess of a
    quarter of the slow requests. For a cold start one request is enough, because the trace itself states it. If no
-   cause qualifies, nothing is unusual.
+   cause qualifies, nothing is unusual. Waiting for the device counts as far as it is more than what random arrivals
+   at this rate make some requests wait (``chance``).
 4. Requests that failed on the server's side do not count as slow; they are a separate cause (``errors_retries``).
    Advisories have no share of the excess and are listed last.
 """
@@ -15,25 +17,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deployments.explain.causes import CAUSES, Cause
+from deployments.explain.chance import wait_by_chance_ms
 from deployments.explain.fixes import Fix, after_failures
 from deployments.explain.requests.capture import Capture, capture
-from deployments.explain.requests.parts import PARTS, Parts, median, parts_of
+from deployments.explain.requests.parts import PARTS, Parts, first_token_parts_of, median, parts_of, percentile
 from deployments.explain.requests.pattern import distinguishing_traits
 from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import orders_during, scaled_late
+from deployments.explain.token_gaps import TokenGap, token_gaps
 from deployments.explain.traces.files import Source
 from deployments.explain.traces.survey import NOT_OURS, survey
 
 MIN_REQUESTS = 20
 """Minimum number of answered requests for distinguishing slow from ordinary ones."""
-_MIN_OF_USEFUL, _MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 1.5, 0.1, 1 / 7, 5.0
+_MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 0.1, 1 / 7, 5.0
 _MIN_RULED = 0.25
 """Share of the slow requests for which a cause makes up most of the excess."""
 _EVIDENCE, _MIN_HIT = 3, 2
 _MIN_GAIN = 0.1
+_CHANCE, _FEW = 1.25, 0.05
+"""A wait is no chance if it is so much longer than what this share of the slow requests wait by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +76,15 @@ class Verdict:
     findings: list[Finding] = field(default_factory=list)
     note: str = ""
     """Why no cause is named, if none is."""
+    first_token: Verdict | None = None
+    """The same for the times to the first token, if there are generations."""
+    token_gaps: list[TokenGap] = field(default_factory=list)
+    """The longest waits for a token of the slow generations, longest first."""
 
     @property
     def whole_excess_ms(self) -> float:
         """Total over the slow requests; parts in which they were faster do not offset others."""
         return sum(max(0.0, ms) for ms in self.excess_ms.values())
-
-
-def percentile(ascending: Sequence[tuple[float, float]], share: float) -> float:
-    """Smallest value with ``share`` of the weight at or below it, of ``(value, weight)`` pairs; 0 if there are none."""
-    left = share * sum(weight for _, weight in ascending) * (1 - 1e-9)
-    for value, weight in ascending:
-        left -= weight
-        if left <= 0:
-            return value
-    return ascending[-1][0] if ascending else 0.0
 
 
 def examine(source: Source, slowest: float, since_ns: int = 0) -> Verdict:
@@ -111,11 +111,51 @@ def judge(found: Capture) -> Verdict:
         )
     else:
         _compare(verdict)
-    verdict.findings += _failures(verdict)
+    for finding in _failures(verdict):
+        same = next((one for one in verdict.findings if one.cause == finding.cause), None)
+        if same is None:
+            verdict.findings.append(finding)
+        else:
+            verdict.findings[verdict.findings.index(same)] = _both(finding, same)
     verdict.findings.sort(key=lambda finding: -finding.share_of_excess)
     if not verdict.findings and not verdict.note:
         verdict.note = "nothing is unusual: the slowest requests spent their time the same way as the others"
     verdict.findings += _advisories(found)
+    verdict.first_token = _of_first_tokens(verdict)
+    verdict.token_gaps = _token_gaps(verdict)
+    return verdict
+
+
+def _token_gaps(verdict: Verdict) -> list[TokenGap]:
+    """The longest gap of each slow generation."""
+    found = verdict.capture
+    worst = []
+    for one in verdict.answered:
+        if one.is_slow and one.request.generation is not None:
+            gaps = token_gaps(found.spans[one.request.key], found.segments)
+            worst += sorted(gaps, key=lambda gap: -gap.more_ms)[:1]
+    return sorted(worst, key=lambda gap: -gap.more_ms)[:_EVIDENCE]
+
+
+def _of_first_tokens(whole: Verdict) -> Verdict | None:
+    """Judge the times to the first token: as many of them are slow as latencies are."""
+    found = whole.capture
+    answered = {one.request.key: one for one in whole.answered}
+    every = [answered[request.key].parts if request.key in answered else {} for request in found.requests]
+    pairs = [
+        (answered[request.key], parts)
+        for request, parts in zip(found.requests, first_token_parts_of(found, every), strict=True)
+        if parts is not None
+    ]
+    if not pairs:
+        return None
+    pairs.sort(key=lambda pair: sum(pair[1].values()))
+    ordinary = len(pairs) - len(found.survey.slow)
+    judged = [Judged(one.request, parts, one.weight, at >= ordinary) for at, (one, parts) in enumerate(pairs)]
+    verdict = Verdict(found, judged, dict.fromkeys(PARTS, 0.0))
+    if len(judged) >= MIN_REQUESTS:
+        _compare(verdict)
+        verdict.findings.sort(key=lambda finding: -finding.share_of_excess)
     return verdict
 
 
@@ -124,20 +164,27 @@ def _compare(verdict: Verdict) -> None:
     routes = {one.request.route for one in ordinary}
     usual = {route: _usual([one.parts for one in ordinary if one.request.route == route]) for route in routes}
     of_all = _usual([one.parts for one in ordinary])
+    starved = _usually_starved([one.parts for one in ordinary])
     excess = []
     for one in verdict.answered:
         base = usual.get(one.request.route, of_all)
-        excess.append({part: ms - base[part] for part, ms in one.parts.items()})
+        more = {part: ms - base[part] for part, ms in one.parts.items()}
+        more["cpu_starved"] -= starved * sum(one.parts.values())
+        excess.append(more)
     slow = [(one, more) for one, more in zip(verdict.answered, excess, strict=True) if one.is_slow]
     of_each = [sum(max(0.0, ms) for ms in more.values()) for _, more in slow]
     for _, more in slow:
         for part in PARTS:
             verdict.excess_ms[part] += more[part]
     whole = verdict.whole_excess_ms
-    useful = sum(of_all.values())
+    # What a generation decodes is as long as its answer: waiting is compared with the time to its first token.
+    useful = sum(ms for part, ms in of_all.items() if part not in ("decode", "decode_neighbours"))
+    by_chance = _by_chance(verdict.capture, len(slow) / max(1, len(verdict.capture.survey.latencies_ms)))
     for cause in CAUSES:
         amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
-        hit = sum(ms >= max(_MIN_MS, _MIN_OF_USEFUL * useful) for ms in amounts)
+        if cause.name == "device_queue":
+            amounts = [ms if ms > by_chance else 0.0 for ms in amounts]
+        hit = sum(ms >= max(_MIN_MS, cause.least_of_useful * useful) for ms in amounts)
         needed = max(_MIN_REQUESTS * len(slow), 1 if cause.is_stated else _MIN_HIT)
         ruled = sum(ms > all_of_it / 2 for all_of_it, ms in zip(of_each, amounts, strict=True))
         matters = sum(amounts) >= _MIN_SHARE * whole or ruled >= max(_MIN_HIT, _MIN_RULED * len(slow))
@@ -147,9 +194,14 @@ def _compare(verdict: Verdict) -> None:
             verdict.findings.append(_finding(cause, verdict, [one.request for one, _ in slow], amounts, whole, gain))
 
 
+def _by_chance(found: Capture, share: float) -> float:
+    """How long few of the slow requests would wait for the device by chance; 0 if that is not known."""
+    return _CHANCE * wait_by_chance_ms(found, share * _FEW)
+
+
 def _gain(answered: Sequence[Judged], amounts: Sequence[float]) -> tuple[float, float] | None:
     """Return the 99th percentile now and without these amounts, or None if the difference is small."""
-    now = [(one.request.latency_ns / 1e6, one.weight) for one in answered]
+    now = [(sum(one.parts.values()), one.weight) for one in answered]
     then = sorted((ms - max(0.0, less), weight) for (ms, weight), less in zip(now, amounts, strict=True))
     before, after = percentile(now, 0.99), percentile(then, 0.99)
     return (before, after) if after < (1 - _MIN_GAIN) * before else None
@@ -159,6 +211,15 @@ def _usual(ordinary: Sequence[Parts]) -> Parts:
     """Return what a request takes without any waiting: the median of each part that is work, zero for the rest."""
     idle = {part for cause in CAUSES if cause.baseline_is_zero for part in cause.parts}
     return {part: 0.0 if part in idle else median([one[part] for one in ordinary]) for part in PARTS}
+
+
+def _usually_starved(ordinary: Sequence[Parts]) -> float:
+    """The share of their time that ordinary requests wait for a CPU: what the application's own processes make.
+
+    The lower quartile, so that a shortage that lasts for most of the window is not taken for usual.
+    """
+    shares = sorted(parts["cpu_starved"] / max(1e-9, sum(parts.values())) for parts in ordinary)
+    return shares[len(shares) // 4] if shares else 0.0
 
 
 def _finding(
@@ -175,7 +236,7 @@ def _finding(
     middle, worst = median([ms for _, ms in hit]), hit[0][1]
     summary = (
         f"{len(hit)} of {len(slow)} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
-        f"{cause.what}{_traits(verdict.capture, concerned, cause.stage)}"
+        f"{cause.what}{_traits(verdict.capture, concerned, cause.stage)}{_behind(cause, verdict, concerned)}"
     )
     if cause.is_for_want_of_replicas:
         loads = verdict.capture.loads
@@ -185,6 +246,19 @@ def _finding(
     share = sum(amounts) / whole_ms
     fix = cause.fix(verdict.capture, concerned)
     return Finding(cause.name, min(1.0, share), len(hit), summary, fix, evidence, gain)
+
+
+def _behind(cause: Cause, verdict: Verdict, concerned: Sequence[Request]) -> str:
+    """``; 19 of them waited behind others' inputs``: the end of the chain is elsewhere."""
+    if not cause.behind:
+        return ""
+    keys = {request.key for request in concerned}
+    count = sum(
+        one.parts[cause.behind] > sum(one.parts[part] for part in cause.parts) / 2
+        for one in verdict.answered
+        if one.request.key in keys
+    )
+    return f"; {count} of {len(concerned)} waited behind the inputs of others" if count else ""
 
 
 def _traits(capture: Capture, concerned: Sequence[Request], stage: str) -> str:
@@ -214,6 +288,17 @@ def _failures(verdict: Verdict) -> Iterator[Finding]:
             "; callers that retry add load",
         ),
         tuple((request.trace_id, request.latency_ns / 1e6) for request in worst),
+    )
+
+
+def _both(failed: Finding, delayed: Finding) -> Finding:
+    """Requests that failed and requests that were answered at the second attempt, as one finding."""
+    return replace(
+        failed,
+        share_of_excess=min(1.0, failed.share_of_excess + delayed.share_of_excess),
+        requests=failed.requests + delayed.requests,
+        summary=f"{failed.summary}; {delayed.summary}",
+        evidence=(failed.evidence + delayed.evidence)[:_EVIDENCE],
     )
 
 

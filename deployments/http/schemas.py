@@ -15,7 +15,7 @@ from deployments.engine.protocol import MAX_FILLS
 from deployments.errors import InvalidField, InvalidJson, ModelNotFound, TooLarge
 from deployments.messages import OutputOptions
 
-Body = TypeVar("Body", bound="_Body")
+Parsed = TypeVar("Parsed", bound="Body")
 _SHOWN_CHARS = 80
 """Maximum characters of a client's value shown in a message, because messages also go into telemetry."""
 Inputs = tuple[str, ...] | tuple[tuple[int, ...], ...]
@@ -24,11 +24,11 @@ _TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItem
 _INPUT_SCHEMA = {"anyOf": [{"type": "string"}, _STRINGS, _TOKENS, {"type": "array", "items": _TOKENS, "minItems": 1}]}
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class EmbeddingsBody(_Body):
+class EmbeddingsBody(Body):
     """OpenAI's embeddings request. ``user`` is accepted but not used."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = Field(
@@ -42,14 +42,14 @@ class EmbeddingsBody(_Body):
     user: str | None = None
 
 
-class Parameters(_Body):
+class Parameters(Body):
     truncate: bool = Field(True, description="Truncate inputs that are too long; if false, reject them.")
     top_k: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Labels (text-classification) or tokens (fill-mask, at most 100) to return."
     )
 
 
-class PredictBody(_Body):
+class PredictBody(Body):
     inputs: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS]})]
     parameters: Parameters = Field(default_factory=Parameters)
 
@@ -71,10 +71,10 @@ class ParsedRequest:
 
 def parse_embeddings(body: bytes, card: ModelCard, limits: LimitsConfig) -> ParsedRequest:
     """Raises InvalidJson, InvalidField, ModelNotFound or TooLarge."""
-    parsed = _parse(EmbeddingsBody, body)
+    parsed = parse(EmbeddingsBody, body)
     if parsed.model is not None and parsed.model != card.name:
         raise ModelNotFound(
-            f"the model {_shown(parsed.model)} does not exist; served here: {card.name!r}", param="model"
+            f"the model {shown(parsed.model)} does not exist; served here: {card.name!r}", param="model"
         )
     if card.task != "embeddings":
         raise InvalidField(f"model {card.name!r} serves {card.task}, not embeddings; call POST /predict", param="model")
@@ -89,7 +89,7 @@ def parse_embeddings(body: bytes, card: ModelCard, limits: LimitsConfig) -> Pars
 
 def parse_predict(body: bytes, card: ModelCard, limits: LimitsConfig) -> ParsedRequest:
     """Raises InvalidJson, InvalidField or TooLarge."""
-    parsed = _parse(PredictBody, body)
+    parsed = parse(PredictBody, body)
     top_k = parsed.parameters.top_k
     if card.task == "fill-mask" and top_k is not None and top_k > MAX_FILLS:
         raise InvalidField(
@@ -124,7 +124,8 @@ def frame_predict(fragments: Sequence[bytes], card: ModelCard, tokens: int) -> b
 # --- fields ----------------------------------------------------------------------------------------------------------
 
 
-def _parse(kind: type[Body], body: bytes) -> Body:
+def parse(kind: type[Parsed], body: bytes) -> Parsed:
+    """Validate a body. Raises InvalidJson or InvalidField."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -140,7 +141,7 @@ def _parse(kind: type[Body], body: bytes) -> Body:
         raise InvalidField(f"{field} is not a field of this request; known: {known}", param=field)
     if not field:
         raise InvalidField(f"the body must be a JSON object; got {_kind(problem['input'])}")
-    got = _kind(problem["input"]) if field == "parameters" else _shown(problem["input"])
+    got = _kind(problem["input"]) if field == "parameters" else shown(problem["input"])
     raise InvalidField(f"{field}: {problem['msg']}; got {got}", param=field)
 
 
@@ -158,6 +159,13 @@ def _inputs(value: Any, param: str, limits: LimitsConfig, *, tokens_allowed: boo
     if len(value) > limits.max_inputs:
         raise TooLarge(
             f"{param} has {len(value)} inputs; at most {limits.max_inputs} are allowed in one request",
+            param=param,
+        )
+    size = sum(len(one) for one in value if isinstance(one, str | list))
+    if size > limits.max_request_chars:
+        raise TooLarge(
+            f"{param} has {size} characters or token ids in all; at most {limits.max_request_chars} are allowed in one "
+            "request",
             param=param,
         )
     if tokens_allowed and isinstance(value[0], list):
@@ -189,7 +197,7 @@ def _token_ids(ids: Any, where: str, param: str, limits: LimitsConfig) -> tuple[
             raise InvalidField(f"{where}[{position}] must be a token id; got {_kind(token)}", param=param)
         if not 0 <= token < 2**31:
             raise InvalidField(
-                f"{where}[{position}] must be a token id of the vocabulary; got {_shown(token)}", param=param
+                f"{where}[{position}] must be a token id of the vocabulary; got {shown(token)}", param=param
             )
     return tuple(ids)
 
@@ -211,6 +219,6 @@ def _kind(value: Any) -> str:
     return "an empty list" if value == [] else kinds.get(type(value), "null")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A short value of a field that is not input text."""
     return repr(value)[:_SHOWN_CHARS] if isinstance(value, (str, int, float, bool)) else _kind(value)

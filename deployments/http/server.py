@@ -1,22 +1,25 @@
-"""The HTTP layer of an inference request: the ASGI application, request bodies, responses and errors."""
+"""The HTTP layer of an inference request: the ASGI application, responses and errors."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from deployments.errors import ApiError, Cancelled, DeadlinePassed, InternalError, TooLarge
+from deployments.errors import ApiError, InternalError, Unauthorized
+from deployments.http.keys import ApiKeys
 
 _logger = logging.getLogger("slowlens.ingress")
+
+
+OPEN_PATHS = ("/healthz",)
+Endpoint = Callable[[Request, Send], Awaitable[Response | None]]
+"""Handles a request, and returns the response, or None if it has sent it itself."""
 
 
 class FastPathApp(FastAPI):
@@ -25,11 +28,18 @@ class FastPathApp(FastAPI):
     FastAPI's middlewares, dependencies and response models cost more than everything else this process does with a
     request, and an inference route uses none of them. These endpoints are still registered as routes of the
     application, for its OpenAPI document.
+
+    Args:
+        fast_path: endpoints by path; they ask for keys themselves, so that a refusal is traced.
+        keys: what all other routes ask for.
+        challenge: how, by ``WWW-Authenticate``; a browser asks its user on ``Basic``.
     """
 
-    def __init__(self, fast_path: Mapping[str, Callable[[Request], Awaitable[Response]]], **settings: Any) -> None:
+    def __init__(
+        self, fast_path: Mapping[str, Endpoint], keys: ApiKeys, *, challenge: str = "Bearer", **settings: Any
+    ) -> None:
         super().__init__(**settings)
-        self._fast_path = fast_path
+        self._fast_path, self._keys, self._challenge = fast_path, keys, challenge
         self.add_exception_handler(HTTPException, _http_error)
         self.add_exception_handler(Exception, _unforeseen)
 
@@ -38,34 +48,28 @@ class FastPathApp(FastAPI):
         if scope["type"] == "http" and scope["method"] == "POST":
             endpoint = self._fast_path.get(scope["path"].removeprefix(scope.get("root_path", "")))
         if endpoint is None:
-            await super().__call__(scope, receive, send)
+            await self._slow_path(scope, receive, send)
             return
         request = Request(scope, receive)
         try:
-            response = await endpoint(request)
+            response = await endpoint(request, send)
         except Exception as error:
             response = await _unforeseen(request, error)
-        await response(scope, receive, send)
+        if response is not None:
+            await response(scope, receive, send)
 
-
-async def read_body(http: Request, limit: int, deadline_ns: int) -> bytes:
-    """Read the body. Raises TooLarge as soon as that is known, DeadlinePassed if it arrives too slowly."""
-    announced = http.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise TooLarge(f"the body has {announced} bytes; at most {limit} are allowed")
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout((deadline_ns - time.monotonic_ns()) / 1e9):
-            async for part in http.stream():
-                size += len(part)
-                if size > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes, the maximum allowed")
-                parts.append(part)
-    except ClientDisconnect:
-        raise Cancelled("the client hung up") from None
-    except TimeoutError:
-        raise DeadlinePassed(f"the deadline passed after {size} bytes of the body had arrived") from None
-    return b"".join(parts)
+    async def _slow_path(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """All other routes, which need a key too, but for those that say whether the application is well."""
+        is_open = scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) in OPEN_PATHS
+        if not is_open:
+            try:
+                self._keys.check(Request(scope).headers)
+            except Unauthorized as error:
+                response = error_response(error, error.body())
+                response.headers["WWW-Authenticate"] = self._challenge
+                await response(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 def json_response(content: Any, status: int = 200) -> Response:
@@ -76,6 +80,8 @@ def error_response(error: ApiError, body: Any) -> Response:
     response = json_response(body, error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Unauthorized):
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 

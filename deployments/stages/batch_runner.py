@@ -12,12 +12,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ray import serve
 
 from deployments.batching.entry import Batch, BatchEntry
 from deployments.batching.gate import AdmissionGate
+from deployments.batching.watch import RunWatch
 from deployments.engine.protocol import BatchEngine, OutOfMemory, Run
 from deployments.errors import InternalError
 from deployments.messages import Ids
@@ -84,6 +86,7 @@ class BatchRunner:
         self._collate_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="slowlens-collate")
         self._submit = batched(self._run_entries, max_batch_size)
         self._workers: list[asyncio.Task[None]] = []
+        self._watch = RunWatch()
 
     @property
     def broken(self) -> str | None:
@@ -92,7 +95,12 @@ class BatchRunner:
             return f"the device can no longer be used: {self._engine.broken}"
         if any(worker.done() for worker in self._workers):
             return "a worker that runs batches has stopped"
-        return None
+        return self._watch.broken
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a run takes far longer than it should."""
+        return self._watch.is_stuck
 
     def load(self) -> ModelLoadRecord:
         """Load the model and warm it up, in the thread that will run it. Blocks."""
@@ -149,9 +157,10 @@ class BatchRunner:
     ) -> None:
         """Run the entries together and deliver. If the run fails, run each half, until the failing input is alone."""
         loop, run = asyncio.get_running_loop(), _DeviceRun(entries, collated)
+        watched = self._watch.run(self._gate.planner.run_ns(entries))
         begins = functools.partial(loop.call_soon_threadsafe, self._run_begins, batch, run)
         try:
-            result = await loop.run_in_executor(self._device_thread, run.on_device, self._engine, begins)
+            result = await loop.run_in_executor(self._device_thread, run.on_device, self._engine, begins, watched)
         except Exception as error:
             failure = self._note_failure(error, run)
         else:
@@ -224,7 +233,9 @@ class _DeviceRun:
         self.started_ns = self.ended_ns = 0
         self.record: BatchRecord | None = None
 
-    def on_device(self, engine: BatchEngine, begins: Callable[[], object]) -> Run | None:
+    def on_device(
+        self, engine: BatchEngine, begins: Callable[[], object], watched: AbstractContextManager[None]
+    ) -> Run | None:
         """Run in the device's thread. Returns None if all callers are gone by now."""
         present = [entry for entry in self.entries if not entry.is_gone]
         if len(present) < len(self.entries):
@@ -233,8 +244,9 @@ class _DeviceRun:
             return None
         self.started_ns = time.monotonic_ns()
         begins()
-        collated = engine.collate(_ids(present)) if self._collated is None else self._collated.result()
-        run = engine.run(collated)
+        with watched:
+            collated = engine.collate(_ids(present)) if self._collated is None else self._collated.result()
+            run = engine.run(collated)
         self.ended_ns = time.monotonic_ns()
         return run
 

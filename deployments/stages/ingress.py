@@ -7,12 +7,12 @@ response.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request, Response
 from ray.serve.handle import DeploymentHandle
@@ -22,13 +22,14 @@ from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ApiError, ModelNotFound, NoReplicaReady
+from deployments.http.bodies import Body, BodyBudget
 from deployments.http.headers import client_address, request_id_of, timeout_ms
+from deployments.http.keys import ApiKeys
 from deployments.http.routes import ROUTES, Route, body_schema
 from deployments.http.schemas import ParsedRequest
-from deployments.http.server import FastPathApp, error_response, json_response, read_body
+from deployments.http.server import Endpoint, FastPathApp, error_response, json_response
 from deployments.http.server_timing import server_timing
 from deployments.messages import (
-    INPUT_COST_US,
     Postprocessed,
     PostprocessRequest,
     Predicted,
@@ -36,35 +37,33 @@ from deployments.messages import (
     Tokenized,
     TokenizeRequest,
 )
-from deployments.stages.replica import Placement, prepare_replica
+from deployments.stages.replica import Placement, Stoppable, prepare_replica, tune_garbage_collector
 from deployments.telemetry.carrier import traceparent
+from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import RequestRecord
-from deployments.transport.readiness import Readiness, running_replicas
-from deployments.transport.stage_client import MAX_COST_US, StageClient
+from deployments.transport.discovery import Directory, ServeDirectory
+from deployments.transport.stage_client import StageClient
 
+_STAGES: tuple[Service, ...] = ("tokenizer", "model", "postprocessor")
 _logger = logging.getLogger("slowlens.ingress")
-_CONTROLLER_TIMEOUT_S = 5.0
-_TOKENIZER_COOLDOWN = 2.0
 
 
-class _Common(TypedDict):
-    """Arguments common to the clients of all stages."""
-
-    telemetry: Telemetry
-    readiness: Readiness
-    no_replica_wait_ms: float
-
-
-class IngressStage:
-    """One replica of the ingress.
+class IngressStage(Stoppable):
+    """One replica of the ingress. Must be made on the event loop that it runs on.
 
     Args:
         config: the application's configuration.
         tokenizer, model, postprocessor: handles of the other deployments.
         created_unix_s: when the application was built, for ``/v1/models``.
         placement: where this replica runs; by default obtained from Ray.
+        directory: says which replicas the deployment of a handle has.
+
+    Attributes:
+        results: types of what the three other stages return.
     """
+
+    results: ClassVar[tuple[type[Any], ...]] = (Tokenized, Predicted, Postprocessed)
 
     def __init__(
         self,
@@ -75,87 +74,77 @@ class IngressStage:
         created_unix_s: int,
         *,
         placement: Placement | None = None,
+        directory: Callable[[DeploymentHandle[Any]], Directory] = ServeDirectory,
     ) -> None:
         started_s = time.monotonic()
-        placement = placement or prepare_replica()
+        placement = placement or prepare_replica(has_channel=False)
         self._config, self._limits = config, config.limits
         self._card = ModelCard.load(config.model)
         self._created_unix_s = created_unix_s
         self._telemetry = Telemetry("ingress", config, self._card.name, placement.identity)
-        self._readiness = Readiness(
-            functools.partial(running_replicas, placement.app_name),
-            {
-                "tokenizer": tokenizer.deployment_name,
-                "model": model.deployment_name,
-                "postprocessor": postprocessor.deployment_name,
-            },
-        )
         self._meter = EventLoopMeter(started_s)
-        common: _Common = {
-            "telemetry": self._telemetry,
-            "readiness": self._readiness,
-            "no_replica_wait_ms": config.limits.no_replica_wait_ms,
+        self._bodies, self._keys = BodyBudget(config.limits), ApiKeys(config.security.api_keys)
+        self._tokenizer, self._model, self._postprocessor = (
+            StageClient[Any, Any](stage, directory(handle), result, self._telemetry, config.limits.no_replica_wait_ms)
+            for stage, handle, result in zip(_STAGES, (tokenizer, model, postprocessor), self.results, strict=True)
+        )
+        self._replica_sets = {
+            "tokenizer": self._tokenizer.replicas,
+            "model": self._model.replicas,
+            "postprocessor": self._postprocessor.replicas,
         }
-        # Requests that leave the first stage together stay together, so a cooldown at one stage is enough.
-        self._tokenizer: StageClient[TokenizeRequest, Tokenized] = StageClient(
-            "tokenizer",
-            tokenizer,
-            "tokenize",
-            **common,
-            cooldown_factor=_TOKENIZER_COOLDOWN,
-            is_busy=lambda: self._meter.in_progress > 1,
-        )
-        # No more than fits in one run: the rest would wait in that replica even if others were idle.
-        batch_us = min(MAX_COST_US, INPUT_COST_US * config.batching.max_batch_size)
-        self._model: StageClient[PredictRequest, Predicted] = StageClient(
-            "model", model, "predict", **common, replies_as_ready=True, max_cost_us=batch_us
-        )
-        self._postprocessor: StageClient[PostprocessRequest, Postprocessed] = StageClient(
-            "postprocessor", postprocessor, "postprocess", **common
-        )
+        for replicas in self._replica_sets.values():
+            replicas.start()
+        self._is_open = True
 
     # --- the path of a request ---
 
-    async def _serve(self, http: Request, route: Route) -> Response:
-        request_id = request_id_of(http.headers)
-        with self._telemetry.request(
-            method=http.method,
-            path=http.scope["path"],
-            scheme=http.scope["scheme"],
-            route=route.path,
-            client=client_address(http),
-            request_id=request_id,
-            headers=http.headers,
-        ) as record:
+    async def _serve(self, http: Request, route: Any, _: Any) -> Response | None:
+        with self._record(http, route.path) as record, self._bodies.body(http) as body:
             try:
-                body = await self._infer(http, route, record)
+                answer = await self._infer(http, route, record, body)
                 record.status = 200
-                response = Response(body, media_type="application/json")
+                response = Response(answer, media_type="application/json")
             except asyncio.CancelledError as error:
                 self._telemetry.fail(record, error)
                 raise
             except Exception as error:
-                response = self._failed(record, error)
+                response = self._failed(record, error, body)
             response.headers["traceresponse"] = traceparent(record.context)
             response.headers["Server-Timing"] = server_timing(record)
             return response
 
-    async def _infer(self, http: Request, route: Route, record: RequestRecord) -> bytes:
+    def _record(self, http: Request, path: str) -> AbstractContextManager[RequestRecord]:
+        return self._telemetry.request(
+            method=http.method,
+            path=http.scope["path"],
+            scheme=http.scope["scheme"],
+            route=path,
+            client=client_address(http),
+            request_id=request_id_of(http.headers),
+            headers=http.headers,
+        )
+
+    async def _infer(self, http: Request, route: Route, record: RequestRecord, body: Body) -> bytes:
         with self._telemetry.interval(record, "validate"):
             record.deadline_ns = record.started_ns + int(timeout_ms(http.headers, self._limits) * 1e6)
             record.operation = route.operation
-            body = await read_body(http, self._limits.max_body_bytes, record.deadline_ns)
-            request = route.parse(body, self._card, self._limits)
+            share = self._keys.share_of(http.headers)
+            record.tenant = share.tenant
+            self._model.refuse_early(record.deadline_ns, share)
+            request = route.parse(await body.read(record.deadline_ns), self._card, self._limits)
             self._describe(record, request)
 
-        tokenized = await self._tokenizer.call(record, TokenizeRequest(request.inputs, request.truncate, request.param))
+        tokenized: Tokenized = await self._tokenizer.call(
+            record, TokenizeRequest(request.inputs, request.truncate, request.param)
+        )
         record.tokens = sum(tokenized.ids.lengths)
 
-        predicted = await self._model.call(record, PredictRequest(tokenized.ids, request.param))
+        predicted: Predicted = await self._model.call(record, PredictRequest(tokenized.ids, request.param, share))
         record.device, record.forward_ns = predicted.device, predicted.forward_ns
 
         texts = request.texts if self._card.task == "token-classification" else ()
-        postprocessed = await self._postprocessor.call(
+        postprocessed: Postprocessed = await self._postprocessor.call(
             record, PostprocessRequest(tokenized, predicted.outputs, request.options, texts)
         )
 
@@ -168,16 +157,19 @@ class IngressStage:
         if self._config.telemetry.capture_text:
             record.texts = request.texts
 
-    def _failed(self, record: RequestRecord, error: Exception) -> Response:
+    def _failed(self, record: RequestRecord, error: Exception, body: Body) -> Response:
         told = self._telemetry.fail(record, error)
         if not isinstance(error, ApiError):
             _logger.exception("request %s failed", record.request_id)
-        body = told.body()
+        content = told.body()
         if told.status == 500:
             trace_id = f"{record.context.trace_id:032x}"
             if trace_id not in told.message:
-                body["error"]["message"] = f"{told.message}; trace id: {trace_id}"
-        return error_response(told, body)
+                content["error"]["message"] = f"{told.message}; trace id: {trace_id}"
+        response = error_response(told, content)
+        if body.was_left:
+            response.headers["Connection"] = "close"
+        return response
 
     # --- everything else over HTTP ---
 
@@ -207,27 +199,25 @@ class IngressStage:
         return replace(self._meter.report(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0).stats()
 
     async def _healthz(self) -> Response:
-        missing = await self._readiness.missing(_CONTROLLER_TIMEOUT_S)
-        if missing == []:
+        missing = [stage for stage, replicas in self._replica_sets.items() if not replicas.is_ready]
+        if not missing:
             return json_response({"status": "ok"})
-        problem = "Serve's controller did not report which replicas are ready"
-        if missing is not None:
-            problem = f"no replica is ready: {', '.join(missing)}"
-        unready = NoReplicaReady(problem, retry_after_s=5)
+        unready = NoReplicaReady(f"no replica is ready: {', '.join(missing)}", retry_after_s=5)
         return error_response(unready, unready.body())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the routes. Serve calls this once, after the constructor."""
         app = FastPathApp(
-            {route.path: self._endpoint(route) for route in ROUTES},
+            {route.path: self._endpoint(route) for route in self._routes()},
+            self._keys,
             title="slowlens",
             version=__version__,
             description="Transformer inference that can tell you why a request was slow.",
         )
-        for route in ROUTES:
+        for route in self._routes():
             app.add_api_route(
                 route.path,
-                self._endpoint(route),
+                self._documented,
                 methods=["POST"],
                 openapi_extra=body_schema(route),
                 summary=route.operation,
@@ -238,13 +228,27 @@ class IngressStage:
         app.add_api_route("/healthz", self._healthz, methods=["GET"], summary="Whether every stage has a warm replica")
         return app
 
-    def _endpoint(self, route: Route) -> Callable[[Request], Awaitable[Response]]:
-        async def endpoint(request: Request) -> Response:
+    def _routes(self) -> Sequence[Any]:
+        return ROUTES
+
+    def _endpoint(self, route: Any) -> Endpoint:
+        async def endpoint(request: Request, send: Any) -> Response | None:
             with self._meter.requests(1):
-                return await self._serve(request, route)
+                return await self._serve(request, route, send)
 
         return endpoint
 
-    def __del__(self) -> None:
-        if hasattr(self, "_telemetry"):
-            self._telemetry.close()
+    async def _documented(self) -> Response:
+        """Stands for an inference route in the OpenAPI document; requests take the fast path."""
+        raise NotImplementedError
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """Called by Serve once, when the replica is ready. Nobody needs to know anything of it."""
+        tune_garbage_collector()
+        return {}
+
+    async def _stop(self) -> None:
+        """End the connections to the other stages, and stop. Serve has waited for the last request."""
+        for replicas in self._replica_sets.values():
+            await replicas.close()
+        self._telemetry.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from deployments.autoscaling.meters import BatchQueueMeter
@@ -19,15 +19,17 @@ from deployments.engine.card import ModelCard
 from deployments.engine.load import load_engine
 from deployments.engine.protocol import Output
 from deployments.errors import ApiError, DeadlinePassed, InternalError, ModelFailed
-from deployments.messages import Call, Predicted, PredictRequest, Reply
+from deployments.messages import Envelope, Predicted, PredictRequest, Reply
 from deployments.stages.batch_runner import Batched, BatchRunner, RunFailed, serve_batched
+from deployments.stages.channel_stage import ChannelStage
 from deployments.stages.replica import Placement, prepare_replica
 from deployments.telemetry import metrics
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import PredictRecord, RunInput, UnfinishedWait
+from deployments.transport.server import QueueState
 
 
-class ModelStage:
+class ModelStage(ChannelStage):
     """One replica of the model. The constructor returns when the model is loaded and warm.
 
     Args:
@@ -57,7 +59,6 @@ class ModelStage:
             )
         )
         self._runner = BatchRunner(self._engine, self._gate, self._telemetry, limits.max_batch_size, batched)
-        self._in_progress: dict[str, asyncio.Task[Reply[Predicted]]] = {}
         self._is_warm = False
         try:
             self._load = self._runner.load()
@@ -65,44 +66,29 @@ class ModelStage:
             # Serve kills a replica whose constructor raises: export the reason first.
             self._telemetry.close()
             raise
-        self._ready_unix_ns = time.time_ns()
+        self._ready_ns = time.monotonic_ns()
         self._is_warm = True
         self._show_gauges()
         self._meter = BatchQueueMeter(self._gate, started_s)
+        self._serve(
+            lambda envelope, request, _: self.predict(envelope, request),
+            PredictRequest,
+            config,
+            placement,
+            self._telemetry,
+            self._queue,
+        )
 
-    async def predict(
-        self, calls: tuple[Call[PredictRequest], ...]
-    ) -> AsyncIterator[tuple[tuple[int, Reply[Predicted]], ...]]:
-        """Yield the replies, each with the index of its request, as their batches end."""
+    async def predict(self, envelope: Envelope, request: PredictRequest) -> Reply[Predicted]:
         self._runner.start()
-        tasks = {asyncio.ensure_future(self._predict(call)): i for i, call in enumerate(calls)}
-        pending = set(tasks)
-        for task, i in tasks.items():
-            self._in_progress[calls[i].envelope.carrier.traceparent] = task
-        try:
-            while pending:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                yield tuple((tasks[task], task.result()) for task in done if not task.cancelled())
-        finally:
-            for task, i in tasks.items():
-                task.cancel()
-                self._in_progress.pop(calls[i].envelope.carrier.traceparent, None)
-
-    async def forget(self, traceparents: tuple[str, ...]) -> None:
-        """Cancel single requests of calls shared with others, as if each had been cancelled by its own caller."""
-        for traceparent in traceparents:
-            if traceparent in self._in_progress:
-                self._in_progress[traceparent].cancel()
-
-    async def _predict(self, call: Call[PredictRequest]) -> Reply[Predicted]:
         outputs: tuple[Output, ...] | None = None
-        request = call.request
-        with self._telemetry.stage(PredictRecord(call.envelope)) as record:
+        with self._telemetry.stage(PredictRecord(envelope)) as record:
             self._note_cold_start(record)
-            entries = [BatchEntry(RunInput(record, ids), len(ids), record.deadline_ns) for ids in request.ids]
+            share = request.share
+            entries = [BatchEntry(RunInput(record, ids), len(ids), record.deadline_ns, share) for ids in request.ids]
             self._meter.arrive(request.ids.lengths)
             try:
-                async with asyncio.timeout(call.envelope.remaining_ms / 1000):
+                async with asyncio.timeout((envelope.deadline_ns - time.monotonic_ns()) / 1e9):
                     outcomes = await self._gate.submit(entries)
             except TimeoutError:
                 raise DeadlinePassed("the deadline passed in the model replica") from None
@@ -114,8 +100,11 @@ class ModelStage:
         return record.reply(Predicted(outputs, record.forward_ns(), self._engine.device))
 
     def _note_cold_start(self, record: PredictRecord) -> None:
-        """A request sent before this replica was ready waited in the caller's router for the model load."""
-        if record.envelope.sent_unix_ns < self._ready_unix_ns:
+        """A request that began to wait for a replica before this one was ready has waited for its load.
+
+        Its caller tells how long it waited, so that only this process's clock is read.
+        """
+        if record.started_ns - record.envelope.waited_ns < self._ready_ns:
             record.load = self._load.context
 
     # --- what Serve and operators see ---
@@ -139,12 +128,12 @@ class ModelStage:
         self._telemetry.gauge(metrics.QUEUE_AGE, lambda: [(self._gate.oldest_age_ms, {})])
         self._telemetry.gauge(metrics.REPLICAS_WARM, lambda: [(int(self._is_warm), {})])
 
-    def __del__(self) -> None:
+    def _queue(self) -> QueueState:
+        return QueueState(self._meter.queue_wait_ms(), self._gate.is_full, self._runner.is_stuck)
+
+    def _release(self) -> None:
         self._is_warm = False
-        if hasattr(self, "_runner"):
-            self._runner.close()
-        if hasattr(self, "_telemetry"):
-            self._telemetry.close()
+        self._runner.close()
 
 
 def _unfinished_wait(entries: Sequence[BatchEntry[RunInput]]) -> UnfinishedWait | None:

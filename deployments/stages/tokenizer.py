@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,16 +14,17 @@ from deployments.engine.card import ModelCard
 from deployments.engine.protocol import MAX_MASKS, Encoded
 from deployments.engine.tokenizers import load_tokenizer
 from deployments.errors import InvalidField
-from deployments.messages import Call, Ragged, Reply, Tokenized, TokenizeRequest
+from deployments.messages import Envelope, Ragged, Tokenized, TokenizeRequest
+from deployments.stages.channel_stage import EventLoopStage, Handled
 from deployments.stages.replica import Placement, prepare_replica
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import TokenizeRecord
 
-_INLINE_CHARS = 4_000
+INLINE_CHARS = 4_000
 """Up to this size, tokenizing costs less than handing it to a thread; beyond it, it would block other requests."""
 
 
-class TokenizerStage:
+class TokenizerStage(EventLoopStage):
     def __init__(self, config: AppConfig, *, placement: Placement | None = None) -> None:
         started_s = time.monotonic()
         placement = placement or prepare_replica()
@@ -33,61 +33,46 @@ class TokenizerStage:
         self._tokenizer = load_tokenizer(config.model, self._card)
         self._with_offsets = self._card.task == "token-classification"
         self._cache = _Cache(config.tokenizer.cache_entries, config.tokenizer.cache_max_chars)
-        self._telemetry = Telemetry("tokenizer", config, self._card.name, placement.identity)
         self._meter = EventLoopMeter(started_s)
+        telemetry = Telemetry("tokenizer", config, self._card.name, placement.identity)
+        self._serve(
+            lambda envelope, request, _: self.tokenize(envelope, request), TokenizeRequest, config, placement, telemetry
+        )
 
-    async def tokenize(self, calls: tuple[Call[TokenizeRequest], ...]) -> tuple[Reply[Tokenized], ...]:
-        slow_ms = self._config.tokenizer.slow_ms
-        records = [TokenizeRecord(call.envelope, slow_ms=slow_ms) for call in calls]
-        requests = [call.request for call in calls]
-        results: list[Tokenized | None] = [None] * len(requests)
-        with self._meter.requests(len(requests)), self._telemetry.stages(records):
-            texts = [text for request in requests for text in _texts(request)]
-            cached = {text: encoded for text in texts if (encoded := self._cache.get(text)) is not None}
-            made = await self._encode_together([text for text in texts if text not in cached])
-            for i, (request, record) in enumerate(zip(requests, records, strict=True)):
-                with self._telemetry.part(record):
-                    results[i] = self._tokenized(request, record, cached, made)
-        return tuple(record.reply(result) for record, result in zip(records, results, strict=True))
+    def tokenize(self, envelope: Envelope, request: TokenizeRequest) -> Handled[Tokenized]:
+        """Reply at once if that is quick, else from a thread."""
+        texts = [value for value in request.inputs if isinstance(value, str)]
+        cached = {text: encoded for text in texts if (encoded := self._cache.get(text)) is not None}
+        new = [text for text in texts if text not in cached]
+        record = TokenizeRecord(envelope, slow_ms=self._config.tokenizer.slow_ms)
+        record.input_chars, record.cache_hits = sum(map(len, texts)), len(texts) - len(new)
+        return self._handle(
+            record,
+            lambda: self._encode(new),
+            lambda made: self._tokenized(request, cached, made, record),
+            takes_long=sum(map(len, new)) > INLINE_CHARS,
+        )
 
-    async def _encode_together(self, texts: Sequence[str]) -> dict[str, Encoded]:
-        """Encode all in one tokenizer call. Empty if one of them makes it raise: each request then encodes its own."""
+    def _encode(self, texts: Sequence[str]) -> dict[str, Encoded]:
         if not texts:
             return {}
-        try:
-            if sum(map(len, texts)) <= _INLINE_CHARS:
-                made = self._tokenizer.encode(texts, with_offsets=self._with_offsets)
-            else:
-                with self._meter.in_thread():
-                    made = await asyncio.to_thread(self._tokenizer.encode, texts, with_offsets=self._with_offsets)
-        except Exception:
-            return {}
-        for text, encoded in zip(texts, made, strict=True):
-            self._cache.put(text, encoded)
-        return dict(zip(texts, made, strict=True))
+        return dict(zip(texts, self._tokenizer.encode(texts, with_offsets=self._with_offsets), strict=True))
 
     def _tokenized(
-        self,
-        request: TokenizeRequest,
-        record: TokenizeRecord,
-        cached: Mapping[str, Encoded],
-        made: Mapping[str, Encoded],
+        self, request: TokenizeRequest, cached: dict[str, Encoded], made: dict[str, Encoded], record: TokenizeRecord
     ) -> Tokenized:
-        texts = _texts(request)
-        record.input_chars = sum(map(len, texts))
-        record.cache_hits = sum(text in cached for text in texts)
-        if texts:
-            encoded = [cached.get(text) or made.get(text) or self._encode_alone(text) for text in texts]
-        else:
-            encoded = [self._check_ids(value, i, request.param) for i, value in enumerate(request.inputs)]  # type: ignore[arg-type]
-        encoded = [self._truncate(value, i, request) for i, value in enumerate(encoded)]
+        """Check and truncate the inputs, whose texts were cached or have just been encoded."""
+        for text, one in made.items():
+            self._cache.put(text, one)
+        encoded_texts = cached | made
+        encoded = []
+        for index, value in enumerate(request.inputs):
+            one = encoded_texts[value] if isinstance(value, str) else self._check_ids(value, index, request.param)
+            encoded.append(self._truncate(one, index, request))
         result = _result(encoded, with_offsets=self._with_offsets)
         record.token_count = sum(result.ids.lengths)
         record.was_truncated = any(result.truncated)
         return result
-
-    def _encode_alone(self, text: str) -> Encoded:
-        return self._tokenizer.encode([text], with_offsets=self._with_offsets)[0]
 
     def _check_ids(self, ids: Sequence[int], index: int, param: str) -> Encoded:
         """Check token ids supplied by the caller: used as they are if all are in the model's vocabulary."""
@@ -133,14 +118,6 @@ class TokenizerStage:
                 param=param,
             )
 
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve for the autoscaling policy."""
-        return self._meter.report().stats()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_telemetry"):
-            self._telemetry.close()
-
 
 class _Cache:
     """The most recently used encodings, bounded in number and in the length of each text."""
@@ -162,10 +139,6 @@ class _Cache:
         self._kept.move_to_end(text)
         if len(self._kept) > self._entries:
             self._kept.popitem(last=False)
-
-
-def _texts(request: TokenizeRequest) -> list[str]:
-    return [value for value in request.inputs if isinstance(value, str)]
 
 
 def _result(encoded: Sequence[Encoded], *, with_offsets: bool) -> Tokenized:

@@ -14,6 +14,8 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, set_span_in_conte
 
 from deployments.telemetry import metrics, names
 from deployments.telemetry.carrier import from_carrier
+from deployments.telemetry.generation.facts import GenerationFacts
+from deployments.telemetry.generation.records import GenerateRecord, SegmentRecord
 from deployments.telemetry.metrics import MetricSpec
 from deployments.telemetry.names import Service
 from deployments.telemetry.records import (
@@ -106,9 +108,31 @@ def _(record: RequestRecord, measures: Measures) -> None:
     for stage, hop in record.hops.items():
         if hop.has_reply:
             measures.record(metrics.TRANSIT, hop.transit_ns / 1e6, exemplar, {"stage": stage})
-    measures.count(metrics.REQUESTS, 1, {"outcome": record.outcome})
+    of_tenant = {names.AI_TENANT: record.tenant} if record.tenant else {}
+    measures.count(metrics.REQUESTS, 1, {"outcome": record.outcome, **of_tenant})
     if record.fault is None:
-        measures.count(metrics.TOKENS, record.tokens)
+        measures.count(metrics.TOKENS, record.tokens, of_tenant)
+    if record.generation is not None:
+        _measure_generation(record, record.generation, measures, exemplar)
+
+
+def _measure_generation(record: RequestRecord, facts: GenerationFacts, measures: Measures, exemplar: Context) -> None:
+    attributes: dict[str, str | int] = {
+        names.GEN_AI_OPERATION_NAME: record.operation,
+        names.GEN_AI_REQUEST_MODEL: record.requested_model,
+    }
+    if record.fault is not None:
+        attributes[names.ERROR_TYPE] = record.fault.error_type
+    last_ns = facts.last_token_ns or record.ended_ns
+    measures.record(metrics.GEN_AI_DURATION, (last_ns - record.started_ns) / 1e9, exemplar, attributes)
+    if facts.first_token_ns:
+        first_s = (facts.first_token_ns - record.started_ns) / 1e9
+        measures.record(metrics.TIME_TO_FIRST_TOKEN, first_s, exemplar, attributes)
+        further = facts.output_tokens // facts.choices - 1
+        if further > 0:
+            each_s = (last_ns - facts.first_token_ns) / 1e9 / further
+            measures.record(metrics.TIME_PER_OUTPUT_TOKEN, each_s, exemplar, attributes)
+    measures.count(metrics.OUTPUT_TOKENS, facts.output_tokens)
 
 
 def _exemplar(context: SpanContext) -> Context:
@@ -143,6 +167,24 @@ def _(record: BatchRecord, measures: Measures) -> None:
     if record.padded_tokens:
         measures.record(metrics.PADDING, record.padding_ratio, exemplar)
     measures.count(metrics.DISPATCHES, 1, {"reason": record.reason})
+
+
+@_measure.register
+def _(record: GenerateRecord, measures: Measures) -> None:
+    if record.first_step_ns or (record.failure is not None and record.failure.kind == "DeadlinePassed"):
+        # Those that were refused have not waited.
+        measures.record(metrics.QUEUE_WAIT, record.queue_ns / 1e6, _of_caller(record))
+    if record.losses:
+        measures.count(metrics.PREEMPTIONS, len(record.losses))
+
+
+@_measure.register
+def _(record: SegmentRecord, measures: Measures) -> None:
+    exemplar = _exemplar(record.context)
+    for took_ns, gap_ns in zip(record.step_ns, record.gaps, strict=True):
+        measures.record(metrics.STEP_LATENCY, took_ns / 1e6, exemplar)
+        if record.decoding:
+            measures.record(metrics.INTER_TOKEN, gap_ns / 1e6, exemplar)
 
 
 @_measure.register

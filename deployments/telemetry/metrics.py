@@ -22,6 +22,8 @@ class MetricSpec:
     description: str
     attributes: tuple[str, ...] = ()
     buckets: tuple[float, ...] | None = None
+    is_of_generations: bool = False
+    """Whether only language models export it."""
 
 
 LATENCY = MetricSpec(
@@ -50,11 +52,16 @@ REQUESTS = MetricSpec(
     "counter",
     "{request}",
     "ingress",
-    "Requests by outcome",
-    ("model", "outcome"),
+    "Requests by outcome, and by tenant if there are API keys",
+    ("model", "outcome", "ai.tenant"),
 )
 TOKENS = MetricSpec(
-    "ai.inference.tokens", "counter", "{token}", "ingress", "Input tokens of successful requests", ("model",)
+    "ai.inference.tokens",
+    "counter",
+    "{token}",
+    "ingress",
+    "Input tokens of successful requests, by tenant if there are API keys",
+    ("model", "ai.tenant"),
 )
 PREPROCESSING = MetricSpec(
     "ai.inference.preprocessing.latency",
@@ -102,6 +109,97 @@ POSTPROCESSING = MetricSpec(
     "Time to convert model output into a result",
     ("model",),
     MS_BUCKETS,
+)
+# Buckets that the semantic conventions recommend for these three.
+GEN_AI_DURATION_BUCKETS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+OUTPUT_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_GEN_AI = ("gen_ai.operation.name", "gen_ai.request.model", "error.type")
+GEN_AI_DURATION = MetricSpec(
+    "gen_ai.server.request.duration",
+    "histogram",
+    "s",
+    "ingress",
+    "Duration of a generation, until its last token",
+    _GEN_AI,
+    GEN_AI_DURATION_BUCKETS,
+    is_of_generations=True,
+)
+TIME_TO_FIRST_TOKEN = MetricSpec(
+    "gen_ai.server.time_to_first_token",
+    "histogram",
+    "s",
+    "ingress",
+    "Time from the arrival of a request to its first token",
+    _GEN_AI,
+    FIRST_TOKEN_BUCKETS,
+    is_of_generations=True,
+)
+TIME_PER_OUTPUT_TOKEN = MetricSpec(
+    "gen_ai.server.time_per_output_token",
+    "histogram",
+    "s",
+    "ingress",
+    "Time per output token after the first",
+    _GEN_AI,
+    OUTPUT_TOKEN_BUCKETS,
+    is_of_generations=True,
+)
+OUTPUT_TOKENS = MetricSpec(
+    "ai.inference.output_tokens",
+    "counter",
+    "{token}",
+    "ingress",
+    "Generated tokens of all requests",
+    ("model",),
+    is_of_generations=True,
+)
+INTER_TOKEN = MetricSpec(
+    "ai.generation.inter_token_latency",
+    "histogram",
+    "ms",
+    "model",
+    "Time between two tokens of a sequence; recorded once a step, for all that decode in it",
+    ("model",),
+    MS_BUCKETS,
+    is_of_generations=True,
+)
+STEP_LATENCY = MetricSpec(
+    "ai.engine.step.latency",
+    "histogram",
+    "ms",
+    "model",
+    "Duration of one step",
+    ("model",),
+    MS_BUCKETS,
+    is_of_generations=True,
+)
+PREEMPTIONS = MetricSpec(
+    "ai.engine.preemptions",
+    "counter",
+    "{sequence}",
+    "model",
+    "Sequences that lost their cache",
+    ("model",),
+    is_of_generations=True,
+)
+RUNNING = MetricSpec(
+    "ai.engine.running",
+    "gauge",
+    "{sequence}",
+    "model",
+    "Sequences that are generated",
+    ("model",),
+    is_of_generations=True,
+)
+KV_USED = MetricSpec(
+    "ai.engine.kv_used_ratio",
+    "gauge",
+    "1",
+    "model",
+    "Fraction of the KV cache that running sequences hold or have reserved",
+    ("model",),
+    is_of_generations=True,
 )
 QUEUE_DEPTH = MetricSpec("ai.queue.depth", "gauge", "{input}", "model", "Inputs waiting in the replica", ("model",))
 QUEUE_AGE = MetricSpec("ai.queue.oldest_age_ms", "gauge", "ms", "model", "Age of the oldest waiting input", ("model",))
@@ -180,6 +278,13 @@ PROCESS_CPU = MetricSpec(
     "1",
     "every",
     "CPU time since the last export, divided by elapsed time and the machine's CPU count",
+)
+CPU_RUN_DELAY = MetricSpec(
+    "ai.cpu.run_delay_ratio",
+    "gauge",
+    "1",
+    "every",
+    "Share of the time in which a thread that works on requests could run and got no CPU",
 )
 PROCESS_MEMORY = MetricSpec("process.memory.usage", "gauge", "By", "every", "Resident memory of the replica's process")
 DROPPED_RECORDS = MetricSpec(

@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags, set_span_in_context
 
+import deployments.telemetry.generation.spans  # noqa: F401 (registers them)
 from deployments.batching.entry import Batch, BatchEntry
 from deployments.config import AppConfig
 from deployments.errors import ApiError, InternalError
@@ -25,7 +26,8 @@ from deployments.telemetry import metrics, names
 from deployments.telemetry.carrier import child_of, from_carrier, from_headers, is_sampled, to_carrier
 from deployments.telemetry.export.drain import MAX_RECORDS, Drain
 from deployments.telemetry.export.provider import Provider, ReplicaIdentity
-from deployments.telemetry.gauges.instruments import show_gpus, show_process
+from deployments.telemetry.gauges.cpu import RunDelay
+from deployments.telemetry.gauges.instruments import show_gpus, show_process, show_run_delay
 from deployments.telemetry.gauges.nvml import GpuReader
 from deployments.telemetry.measures import Measures, Reading
 from deployments.telemetry.metrics import MetricSpec
@@ -37,18 +39,15 @@ from deployments.telemetry.records import (
     Interval,
     Membership,
     ModelLoadRecord,
-    PostprocessRecord,
     PredictRecord,
-    Record,
     RequestRecord,
     RunInput,
     StageRecord,
-    TokenizeRecord,
     translate_cancellation,
 )
 from deployments.telemetry.spans import SpanFactory
 
-Stage = TypeVar("Stage", TokenizeRecord, PredictRecord, PostprocessRecord)
+Stage = TypeVar("Stage", bound=StageRecord)
 Part = TypeVar("Part", bound=Interval)
 _logger = logging.getLogger("slowlens.telemetry")
 
@@ -79,10 +78,16 @@ class Telemetry:
         self._measures = Measures(self._provider.meter(), service, model)
         self._ids = RandomIdGenerator()
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
+        self._run_delay = RunDelay()
         show_process(self._measures)
+        show_run_delay(self._measures, self._run_delay)
         show_gpus(self._measures, self.gpu)
         self._unwritten = 0
         self._drain = Drain(self._export, max_records)
+
+    def watch_thread(self) -> None:
+        """Count how long the calling thread waits for a CPU: it works on requests."""
+        self._run_delay.watch()
 
     def close(self) -> None:
         """Hand everything recorded so far to the exporters and stop."""
@@ -105,6 +110,7 @@ class Telemetry:
         headers: Mapping[str, str],
     ) -> Iterator[RequestRecord]:
         """Record the root span. The block must set ``status``; the caller must turn an ApiError into a response."""
+        self.watch_thread()
         parent = from_headers(headers)
         record = RequestRecord(
             context=self._root_context(parent),
@@ -120,7 +126,7 @@ class Telemetry:
         try:
             yield record
         finally:
-            record.ended_ns = record.boundary_ns
+            record.ended_ns = max(record.boundary_ns, record.streamed_until_ns)
             self._drain.put(record)
 
     def fail(self, record: RequestRecord, error: BaseException) -> ApiError:
@@ -139,9 +145,9 @@ class Telemetry:
         yield from self._in_interval(record, interval)
 
     @contextmanager
-    def hop(self, record: RequestRecord, stage: Service) -> Iterator[HopRecord]:
+    def hop(self, record: RequestRecord, stage: Service, attempt: int = 1) -> Iterator[HopRecord]:
         """Record one actor call from the ingress to ``stage``."""
-        hop = HopRecord(stage, record.boundary_ns, span_id=self._ids.generate_span_id())
+        hop = HopRecord(stage, record.boundary_ns, span_id=self._ids.generate_span_id(), attempt=attempt)
         yield from self._in_interval(record, hop)
 
     def _in_interval(self, record: RequestRecord, interval: Part) -> Iterator[Part]:
@@ -171,33 +177,21 @@ class Telemetry:
     @contextmanager
     def stage(self, record: Stage) -> Iterator[Stage]:
         """Record the stage's own span. Failures are kept for ``record.reply``; cancellation propagates."""
-        with self.stages([record]), self.part(record):
-            yield record
-
-    @contextmanager
-    def stages(self, records: Sequence[Stage]) -> Iterator[None]:
-        """Record the spans of requests that a stage handles together; ``part`` records each request's own failure."""
+        self.watch_thread()
         error: BaseException | None = None
         try:
-            yield
+            yield record
+        except ApiError as failure:
+            error = failure
+        except Exception as failure:
+            _logger.exception("a stage failed on request %s", record.envelope.request_id)
+            error = failure
         except BaseException as failure:
             error = failure
             raise
         finally:
-            for record in records:
-                record.end(record.error or error)
-                self._drain.put(record)
-
-    @contextmanager
-    def part(self, record: Stage) -> Iterator[None]:
-        """Wrap the work for one request: its failure does not affect the others."""
-        try:
-            yield
-        except ApiError as failure:
-            record.error = failure
-        except Exception as failure:
-            _logger.exception("a stage failed on request %s", record.envelope.request_id)
-            record.error = failure
+            record.end(error)
+            self._drain.put(record)
 
     # --- one batch ---
 
@@ -208,7 +202,7 @@ class Telemetry:
             record = entry.payload.record
             if record not in memberships:
                 memberships[record] = Membership(
-                    self._child_of(record),
+                    self.context_in(record.carrier),
                     batch.started_ns,
                     entry.depth_on_arrival,
                     entry.busy_wait_ns,
@@ -232,7 +226,7 @@ class Telemetry:
         members = [membership for membership in joined if membership is not None]
         sampled = any(member.context.trace_flags.sampled for member in members)
         record = BatchRecord(
-            context=self._own_trace(TraceFlags(TraceFlags.SAMPLED if sampled else TraceFlags.DEFAULT)),
+            context=self.own_trace(sampled),
             started_ns=started_ns,
             size=len(entries),
             tokens=sum(entry.tokens for entry in entries),
@@ -258,11 +252,20 @@ class Telemetry:
             record.gpu_utilization = (record.gpu_utilization[0], after.utilization_percent)
         self._drain.put(record)
 
-    def _child_of(self, record: StageRecord) -> SpanContext:
+    def context_in(self, carrier: Carrier) -> SpanContext:
         """Return a context for a span of this request; if unsampled, a placeholder that is never exported."""
-        if not is_sampled(record.carrier):
+        if not is_sampled(carrier):
             return SpanContext(0, 0, False)
-        return child_of(from_carrier(record.carrier), self._ids.generate_span_id())
+        return child_of(from_carrier(carrier), self._ids.generate_span_id())
+
+    def own_trace(self, is_sampled: bool) -> SpanContext:
+        """Return a context for a span that has a trace of its own."""
+        flags = TraceFlags(TraceFlags.SAMPLED if is_sampled else TraceFlags.DEFAULT)
+        return SpanContext(self._ids.generate_trace_id(), self._ids.generate_span_id(), False, flags)
+
+    def put(self, record: object) -> None:
+        """Hand over a record that is complete."""
+        self._drain.put(record)
 
     # --- model load ---
 
@@ -281,14 +284,13 @@ class Telemetry:
 
     @contextmanager
     def load_phase(self, record: ModelLoadRecord, name: str) -> Iterator[None]:
+        # In the thread that will run the model: it is what requests wait for here, not the event loop.
+        self._run_delay.watch(is_decisive=True)
         started_ns = time.monotonic_ns()
         try:
             yield
         finally:
             record.phases.append((name, started_ns, time.monotonic_ns()))
-
-    def _own_trace(self, flags: TraceFlags) -> SpanContext:
-        return SpanContext(self._ids.generate_trace_id(), self._ids.generate_span_id(), False, flags)
 
     # --- counters and gauges ---
 
@@ -305,13 +307,15 @@ class Telemetry:
         """Turn everything recorded so far into spans and measurements, in the calling thread."""
         self._drain.flush()
 
-    def _export(self, records: Iterator[Record], lost: int) -> None:
+    def _export(self, records: Iterator[object], lost: int) -> None:
+        self._run_delay.look()
         factory = SpanFactory(
             ids=self._ids,
             model=self._model,
             max_batch_size=self._config.batching.max_batch_size,
             max_wait_ms=self._config.batching.max_wait_ms,
             wall_offset_ns=time.time_ns() - time.monotonic_ns(),
+            run_delay_ns=self._run_delay.between_ns,
         )
         for record in records:
             self._export_one(record, factory)
@@ -324,7 +328,7 @@ class Telemetry:
             self._measures.count(metrics.DROPPED_RECORDS, lost)
         self._measures.flush()
 
-    def _export_one(self, record: Record, factory: SpanFactory) -> None:
+    def _export_one(self, record: object, factory: SpanFactory) -> None:
         try:
             if self._provider.sink.wants_spans:
                 for span in factory.spans(record):

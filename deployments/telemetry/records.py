@@ -14,8 +14,10 @@ from typing import TypeVar
 
 from opentelemetry.trace import SpanContext
 
+from deployments.batching.entry import NEVER
 from deployments.errors import ApiError, Cancelled, DeadlinePassed, Failure, InternalError
 from deployments.messages import Carrier, Envelope, Ids, Reply
+from deployments.telemetry.generation.facts import GenerationFacts
 from deployments.telemetry.names import Service
 
 Result = TypeVar("Result")
@@ -55,12 +57,15 @@ class StageRecord:
     """One request in one stage behind the ingress."""
 
     envelope: Envelope
-    started_ns: int = field(default_factory=time.monotonic_ns)
+    started_ns: int = NEVER
+    """By default when the call arrived."""
     ended_ns: int = 0
-    error: Exception | None = None
-    """Set while the stage is still working on other requests of the same call."""
     fault: Fault | None = None
     failure: Failure | None = None
+
+    def __post_init__(self) -> None:
+        if self.started_ns == NEVER:
+            self.started_ns = self.envelope.arrived_ns
 
     @property
     def carrier(self) -> Carrier:
@@ -68,7 +73,7 @@ class StageRecord:
 
     @property
     def deadline_ns(self) -> int:
-        return self.started_ns + int(self.envelope.remaining_ms * 1e6)
+        return self.envelope.deadline_ns
 
     @property
     def held_ns(self) -> int:
@@ -79,16 +84,11 @@ class StageRecord:
         if error is None:
             return
         error = translate_cancellation(error)
-        if isinstance(error, Cancelled) and self._past_deadline():
+        if isinstance(error, Cancelled) and self.ended_ns >= self.deadline_ns:
             passed = DeadlinePassed("the deadline passed while the request was in this stage")
             error = passed.with_traceback(error.__traceback__)
         self.fault = Fault.of(error)
         self.failure = Failure.of(error if isinstance(error, ApiError) else InternalError("internal error"))
-
-    def _past_deadline(self) -> bool:
-        """Whether a cancellation now is due to the ingress's deadline, which counts from before the transit here."""
-        sent_for_ms = (time.time_ns() - self.envelope.sent_unix_ns) / 1e6
-        return self.ended_ns >= self.deadline_ns or sent_for_ms >= self.envelope.remaining_ms
 
     def reply(self, result: Result | None) -> Reply[Result]:
         if self.failure is not None:
@@ -240,7 +240,15 @@ class HopRecord(Interval):
     held_ns: int = 0
     """Time the stage reported holding the request; 0 without a reply."""
     has_reply: bool = False
-    group_size: int = 1
+    attempt: int = 1
+    """2 if a replica was lost and the call was sent again, to another."""
+    left_ns: int = 0
+    """When the call was sent; 0 if it was not."""
+
+    @property
+    def wait_ns(self) -> int:
+        """How long the call waited for a replica that could take it."""
+        return (self.left_ns or self.ended_ns) - self.started_ns
 
     @property
     def transit_ns(self) -> int:
@@ -273,12 +281,15 @@ class RequestRecord:
     texts: tuple[str, ...] | None = None
     operation: str = ""
     requested_model: str = ""
+    tenant: str = ""
+    """Name of the API key; empty if none is needed."""
     device: str = ""
     tokens: int = 0
     forward_ns: int = 0
     status: int = 0
     outcome: str = "ok"
     fault: Fault | None = None
+    generation: GenerationFacts | None = None
 
     @property
     def boundary_ns(self) -> int:
@@ -286,8 +297,12 @@ class RequestRecord:
         return self.intervals[-1].ended_ns if self.intervals else self.started_ns
 
     @property
+    def streamed_until_ns(self) -> int:
+        """When the last chunk of a stream was taken; 0 if nothing was streamed."""
+        stream = self.generation.stream if self.generation is not None else None
+        return stream.ended_ns if stream is not None else 0
+
+    @property
     def hops(self) -> dict[Service, HopRecord]:
+        """The last call to each stage."""
         return {i.name: i for i in self.intervals if isinstance(i, HopRecord)}  # type: ignore[misc]
-
-
-Record = RequestRecord | TokenizeRecord | PredictRecord | PostprocessRecord | BatchRecord | ModelLoadRecord

@@ -21,9 +21,11 @@ class SpanSpec:
     service: Service
     parent: str
     attributes: tuple[str, ...]
+    is_of_generations: bool = False
+    """Whether only language models emit it."""
 
 
-_HOP_ATTRIBUTES = (names.AI_HOP_TRANSIT_MS, names.AI_HOP_GROUP_SIZE)
+_HOP_ATTRIBUTES = (names.AI_HOP_TRANSIT_MS, names.AI_HOP_WAIT_MS, names.AI_HOP_ATTEMPT)
 
 SPANS: tuple[SpanSpec, ...] = (
     SpanSpec(
@@ -33,12 +35,14 @@ SPANS: tuple[SpanSpec, ...] = (
         "the caller's span",
         (
             names.AI_REQUEST_ID,
+            names.AI_TENANT,
             names.AI_INPUT_COUNT,
             names.AI_INPUT_LENGTH,
             names.AI_INPUT_TEXT,
             names.AI_DEVICE,
             names.AI_MODEL_NAME,
             names.AI_TOTAL_LATENCY_MS,
+            names.AI_CPU_RUN_DELAY_MS,
             names.HTTP_REQUEST_METHOD,
             names.HTTP_ROUTE,
             names.HTTP_RESPONSE_STATUS_CODE,
@@ -49,6 +53,18 @@ SPANS: tuple[SpanSpec, ...] = (
             names.GEN_AI_OPERATION_NAME,
             names.GEN_AI_REQUEST_MODEL,
             names.GEN_AI_USAGE_INPUT_TOKENS,
+            names.GEN_AI_REQUEST_MAX_TOKENS,
+            names.GEN_AI_REQUEST_TEMPERATURE,
+            names.GEN_AI_REQUEST_TOP_P,
+            names.GEN_AI_REQUEST_TOP_K,
+            names.GEN_AI_REQUEST_SEED,
+            names.GEN_AI_REQUEST_CHOICE_COUNT,
+            names.GEN_AI_REQUEST_STREAM,
+            names.GEN_AI_RESPONSE_ID,
+            names.GEN_AI_RESPONSE_FINISH_REASONS,
+            names.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK,
+            names.GEN_AI_USAGE_OUTPUT_TOKENS,
+            names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS,
         ),
     ),
     SpanSpec(names.VALIDATE, "INTERNAL", "ingress", names.PREDICT, ()),
@@ -64,6 +80,7 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_PREPROCESS_DURATION_MS,
             names.AI_PREPROCESS_WAS_TRUNCATED,
             names.AI_PREPROCESS_CACHE_HITS,
+            names.AI_CPU_RUN_DELAY_MS,
         ),
     ),
     SpanSpec(names.HOP_MODEL, "CLIENT", "ingress", names.PREDICT, _HOP_ATTRIBUTES),
@@ -76,6 +93,7 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_BATCH_MAX_SIZE,
             names.AI_BATCH_TIMEOUT_MS,
             names.AI_BATCH_WAIT_TIME_MS,
+            names.AI_CPU_RUN_DELAY_MS,
             names.AI_MODEL_LOAD_TYPE,
         ),
     ),
@@ -126,13 +144,87 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_GPU_PEAK_MEMORY_GB,
         ),
     ),
+    SpanSpec(
+        names.GENERATE,
+        "SERVER",
+        "model",
+        names.HOP_MODEL,
+        (
+            names.AI_GENERATE_CHOICE,
+            names.AI_CPU_RUN_DELAY_MS,
+            names.AI_MODEL_NAME,
+            names.AI_MODEL_LOAD_TYPE,
+            names.AI_DEVICE,
+            names.GEN_AI_RESPONSE_FINISH_REASONS,
+        ),
+        is_of_generations=True,
+    ),
+    SpanSpec(
+        names.QUEUE,
+        "INTERNAL",
+        "model",
+        names.GENERATE,
+        (names.AI_QUEUE_DEPTH_ON_ARRIVAL, names.AI_QUEUE_CACHE_WAIT_MS),
+        is_of_generations=True,
+    ),
+    SpanSpec(
+        names.PREFILL,
+        "INTERNAL",
+        "model",
+        names.GENERATE,
+        (names.AI_PREFILL_TOKENS, names.AI_PREFILL_CACHED_TOKENS, names.AI_PREFILL_CHUNKS),
+        is_of_generations=True,
+    ),
+    SpanSpec(
+        names.DECODE,
+        "INTERNAL",
+        "model",
+        names.GENERATE,
+        (
+            names.AI_DECODE_TOKENS,
+            names.AI_DECODE_STEPS,
+            names.AI_DECODE_MAX_GAP_MS,
+            names.AI_DECODE_USUAL_GAP_MS,
+            names.AI_DECODE_P99_GAP_MS,
+        ),
+        is_of_generations=True,
+    ),
+    SpanSpec(names.PREEMPTED, "INTERNAL", "model", names.GENERATE, (), is_of_generations=True),
+    SpanSpec(
+        names.SEGMENT,
+        "INTERNAL",
+        "model",
+        "none",
+        (
+            names.AI_SEGMENT_STEPS,
+            names.AI_SEGMENT_PREFILLING,
+            names.AI_SEGMENT_PREFILL_TOKENS,
+            names.AI_SEGMENT_DECODE_TOKENS,
+            names.AI_SEGMENT_REQUESTS,
+            names.AI_SEGMENT_WAITING,
+            names.AI_SEGMENT_KV_USED_RATIO,
+            names.AI_SEGMENT_STEP_MS,
+            names.AI_SEGMENT_MAX_STEP_MS,
+            names.AI_MODEL_NAME,
+            names.AI_DEVICE,
+        ),
+        is_of_generations=True,
+    ),
+    SpanSpec(
+        names.STREAM,
+        "INTERNAL",
+        "ingress",
+        names.PREDICT,
+        (names.AI_STREAM_CHUNKS, names.AI_STREAM_BLOCKED_MS, names.AI_STREAM_DETOKENIZE_MS),
+        is_of_generations=True,
+    ),
     SpanSpec(names.HOP_POSTPROCESSOR, "CLIENT", "ingress", names.PREDICT, _HOP_ATTRIBUTES),
     SpanSpec(
         names.POSTPROCESS,
         "SERVER",
         "postprocessor",
         names.HOP_POSTPROCESSOR,
-        (names.AI_POSTPROCESS_DURATION_MS, names.AI_POSTPROCESS_OUTPUT_LENGTH),
+        (names.AI_POSTPROCESS_DURATION_MS, names.AI_POSTPROCESS_OUTPUT_LENGTH, names.AI_CPU_RUN_DELAY_MS),
     ),
     SpanSpec(names.RESPOND, "INTERNAL", "ingress", names.PREDICT, ()),
     SpanSpec(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,7 @@ from deployments.telemetry.records import (
 )
 
 _TEXT_LIMIT = 1000
+_LEAST_RUN_DELAY_NS = 1_000_000
 _INTERVAL_SPANS = {
     "validate": names.VALIDATE,
     "tokenizer": names.HOP_TOKENIZER,
@@ -68,6 +69,7 @@ class SpanFactory:
         model: the served model's name.
         max_batch_size, max_wait_ms: settings that spans report.
         wall_offset_ns: offset to add to this process's monotonic clock to get Unix time.
+        run_delay_ns: how long threads could run and did not between two times of that clock.
     """
 
     ids: RandomIdGenerator
@@ -75,10 +77,11 @@ class SpanFactory:
     max_batch_size: int
     max_wait_ms: float
     wall_offset_ns: int
+    run_delay_ns: Callable[[int, int], int] = lambda *_: 0
 
     def spans(self, record: object) -> Iterator[Span]:
         """Return all spans of a record; none if its trace is not sampled."""
-        return _spans_of(record, self)
+        return spans_of(record, self)
 
     def root(
         self,
@@ -117,6 +120,7 @@ class SpanFactory:
         span_id: int = 0,
         fault: Fault | None = None,
         links: Sequence[SpanContext] = (),
+        events: Sequence[Event] = (),
     ) -> Span:
         """Return a child of a span of this process, with a new id unless one is given."""
         return Span(
@@ -129,6 +133,7 @@ class SpanFactory:
             attributes=attributes,
             fault=fault,
             links=links,
+            events=events,
         )
 
     def stage(
@@ -157,16 +162,22 @@ class SpanFactory:
             events=events,
         )
 
+    def run_delay(self, time: Timed) -> Attributes:
+        """How long threads of this process waited for a CPU meanwhile, if it matters."""
+        delay_ns = self.run_delay_ns(time.started_ns, time.ended_ns)
+        return {names.AI_CPU_RUN_DELAY_MS: _ms(delay_ns) if delay_ns >= _LEAST_RUN_DELAY_NS else None}
+
     def new_id(self) -> int:
         return self.ids.generate_span_id()
 
 
 @functools.singledispatch
-def _spans_of(record: object, _: SpanFactory) -> Iterator[Span]:
+def spans_of(record: object, _: SpanFactory) -> Iterator[Span]:
+    """All spans of a record. Registered for each type of record, here and in ``generation.spans``."""
     raise TypeError(f"no spans are defined for {type(record).__name__}")
 
 
-@_spans_of.register
+@spans_of.register
 def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
     root = record.context
     if not root.trace_flags.sampled:
@@ -180,6 +191,7 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
             yield make.child(name, root, interval, {}, fault=interval.fault)
     attributes: Attributes = {
         names.AI_REQUEST_ID: record.request_id,
+        names.AI_TENANT: record.tenant or None,
         names.AI_INPUT_COUNT: record.input_count,
         names.AI_INPUT_LENGTH: record.input_length,
         names.AI_INPUT_TEXT: [text[:_TEXT_LIMIT] for text in record.texts] if record.texts is not None else None,
@@ -195,18 +207,25 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
         names.GEN_AI_OPERATION_NAME: record.operation or None,
         names.GEN_AI_REQUEST_MODEL: record.requested_model or None,
         names.GEN_AI_USAGE_INPUT_TOKENS: record.tokens,
+        **make.run_delay(record),
     }
+    facts = record.generation
+    if facts is not None:
+        attributes = {**attributes, **facts.attributes(record.started_ns)}
+        if facts.stream is not None:
+            yield make.child(names.STREAM, root, facts.stream, facts.stream.attributes())
     yield make.root(names.PREDICT, root, record, attributes, parent=record.parent, fault=record.fault)
 
 
 def _hop_attributes(hop: HopRecord) -> Attributes:
     return {
         names.AI_HOP_TRANSIT_MS: _ms(hop.transit_ns) if hop.has_reply else None,
-        names.AI_HOP_GROUP_SIZE: hop.group_size,
+        names.AI_HOP_WAIT_MS: _ms(hop.wait_ns),
+        names.AI_HOP_ATTEMPT: hop.attempt if hop.attempt > 1 else None,
     }
 
 
-@_spans_of.register
+@spans_of.register
 def _(record: TokenizeRecord, make: SpanFactory) -> Iterator[Span]:
     if not is_sampled(record.carrier):
         return
@@ -217,6 +236,7 @@ def _(record: TokenizeRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_PREPROCESS_DURATION_MS: duration_ms,
         names.AI_PREPROCESS_WAS_TRUNCATED: record.was_truncated,
         names.AI_PREPROCESS_CACHE_HITS: record.cache_hits,
+        **make.run_delay(record),
     }
     slow = Event(
         names.EVENT_SLOW_TOKENIZATION,
@@ -226,7 +246,7 @@ def _(record: TokenizeRecord, make: SpanFactory) -> Iterator[Span]:
     yield make.stage(names.PREPROCESS, record, attributes, events=[slow] if duration_ms > record.slow_ms else [])
 
 
-@_spans_of.register
+@spans_of.register
 def _(record: PredictRecord, make: SpanFactory) -> Iterator[Span]:
     if not is_sampled(record.carrier):
         return
@@ -248,6 +268,7 @@ def _(record: PredictRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_BATCH_TIMEOUT_MS: make.max_wait_ms,
         names.AI_BATCH_WAIT_TIME_MS: _ms(max(waits_ns, default=0)),
         names.AI_MODEL_LOAD_TYPE: "cold" if record.load is not None else "warm",
+        **make.run_delay(record),
     }
     links = [record.load] if record.load is not None else []
     yield make.stage(names.BATCHED_PREDICT, record, attributes, span_id=own.span_id, links=links)
@@ -282,7 +303,7 @@ def _queue_attributes(wait: Membership | UnfinishedWait) -> Attributes:
     }
 
 
-@_spans_of.register
+@spans_of.register
 def _(record: BatchRecord, make: SpanFactory) -> Iterator[Span]:
     members = [member.context for member in record.members if member.context.trace_flags.sampled]
     if not members:
@@ -309,18 +330,19 @@ def _(record: BatchRecord, make: SpanFactory) -> Iterator[Span]:
     yield make.root(names.BATCH_FORWARD, record.context, record, attributes, fault=record.fault, links=members)
 
 
-@_spans_of.register
+@spans_of.register
 def _(record: PostprocessRecord, make: SpanFactory) -> Iterator[Span]:
     if not is_sampled(record.carrier):
         return
     attributes: Attributes = {
         names.AI_POSTPROCESS_DURATION_MS: _ms(record.held_ns),
         names.AI_POSTPROCESS_OUTPUT_LENGTH: record.output_length,
+        **make.run_delay(record),
     }
     yield make.stage(names.POSTPROCESS, record, attributes)
 
 
-@_spans_of.register
+@spans_of.register
 def _(record: ModelLoadRecord, make: SpanFactory) -> Iterator[Span]:
     own = record.context
     if not own.trace_flags.sampled:

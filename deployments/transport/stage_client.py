@@ -2,44 +2,90 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
+import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-from ray.exceptions import ActorDiedError, ActorUnavailableError, TaskCancelledError
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    ReplicaUnavailableError,
-    RequestCancelledError,
-)
-from ray.serve.handle import DeploymentHandle
-
-from deployments.errors import Cancelled, DeadlinePassed, NoReplicaReady, QueueFull, ReplicaDied
-from deployments.messages import Call, Envelope, Reply
+from deployments.errors import DeadlinePassed, QueueFull, ReplicaDied, TooLarge
+from deployments.messages import NOBODYS, Call, Carrier, Reply, Share
 from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
-from deployments.telemetry.records import HopRecord, RequestRecord
-from deployments.transport.coalescing import Replies, SharedCalls
-from deployments.transport.readiness import Readiness
+from deployments.telemetry.records import RequestRecord
+from deployments.transport import codec
+from deployments.transport.connection import Connection, ReplicaLost, SentCall, Turned
+from deployments.transport.discovery import Directory
+from deployments.transport.frames import MAX_BODY
+from deployments.transport.replica_set import ReplicaSet
 
-_CONTROLLER_TIMEOUT_S = 1.0
 _GRACE_S = 0.1
-MAX_COST_US = 5_000
-"""Of a shared call in the stage: how long a request may have to wait for the others. A larger request is sent alone."""
-_logger = logging.getLogger("slowlens.ingress")
+"""The stage enforces the deadline itself and reports where the time went; this lets its reply arrive."""
+_NO_TRACE = Carrier(f"00-{0:032x}-{0:016x}-00")
+_REFUSED_NS = 100_000_000
+_RETRY_RESERVE, _RETRIES_PER_CALL = 500.0, 0.1
 
 
 class StageRequest(Protocol):
     @property
-    def cost_us(self) -> int:
-        """Approximate time the request keeps the stage busy."""
+    def work(self) -> int:
+        """Compares it with other requests of the stage, see ``messages``."""
 
 
 Request = TypeVar("Request", bound=StageRequest)
 Result = TypeVar("Result")
+Chunk = TypeVar("Chunk")
+
+
+class RetryBudget:
+    """How many calls may be sent again: enough that a lost replica is not noticed, too few for a flood of repetitions.
+
+    Every call adds a tenth of a retry, up to a reserve of 500, which is there at the start; a retry takes one.
+
+    If replicas die one after the other, retries add a tenth to the load of the others at most, once the reserve is
+    used up.
+    """
+
+    def __init__(self, reserve: float = _RETRY_RESERVE, per_call: float = _RETRIES_PER_CALL) -> None:
+        self._reserve, self._per_call = reserve, per_call
+        self._left = reserve
+
+    def add(self) -> None:
+        """Count a call that was sent for the first time."""
+        self._left = min(self._reserve, self._left + self._per_call)
+
+    def take(self) -> bool:
+        """Take one retry. Returns False if there is none."""
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class Progress(Generic[Chunk]):
+    """The chunks of a call that sends parts of its result before the reply.
+
+    Args:
+        chunk: type of the chunks.
+        take: called with each as it arrives.
+    """
+
+    def __init__(self, chunk: type[Chunk], take: Callable[[Chunk], None]) -> None:
+        self._decoder: codec.Decoder[Chunk] = codec.Decoder(chunk)
+        self._take = take
+        self._sent: SentCall | None = None
+        self.has_begun = False
+
+    def enough(self, part: int) -> None:
+        """Tell the replica that nothing more of a part of the result is needed."""
+        if self._sent is not None:
+            self._sent.enough(part)
+
+    async def follow(self, sent: SentCall) -> None:
+        """Take the chunks of the call, until its reply is there. Raises what the reply would, or DecodeError."""
+        self._sent = sent
+        async for chunk in sent.chunks():
+            self.has_begun = True
+            self._take(self._decoder.decode(chunk))
 
 
 class StageClient(Generic[Request, Result]):
@@ -47,132 +93,161 @@ class StageClient(Generic[Request, Result]):
 
     Args:
         stage: its name.
-        handle: the deployment's handle.
-        method: the method to call. It takes a tuple of calls and returns a tuple of replies. With ``replies_as_ready``
-            it yields tuples of ``(index of the call, reply)``, and the deployment has a method ``forget`` that takes a
-            tuple of traceparents.
-        telemetry: records the hop's span.
-        readiness: reports whether the stage has a replica; queried only for calls that wait for one.
-        no_replica_wait_ms: how long a call may wait for a first replica.
-        max_cost_us: maximum cost of one actor call.
-        cooldown_factor, is_busy: see ``SharedCalls``.
+        directory: says which replicas it has.
+        result: type of its results.
+        telemetry: records the hops' spans.
+        no_replica_wait_ms: how long a call waits if there is no replica.
     """
 
     def __init__(
         self,
         stage: Service,
-        handle: DeploymentHandle[Any],
-        method: str,
-        *,
+        directory: Directory,
+        result: type[Result],
         telemetry: Telemetry,
-        readiness: Readiness,
         no_replica_wait_ms: float,
-        replies_as_ready: bool = False,
-        max_cost_us: int = MAX_COST_US,
-        cooldown_factor: float = 0.0,
-        is_busy: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._stage, self._telemetry, self._replies_as_ready = stage, telemetry, replies_as_ready
-        self._readiness, self._no_replica_wait_s = readiness, no_replica_wait_ms / 1000
-        # By value: over gRPC instead of Ray's object store, at half the cost per call.
-        self._handle = handle.options(
-            method_name=method,
-            stream=replies_as_ready,
-            _by_reference=False,
-            request_serialization="pickle",
-            response_serialization="pickle",
-        )
-        self._calls = SharedCalls(
-            self._exchange,
-            max_cost_us,
-            pipelined=replies_as_ready,
-            cooldown_factor=cooldown_factor,
-            is_busy=is_busy,
-            forget=self._forget if replies_as_ready else None,
+        self._stage, self._telemetry = stage, telemetry
+        self.replicas = ReplicaSet(stage, directory, result, no_replica_wait_ms / 1000)
+        self._budget = RetryBudget()
+        self._refused: dict[str, tuple[int, QueueFull]] = {}
+        """By tenant: until when, and why, its requests are refused here."""
+
+    def refuse_early(self, deadline_ns: int, share: Share = NOBODYS) -> None:
+        """Refuse a request that no replica would take, or run before its deadline, by what their last replies told.
+
+        Where tenants share the queue, how long it takes as a whole says nothing of one of them: a tenant is refused if
+        it was refused by a replica a moment ago.
+
+        Raises QueueFull or DeadlinePassed, as the replica would, before anything is spent on the request.
+        """
+        wait_ms, left_ms = self.replicas.wait_ms(), (deadline_ns - time.monotonic_ns()) / 1e6
+        if share.tenant:
+            self._refuse_tenant(share.tenant)
+            if not math.isinf(wait_ms):
+                return
+        if wait_ms <= max(0.0, left_ms):
+            return
+        if math.isinf(wait_ms):
+            raise QueueFull(
+                f"the queue of every replica of the {self._stage} is full; try again later",
+                retry_after_s=self.replicas.retry_after_s(),
+            )
+        raise DeadlinePassed(
+            f"the deadline would pass in the queue: it passes in {left_ms:.0f} ms, and the shortest queue of the "
+            f"{self._stage} takes {wait_ms:.0f} ms"
         )
 
-    async def call(self, record: RequestRecord, request: Request) -> Result:
+    def _refuse_tenant(self, tenant: str) -> None:
+        refused = self._refused.get(tenant)
+        if refused is None:
+            return
+        until_ns, error = refused
+        if time.monotonic_ns() < until_ns:
+            raise QueueFull(error.message, retry_after_s=error.retry_after_s)
+        del self._refused[tenant]
+
+    async def call(self, record: RequestRecord, request: Request, progress: Progress[Any] | None = None) -> Result:
         """Send ``request`` on behalf of ``record``'s HTTP request, and return the stage's result.
 
+        If the replica is lost before its reply came, the request is sent once more, if the budget allows. Inference
+        changes nothing, so it does not matter how far the first replica came, unless part of its result has been
+        passed on.
+
+        Args:
+            record: of the HTTP request.
+            request: what the stage is asked for.
+            progress: takes the parts of the result that come before the reply, for stages that send some.
+
         Raises:
-            ApiError: the stage's own failure, or 504 (deadline), 503 (no replica), 429 (the queue in front of
-                the stage is full).
+            ApiError: the stage's own failure, or 504 (deadline), 503 (no replica, or replicas died), 413 (too large).
             asyncio.CancelledError: the client hung up; the request is withdrawn from the stage too.
         """
-        with self._telemetry.hop(record, self._stage) as hop:
-            remaining_s = (record.deadline_ns - time.monotonic_ns()) / 1e9
-            if remaining_s <= 0:
-                raise DeadlinePassed(f"the deadline passed before the request was sent to the {self._stage}")
-            carrier = self._telemetry.carrier_of(record, hop)
-            envelope = Envelope(carrier, record.request_id, remaining_s * 1e3, time.time_ns())
-            # The stage enforces the deadline itself and reports where the time went; the grace time lets it reply.
-            pending = self._calls.submit(Call(envelope, request), request.cost_us, remaining_s + _GRACE_S)
+        self._budget.add()
+        try:
+            return await self._attempt(record, request, 1, progress)
+        except ReplicaDied:
+            if (progress is not None and progress.has_begun) or not self._budget.take():
+                raise
+        return await self._attempt(record, request, 2, progress)
+
+    async def _attempt(
+        self, record: RequestRecord, request: Request, attempt: int, progress: Progress[Any] | None
+    ) -> Result:
+        with self._telemetry.hop(record, self._stage, attempt) as hop:
+            body = self._encoded(self._telemetry.carrier_of(record, hop), record.request_id, request)
+
+            def left(sent_ns: int) -> None:
+                hop.left_ns = sent_ns
+
+            reply = await self._exchange(body, request.work, hop.started_ns, record.deadline_ns, left, progress)
+            hop.held_ns, hop.has_reply = reply.held_ns, True
             try:
-                reply: Reply[Result] = await pending.reply
+                return _result(reply)
+            except QueueFull as full:
+                if record.tenant:
+                    self._refused[record.tenant] = time.monotonic_ns() + _REFUSED_NS, full
+                raise
+
+    async def post(self, request_id: str, request: Request, deadline_ns: int) -> Result:
+        """Send ``request`` on behalf of several HTTP requests, without a span: who asks accounts for the time.
+
+        Raises what ``call`` does.
+        """
+        self._budget.add()
+        body, since_ns = self._encoded(_NO_TRACE, request_id, request), time.monotonic_ns()
+        try:
+            return _result(await self._exchange(body, request.work, since_ns, deadline_ns))
+        except ReplicaDied:
+            if not self._budget.take():
+                raise
+        return _result(await self._exchange(body, request.work, since_ns, deadline_ns))
+
+    def _encoded(self, carrier: Carrier, request_id: str, request: Request) -> bytes:
+        body = codec.encode(Call(carrier, request_id, request))
+        if len(body) > MAX_BODY:
+            raise TooLarge(f"the request makes a message of {len(body)} bytes; at most {MAX_BODY} can be sent")
+        return body
+
+    async def _exchange(
+        self,
+        body: bytes,
+        work: int,
+        since_ns: int,
+        deadline_ns: int,
+        left: Callable[[int], None] = lambda _: None,
+        progress: Progress[Any] | None = None,
+    ) -> Reply[Result]:
+        """Send one call, to whichever replica takes it, and return its reply. ``left`` is told when it was sent."""
+
+        def send(connection: Connection) -> SentCall:
+            timeout_s = (deadline_ns - time.monotonic_ns()) / 1e9 + _GRACE_S
+            return connection.call(body, work, since_ns, deadline_ns, timeout_s)
+
+        while True:
+            left_s = (deadline_ns - time.monotonic_ns()) / 1e9
+            if left_s <= 0:
+                raise DeadlinePassed(f"the deadline passed before the request was sent to the {self._stage}")
+            sent = await self.replicas.send(send, left_s)
+            try:
+                if progress is not None:
+                    await progress.follow(sent)
+                return await sent.reply  # type: ignore[no-any-return]
+            except Turned:
+                continue
             except TimeoutError:
                 raise DeadlinePassed(f"the deadline passed while waiting for the {self._stage}") from None
+            except ReplicaLost:
+                raise ReplicaDied(
+                    f"the {self._stage} replica died while handling this request; try again", retry_after_s=1
+                ) from None
             finally:
-                self._calls.withdraw(pending)
-                hop.group_size = pending.group_size
-            return self._result(reply, hop)
+                sent.withdraw()
+                left(sent.left_ns)
 
-    def _result(self, reply: Reply[Result], hop: HopRecord) -> Result:
-        hop.held_ns, hop.has_reply = reply.held_ns, True
-        if reply.failure is not None:
-            raise reply.failure.error()
-        assert reply.result is not None
-        return reply.result
 
-    # --- the shared call ---
-
-    async def _exchange(self, calls: tuple[Any, ...]) -> AsyncIterator[Replies]:
-        response: Any = self._handle.remote(calls)
-        replies = self._replies(response)
-        first = asyncio.ensure_future(anext(replies))
-        try:
-            await asyncio.wait([first], timeout=self._no_replica_wait_s)
-            if not first.done() and not await self._has_replica() and not first.done():
-                raise NoReplicaReady(f"no replica of the {self._stage} is ready", retry_after_s=5)
-            yield await first
-            async for more in replies:
-                yield more
-        except (asyncio.CancelledError, NoReplicaReady):
-            # When a client hangs up, Serve cancels the calls of its request itself, but not this one, which is shared.
-            first.cancel()
-            response.cancel()
-            raise
-        except StopAsyncIteration:
-            return
-        except BackPressureError as error:
-            raise QueueFull(
-                f"{error.args[0]} requests are waiting for the {self._stage}, the maximum; try again later",
-                retry_after_s=1,
-            ) from None
-        except DeploymentUnavailableError:
-            raise NoReplicaReady(f"the {self._stage} failed to deploy", retry_after_s=30) from None
-        except (ActorDiedError, ActorUnavailableError, ReplicaUnavailableError):
-            raise ReplicaDied(
-                f"the {self._stage} replica died while handling this request; try again", retry_after_s=1
-            ) from None
-        except (RequestCancelledError, TaskCancelledError):
-            raise Cancelled(f"the call to the {self._stage} was cancelled") from None
-
-    async def _replies(self, response: Any) -> AsyncIterator[Replies]:
-        if self._replies_as_ready:
-            async for replies in response:
-                yield replies
-        else:
-            yield tuple(enumerate(await response))
-
-    async def _has_replica(self) -> bool:
-        """Whether to keep waiting. True if the controller does not respond: that says nothing about replicas."""
-        missing = await self._readiness.missing(_CONTROLLER_TIMEOUT_S)
-        return missing is None or self._stage not in missing
-
-    async def _forget(self, call: Call[Request]) -> None:
-        """Notify every replica, because Serve does not say which one has the request."""
-        response = self._handle.broadcast("forget", (call.envelope.carrier.traceparent,))
-        try:
-            await response.results_async(return_exceptions=True)
-        except Exception as error:
-            _logger.warning("an abandoned request could not be withdrawn from the %s: %r", self._stage, error)
+def _result(reply: Reply[Result]) -> Result:
+    if reply.failure is not None:
+        raise reply.failure.error()
+    result: Any = reply.result
+    return result  # type: ignore[no-any-return]

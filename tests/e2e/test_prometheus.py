@@ -36,7 +36,7 @@ SCALING = {
     "upscale_delay_s": 0,
     "downscale_delay_s": 0,
     # The load of this test exceeds these targets from the first request on.
-    "policy": {"policy_function": POLICY, "policy_kwargs": {"target_queue_wait_ms": 1, "target_utilization": 0.01}},
+    "policy": {"policy_function": POLICY, "policy_kwargs": {"target_queue_wait_ms": 1, "target_utilization": 0.001}},
 }
 CONFIG = {
     "applications": [
@@ -51,7 +51,18 @@ CONFIG = {
                     "ray_actor_options": {"num_cpus": 0.5, "num_gpus": 0.5},
                 }
             ],
-        }
+        },
+        {
+            "name": "language-model",
+            "route_prefix": "/lm",
+            "import_path": "deployments.app:build",
+            "args": {
+                "model": {"engine": "fake", "task": "text-generation", "fake": {"base_ms": 2}},
+                # So little that sequences lose their place.
+                "generation": {"kv_cache_tokens": 64, "kv_reserve": 0.0},
+            },
+            "deployments": [{"name": "Model", "ray_actor_options": {"num_cpus": 0.2}}],
+        },
     ]
 }
 
@@ -83,6 +94,8 @@ QUIET = {
     'ai_inference_requests_total{outcome="ok"}': rising(6000),
     'ai_inference_requests_total{outcome="invalid"}': rising(6000),
     'ai_inference_requests_total{outcome="error"}': rising(1),
+    'ai_engine_kv_used_ratio{instance="a"}': constant(1),
+    'ai_queue_depth{instance="a"}': constant(0),
     'ai_telemetry_dropped_records_total{instance="a"}': constant(0),
     'ai_telemetry_unwritten_spans_total{instance="a"}': constant(0),
 }
@@ -104,6 +117,7 @@ CASES: dict[str, tuple[dict[str, str], str, set[str]]] = {
         "15m",
         {"SlowlensGpuMemoryNearlyFull"},
     ),
+    "sequences wait for a full cache": ({'ai_queue_depth{instance="a"}': constant(3)}, "10m", {"SlowlensKvCacheFull"}),
     "many errors": ({ERRORS: rising(120)}, "70m", {"SlowlensErrorBudgetBurnsFast", "SlowlensErrorBudgetBurns"}),
     "some errors for long": ({ERRORS: rising(40)}, "7h", {"SlowlensErrorBudgetBurns"}),
     "spans dropped": (
@@ -193,6 +207,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
         while not stopped.is_set():
             call(PORT, "POST", "/v1/embeddings", {"input": ["a b c", "d"]})
             call(PORT, "POST", "/v1/embeddings", {"input": ""})
+            call(PORT, "POST", "/lm/v1/completions", {"prompt": "a b c", "n": 3, "max_tokens": 40})
             time.sleep(0.05)
 
     with serve_run(config, folder / "serve.log", env), prometheus(receiver, folder) as server:

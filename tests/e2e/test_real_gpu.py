@@ -5,17 +5,22 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from deployments.batching.generation.steps import StepLimits
 from deployments.config import BatchingConfig, ModelConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.encoder import EncoderEngine
 from deployments.engine.protocol import Run
 from deployments.messages import Ids
 from deployments.telemetry.gauges.nvml import GpuReader
+from tests.support.models import save_language_model
+from tests.support.steps import Steps
+from tests.support.steps import engine as generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 TEXT_IDS = [np.arange(1000, 1000 + length, dtype=np.int32) for length in (3, 17, 64, 200)]
@@ -48,6 +53,18 @@ def test_the_gpu_agrees_with_the_cpu() -> None:
         found = run(engine(device="auto", dtype=dtype), TEXT_IDS)
         cosines = [float(a @ b) for a, b in zip(found.outputs, reference.outputs, strict=True)]
         assert min(cosines) >= least
+
+
+def test_a_language_model_on_the_gpu_generates_what_it_does_on_the_cpu(tmp_path: Path) -> None:
+    folder = save_language_model(tmp_path)
+    texts = ["a", "hello there", "the quick brown fox " * 12]
+    found = []
+    for device in ("cpu", "cuda"):
+        steps = Steps(generator(folder, device), StepLimits(8, 512, 1e6, 1.0))
+        sequences = [steps.add(text, 20) for text in texts]
+        steps.run()
+        found.append([sequence.generated for sequence in sequences])
+    assert found[0] == found[1]
 
 
 def test_inference_time_from_cuda_events_is_within_wall_time() -> None:

@@ -23,6 +23,7 @@ from tests.support.traces import WHOLE_TRACE, WHOLE_TREE, Span, named, one, tree
 
 PORT = 8000
 REQUESTS = 200
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc" if by_grpc else "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
         "OTEL_METRIC_EXPORT_INTERVAL": "1000",
-        **({} if by_grpc else {"RAY_SERVE_ENABLE_HA_PROXY": "1"}),
+        **({} if by_grpc else HAPROXY),
     }
     log = tmp_path_factory.mktemp(request.param) / "serve.log"
     with serve_run(ROOT / "serve_config.yaml", log, env):

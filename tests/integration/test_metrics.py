@@ -14,6 +14,7 @@ from tests.support.otlp import OtlpReceiver
 
 NEVER_WITHOUT_GPU = {m.name for m in METRICS if m.name.startswith(("ai.gpu.", "hw."))}
 ONLY_WHEN_SOMETHING_IS_WRONG = {metrics.DROPPED_RECORDS.name, metrics.UNWRITTEN_SPANS.name, metrics.OUT_OF_MEMORY.name}
+OF_GENERATIONS = {m.name for m in METRICS if m.is_of_generations}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def attributes(point: Any) -> dict[str, str]:
 def test_every_declared_metric_is_exported_with_its_attributes(answers: list[Answer], receiver: OtlpReceiver) -> None:
     # tests/e2e/test_prometheus.py covers the metrics of the autoscaling policy.
     of_replicas = {m.name for m in METRICS if m.service != "autoscaler"}
-    wanted = of_replicas - NEVER_WITHOUT_GPU - ONLY_WHEN_SOMETHING_IS_WRONG
+    wanted = of_replicas - NEVER_WITHOUT_GPU - ONLY_WHEN_SOMETHING_IS_WRONG - OF_GENERATIONS
     specs = {m.name: m for m in METRICS}
     receiver.wait_for(lambda _: wanted <= {metric.name for _, metric, _ in receiver.metrics()})
 
@@ -114,3 +115,19 @@ def test_processes_report_cpu_and_memory_use(answers: list[Answer], receiver: Ot
     assert min(memory) > 10e6
     assert all(0 <= value <= 1.5 for value in cpu)
     assert max(cpu) > 0
+
+
+def test_generations_have_metrics_of_their_own(deploy: Callable[..., int], receiver: OtlpReceiver) -> None:
+    receiver.clear()
+    # So small a cache that sequences lose their place.
+    generation = {"kv_cache_tokens": 64, "kv_reserve": 0.0}
+    port = deploy(model={"engine": "fake", "task": "text-generation", "name": "lm"}, generation=generation)
+    assert call(port, "POST", "/v1/completions", {"prompt": "a b c", "n": 3, "max_tokens": 40}).status == 200
+    receiver.wait_for(lambda _: {metric.name for _, metric, _ in receiver.metrics()} >= OF_GENERATIONS)
+    (tokens,) = points(receiver, metrics.OUTPUT_TOKENS, lambda found: bool(found) and found[0].as_int == 120)
+    (first,) = points(receiver, metrics.TIME_TO_FIRST_TOKEN)
+    (each,) = points(receiver, metrics.TIME_PER_OUTPUT_TOKEN)
+
+    assert attributes(tokens) == {"model": "lm"}
+    assert attributes(first) == {"gen_ai.operation.name": "text_completion", "gen_ai.request.model": "lm"}
+    assert (first.count, each.count) == (1, 1)

@@ -163,3 +163,13 @@ def test_the_page_fits_a_phone_in_light_and_dark_mode(browser: Browser, path: Pa
     assert all(opened.colors(chart) > 10 for chart in CHARTS)
     assert opened.complaints == []
     page.close()
+
+
+def test_what_is_smuggled_into_the_page_does_not_run(browser: Browser, path: Path) -> None:
+    opened = Opened(browser, path)
+    smuggled = "<img src=data:x onerror=window.harmed=1>"
+    with opened.page.expect_event("console"):
+        opened.page.evaluate(f"document.body.insertAdjacentHTML('beforeend', '{smuggled}')")
+    assert opened.page.evaluate("window.harmed") is None
+    assert any("Content Security Policy" in complaint for complaint in opened.complaints)
+    opened.page.close()

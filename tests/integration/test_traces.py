@@ -104,7 +104,7 @@ def test_one_request_produces_one_complete_trace(port: int, receiver: OtlpReceiv
         (names.HOP_POSTPROCESSOR, names.POSTPROCESS),
     ):
         hop, stage = one(spans, name), one(spans, callee)
-        assert hop.attributes["ai.hop.group_size"] == 1
+        assert 0 <= hop.attributes["ai.hop.wait_ms"] <= hop.attributes["ai.hop.transit_ms"]
         assert hop.attributes["ai.hop.transit_ms"] == pytest.approx(hop.ms - stage.ms, abs=0.5)
 
     batched, queue, forward = (one(spans, n) for n in (names.BATCHED_PREDICT, names.QUEUE, names.FORWARD_PASS))

@@ -1,19 +1,27 @@
-"""Real stages in one process, on the fake engine, called through stand-ins for Serve's handles."""
+"""Real stages in one process, on the fake engine, connected by real channels over the loopback interface."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import httpx2
 
 from deployments.config import AppConfig
 from deployments.stages.batch_runner import Entry, RunEntries, SubmitEntries
+from deployments.stages.channel_stage import ChannelStage
+from deployments.stages.generation.ingress import GenerationIngressStage
+from deployments.stages.generation.model import GeneratorStage
+from deployments.stages.generation.postprocessor import DetokenizerStage
+from deployments.stages.generation.tokenizer import PromptTokenizerStage
 from deployments.stages.ingress import IngressStage
 from deployments.stages.model import ModelStage
 from deployments.stages.postprocessor import PostprocessorStage
 from deployments.stages.replica import Placement
 from deployments.stages.tokenizer import TokenizerStage
 from deployments.telemetry.export.provider import ReplicaIdentity
+from deployments.transport.discovery import Address, Addresses, Listener
 
 PLACEMENT = Placement(ReplicaIdentity("replica", "node"), "app", 1.0, ())
 
@@ -27,86 +35,109 @@ def run_directly(run: RunEntries, _: int) -> SubmitEntries:
     return submit
 
 
-class LocalHandle:
-    """Stand-in for the ``DeploymentHandle`` that a stage client uses.
+class ListedReplicas:
+    """Stand-in for Serve: a directory whose replicas the test lists.
 
     Attributes:
-        error: raised by the next calls instead of replying.
-        calls: the actor calls so far.
+        wakes: how often a caller without a replica asked for one.
+        error: raised by ``wake``.
     """
 
-    def __init__(self, name: str, stage: Any) -> None:
-        self.deployment_name, self.stage = name, stage
-        self._method, self._stream = "", False
-        self.error: BaseException | None = None
-        self.calls: list[tuple[Any, ...]] = []
+    def __init__(self, *addresses: Address) -> None:
+        self._addresses: Addresses = addresses
+        self._listeners: list[Listener] = []
+        self.wakes = 0
+        self.error: Exception | None = None
 
-    def options(self, *, method_name: str, stream: bool, **_: Any) -> LocalHandle:
-        self._method, self._stream = method_name, stream
-        return self
+    def watch(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+        listener(self._addresses)
 
-    def remote(self, calls: tuple[Any, ...]) -> Any:
-        self.calls.append(calls)
-        return _Stream(self, calls) if self._stream else _Response(self, calls)
+    def list(self, *addresses: Address) -> None:
+        """As Serve does when replicas come or go."""
+        self._addresses = addresses
+        for listener in self._listeners:
+            listener(addresses)
 
-    def broadcast(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        return _Broadcast(getattr(self.stage, method)(arguments))
-
-    def invoke(self, calls: tuple[Any, ...]) -> Any:
+    async def wake(self) -> None:
+        self.wakes += 1
         if self.error is not None:
             raise self.error
-        return getattr(self.stage, self._method)(calls)
-
-
-class _Response:
-    def __init__(self, handle: LocalHandle, calls: tuple[Any, ...]) -> None:
-        self._task = asyncio.ensure_future(self._run(handle, calls))
-
-    async def _run(self, handle: LocalHandle, calls: tuple[Any, ...]) -> Any:
-        return await handle.invoke(calls)
-
-    def __await__(self) -> Any:
-        return self._task.__await__()
-
-    def cancel(self) -> None:
-        self._task.cancel()
-
-
-class _Stream:
-    def __init__(self, handle: LocalHandle, calls: tuple[Any, ...]) -> None:
-        self._handle, self._calls = handle, calls
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        async for part in self._handle.invoke(self._calls):
-            yield part
-
-    def cancel(self) -> None:
-        pass
-
-
-class _Broadcast:
-    def __init__(self, work: Any) -> None:
-        self._work = work
-
-    async def results_async(self, **_: Any) -> None:
-        await self._work
 
 
 class Application:
-    """All four stages, wired as ``app.build`` does."""
+    """All four stages, wired as ``app.build`` does. Made and closed on a running loop."""
+
+    ingress_class: type[IngressStage] = IngressStage
+    tokenizer: Any
+    model: Any
+    postprocessor: Any
 
     def __init__(self, **args: Any) -> None:
         self.config = AppConfig.parse(args)
-        self.tokenizer = LocalHandle("Tokenizer", TokenizerStage(self.config, placement=PLACEMENT))
-        self.model_stage = ModelStage(self.config, placement=PLACEMENT, batched=run_directly)
-        self.model = LocalHandle("Model", self.model_stage)
-        self.postprocessor = LocalHandle("Postprocessor", PostprocessorStage(self.config, placement=PLACEMENT))
-        self.handles = (self.tokenizer, self.model, self.postprocessor)
-        tokenizer, model, postprocessor = cast(Any, self.handles)
-        self.ingress = IngressStage(self.config, tokenizer, model, postprocessor, 7, placement=PLACEMENT)
+        self._make_stages()
+        self.stages: dict[str, ChannelStage] = {
+            "tokenizer": self.tokenizer,
+            "model": self.model,
+            "postprocessor": self.postprocessor,
+        }
+        self.directories = {stage: ListedReplicas() for stage in self.stages}
+        tokenizer, model, postprocessor = cast(Any, tuple(self.stages))
+        self.ingress = self.ingress_class(
+            self.config,
+            tokenizer,
+            model,
+            postprocessor,
+            7,
+            placement=PLACEMENT,
+            directory=lambda stage: self.directories[cast(str, stage)],
+        )
         self.app = self.ingress.__serve_build_asgi_app__()
 
-    def close(self) -> None:
-        """As Serve does when it stops a replica."""
-        for stage in (self.ingress, *(handle.stage for handle in self.handles)):
-            stage.__del__()
+    def _make_stages(self) -> None:
+        self.tokenizer = TokenizerStage(self.config, placement=PLACEMENT)
+        self.model = ModelStage(self.config, placement=PLACEMENT, batched=run_directly)
+        self.postprocessor = PostprocessorStage(self.config, placement=PLACEMENT)
+
+    async def start(self) -> None:
+        for name, stage in self.stages.items():
+            self.directories[name].list(await stage.listen())
+
+    async def close(self) -> None:
+        """As Serve does when it stops the replicas."""
+        await self.ingress.close()
+        for stage in self.stages.values():
+            await stage.close()
+
+
+class GenerationApplication(Application):
+    """The same for a language model, on the fake engine unless ``args`` name another."""
+
+    ingress_class = GenerationIngressStage
+
+    def __init__(self, **args: Any) -> None:
+        super().__init__(**{"model": {"engine": "fake", "task": "text-generation"}, **args})
+
+    def _make_stages(self) -> None:
+        self.tokenizer = PromptTokenizerStage(self.config, placement=PLACEMENT)
+        self.model = GeneratorStage(self.config, placement=PLACEMENT)
+        self.postprocessor = DetokenizerStage(self.config, placement=PLACEMENT)
+
+
+Made = TypeVar("Made", bound=Application)
+
+
+def run_with_client(make: Callable[[], Made], use: Callable[[httpx2.AsyncClient, Made], Awaitable[None]]) -> None:
+    """Run ``use`` with a client of a fresh application, and close the application."""
+
+    async def run() -> None:
+        application = make()
+        await application.start()
+        transport = httpx2.ASGITransport(application.app)
+        try:
+            async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+                await use(client, application)
+        finally:
+            await application.close()
+
+    asyncio.run(run())

@@ -53,6 +53,10 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
         "fill": 0.0,
         "contention": 0.0,
     }
+    # Before the call to the model: a wait for a replica that is stated, and an attempt on a replica that died.
+    d |= {"waited": 0.0, "attempt": 0.0}
+    # Of the contention, and of the way to the model: what threads waited for a CPU.
+    d |= {"starved": 0.0, "ingress_starved": 0.0}
     d |= {"postprocess": 0.4, "tokens": 10, "batch_mates": 0, "padding": 0, "cold": 0.0, "lost": (), "error": ""}
     d |= {
         "chars": 40,
@@ -81,10 +85,19 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
     made.append(span(trace, "v", "root", names.VALIDATE, "ingress", clock, d["upload"]))
     clock += d["upload"]
     hop("ht", names.HOP_TOKENIZER, "tokenizer", d["tokenize"], d["there"])
+    if d["attempt"]:
+        made.append(
+            span(trace, "h1", "root", names.HOP_MODEL, "ingress", clock, d["attempt"], error__type="replica_died")
+        )
+        clock += d["attempt"]
     began = hop(
-        "hm", names.HOP_MODEL, "model", wait + forward, d["there"] + d["cold"],
+        "hm", names.HOP_MODEL, "model", wait + forward, d["there"] + d["cold"] + d["waited"],
         ai__model__load_type="cold" if d["cold"] else "warm", ai__batch__timeout_ms=200.0,
+        **({"ai__cpu__run_delay_ms": d["starved"]} if d["starved"] else {}),
     )  # fmt: skip
+    if d["waited"]:
+        hop_span = made[-2]
+        made[-2] = replace(hop_span, attributes=hop_span.attributes | {"ai.hop.wait_ms": d["waited"]})
     waits = {"ai__queue__device_busy_ms": d["busy"], "ai__queue__fill_wait_ms": d["fill"]}
     made.append(span(trace, "q", "hms", names.QUEUE, "model", began, wait, **waits))
     made.append(span(trace, "f", "hms", names.FORWARD_PASS, "model", began + wait, forward, [(run, "b")]))
@@ -94,6 +107,7 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
     failed = {"error__type": d["error"]} if d["error"] else {}
     root = {"http__route": d["route"], "gen_ai__usage__input_tokens": d["tokens"], "ai__input_length": d["chars"]}
     root |= {"client__address": d["client"], "ai__request_id": d["id"]}
+    root |= {"ai__cpu__run_delay_ms": d["ingress_starved"]} if d["ingress_starved"] else {}
     made.append(span(trace, "root", "", names.PREDICT, "ingress", at_ms, clock - at_ms, **root, **failed))
     tokens = d["tokens"] + d["batch_mates"]
     made.append(
@@ -124,12 +138,14 @@ def window(slow: dict[str, Any], every: int = 12, count: int = 240) -> list[Span
 CASES: dict[str, dict[str, Any]] = {
     "cold_start": {"cold": 900.0},
     "replica_queue": {"there": 60.0},
+    "errors_retries": {"attempt": 80.0},
     "device_queue": {"busy": 80.0, "batch_mates": 40},
     "batch_fill": {"fill": 200.0},
     "tokenization": {"tokenize": 90.0},
     "long_input": {"tokens": 250},
     "padding": {"padding": 300},
     "device_contention": {"contention": 70.0},
+    "cpu_starvation": {"contention": 40.0, "starved": 38.0, "there": 20.0, "back": 20.0, "ingress_starved": 110.0},
     "postprocessing": {"postprocess": 60.0},
     "transit": {"there": 30.0, "back": 30.0},
     "slow_upload": {"upload": 500.0},

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -69,3 +79,51 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         mask_token="[MASK]",
         model_max_length=32,
     )
+
+
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+LANGUAGE_MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, _SHAPE),
+    # Learned positions.
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+    # A window of attention.
+    "mistral": (MistralConfig, MistralForCausalLM, {**_SHAPE, "sliding_window": 32}),
+    # Both kinds, and a soft limit of the scores, which only eager attention has.
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**_SHAPE, "head_dim": 16, "sliding_window": 32}),
+}
+
+
+def save_language_model(folder: Path, kind: str = "llama", *, has_chat_template: bool = True) -> Path:
+    """A two-layer model whose tokens are bytes, with its tokenizer and a chat template, in ``folder``."""
+    torch.manual_seed(7)
+    backend = Tokenizer(BPE({token: index for index, token in enumerate(_byte_tokens())}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", bos_token="<begin>")
+    if has_chat_template:
+        tokenizer.chat_template = (
+            "{% for message in messages %}<begin>{{ message.role }}: {{ message.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<begin>assistant: {% endif %}"
+        )
+    make_config, make_model, shape = LANGUAGE_MODELS[kind]
+    config = make_config(
+        vocab_size=len(tokenizer),
+        initializer_range=0.3,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **shape,
+    )
+    make_model(config).eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _byte_tokens() -> list[str]:
+    return [*sorted(ByteLevel.alphabet()), "<end>", "<begin>"]

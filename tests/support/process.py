@@ -73,6 +73,10 @@ def stop(process: subprocess.Popen[bytes], port: int) -> None:
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(60)
+    # A second signal has ``slowlens serve`` kill what it has started.
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
@@ -86,3 +90,9 @@ def stop(process: subprocess.Popen[bytes], port: int) -> None:
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def replicas(stage: str) -> list[int]:
+    """Process ids of the replicas of a stage of the application ``slowlens``."""
+    found = subprocess.run(["pgrep", "-f", f"ray::ServeReplica:slowlens:{stage}"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]

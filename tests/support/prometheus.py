@@ -24,10 +24,29 @@ from tests.support.otlp import OtlpReceiver
 PROMETHEUS = Path(__file__).parents[2] / "k8s" / "base" / "prometheus"
 
 
-def exposition(receiver: OtlpReceiver) -> str:
-    """OpenMetrics text of the newest point of each series."""
-    families: dict[str, tuple[str, dict[str, list[str]]]] = {}
-    for resource in receiver.resource_metrics():
+class Exposition:
+    """The newest point of each series that a receiver has got."""
+
+    def __init__(self, receiver: OtlpReceiver) -> None:
+        self._receiver = receiver
+        self._families: dict[str, tuple[str, dict[str, list[str]]]] = {}
+        self._seen = 0
+        self._lock = threading.Lock()
+
+    def text(self) -> str:
+        """OpenMetrics text. What has been read once is not read again, so that a scrape stays short."""
+        with self._lock:
+            new = self._receiver.resource_metrics()[self._seen :]
+            self._seen += len(new)
+            for resource in new:
+                self._take(resource)
+            lines = []
+            for name, (kind, samples) in self._families.items():
+                lines.append(f"# TYPE {name.removesuffix('_total')} {kind}")
+                lines += [line for of_series in samples.values() for line in of_series]
+            return "\n".join([*lines, "# EOF", ""])
+
+    def _take(self, resource: Any) -> None:
         own = {a.key: a.value.string_value for a in resource.resource.attributes}
         # As the specification maps them: service.namespace/service.name and service.instance.id.
         base = {"job": f"{own['service.namespace']}/{own['service.name']}", "instance": own["service.instance.id"]}
@@ -36,16 +55,11 @@ def exposition(receiver: OtlpReceiver) -> str:
             is_counter = data == "sum" and metric.sum.is_monotonic
             kind = "histogram" if data == "histogram" else "counter" if is_counter else "gauge"
             name = prometheus_name(metric.name, kind, metric.unit)
-            _, samples = families.setdefault(name, (kind, {}))
+            _, samples = self._families.setdefault(name, (kind, {}))
             for point in getattr(metric, data).data_points:
                 labels = base | {label(a.key): a.value.string_value or str(a.value.int_value) for a in point.attributes}
                 text = ",".join(f"{key}={json.dumps(value)}" for key, value in sorted(labels.items()))
                 samples[text] = list(_samples(name, kind, text, point))
-    lines = []
-    for name, (kind, samples) in families.items():
-        lines.append(f"# TYPE {name.removesuffix('_total')} {kind}")
-        lines += [line for of_series in samples.values() for line in of_series]
-    return "\n".join([*lines, "# EOF", ""])
 
 
 def _samples(name: str, kind: str, labels: str, point: Any) -> Iterator[str]:
@@ -71,9 +85,11 @@ def _samples(name: str, kind: str, labels: str, point: Any) -> Iterator[str]:
 def prometheus(receiver: OtlpReceiver, folder: Path) -> Iterator[Prometheus]:
     """Run Prometheus with our rules; it scrapes the receiver's metrics every second, in place of the Collector's."""
 
+    exposition = Exposition(receiver)
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = exposition(receiver).encode()
+            body = exposition.text().encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/openmetrics-text; version=1.0.0; charset=utf-8")
             self.end_headers()

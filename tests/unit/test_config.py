@@ -27,7 +27,11 @@ APPLICATION, PAGE = CONFIG["applications"]
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"modle": {}}, "args.modle: unknown key; known here: model, tokenizer, batching, limits, telemetry"),
+        (
+            {"modle": {}},
+            "args.modle: unknown key; known here: model, tokenizer, batching, generation, limits, security, transport, "
+            "telemetry",
+        ),
         ({"model": {"dtyp": "x"}}, "args.model.dtyp: unknown key; known here: source, name"),
         ({"model": {"fake": {"wait": 1}}}, "args.model.fake.wait: unknown key; known here: base_ms"),
         ({"model": {"dtype": "int4"}}, "args.model.dtype: Input should be 'auto', 'float32'"),

@@ -147,7 +147,9 @@ def test_every_ray_process_starts_with_the_fast_environment(resources: list[dict
     for name, spec in pod_specs([service(resources)]):
         (container,) = spec["containers"]
         environment = {one["name"]: one.get("value") for one in container["env"]}
-        assert {key: environment.get(key) for key in FAST} == {key: one.value for key, one in FAST.items()}, name
+        # A stopping ingress is drained for as long as Serve has it: it is known in more than one place.
+        fast = {key: one.value for key, one in FAST.items() if not key.endswith("_MIN_DRAINING_PERIOD_S")}
+        assert {key: environment.get(key) for key in fast} == fast, name
         assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://slowlens-collector:4317"
         assert {"K8S_POD_NAME", "K8S_NODE_NAME", "K8S_NAMESPACE_NAME"} <= environment.keys()
 
@@ -267,9 +269,7 @@ def test_a_worker_is_drained_before_it_stops(resources: list[dict[str, Any]]) ->
         assert seconds < spec["terminationGracePeriodSeconds"]
         config = yaml.safe_load(service(resources)["spec"]["serveConfigV2"])
         for deployment in config["applications"][0]["deployments"]:
-            assert (
-                AppConfig().limits.default_timeout_ms < deployment["graceful_shutdown_timeout_s"] * 1e3 < seconds * 1e3
-            )
+            assert AppConfig().limits.max_timeout_ms < deployment["graceful_shutdown_timeout_s"] * 1e3 < seconds * 1e3
 
 
 # --- the Collector ---------------------------------------------------------------------------------------------------

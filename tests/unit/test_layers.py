@@ -16,12 +16,17 @@ LAYERS = [
     {"", "errors"},
     {"config", "messages", "batching"},
     {"telemetry.names", "telemetry.metrics", "telemetry.span_specs"},
+    {"telemetry.generation.facts"},
     {"telemetry.carrier", "telemetry.records"},
+    {"telemetry.generation.records"},
     {"telemetry.measures", "telemetry.export"},
     {"telemetry.gauges", "telemetry.spans"},
+    {"telemetry.generation.spans"},
     {"telemetry", "engine"},
+    {"telemetry.generation"},
     {"explain.traces"},
     {"explain.requests"},
+    {"explain.token_gaps", "explain.chance"},
     {"explain.fixes"},
     {"explain.causes"},
     {"explain.verdict"},
@@ -38,7 +43,7 @@ ONLY_IN = {
     "huggingface_hub": {"engine"},
     "fastapi": {"http", "stages", "page"},
     "starlette": {"http"},
-    "ray": {"app", "autoscaling", "page", "stages", "transport"},
+    "ray": {"app", "autoscaling", "cli", "page", "stages", "transport"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = sorted({path.parent for path in MODULES})

@@ -6,6 +6,9 @@ everything else.
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 import html
 import json
 from collections import defaultdict
@@ -24,6 +27,7 @@ from deployments.explain.verdict import Finding, Judged, Verdict
 
 _POINTS = 250
 """Maximum number of ordinary, and of slow, requests in a scatter plot."""
+_SCRIPTS, _STYLE = ("chart.js", "page.js"), "page.css"
 _GROUPS = {
     "reading": ("validation",),
     "tokenization": ("tokenization",),
@@ -31,9 +35,18 @@ _GROUPS = {
     "device busy": ("device_busy", "batch_mates"),
     "batch fill": ("batch_fill",),
     "own work": ("own_work",),
+    "behind long inputs": ("others_work",),
     "padding": ("padding",),
+    "KV cache": ("cache_wait", "preempted"),
+    "own prefill": ("own_prefill",),
+    "others' prefill": ("others_prefill",),
+    "decode": ("decode",),
+    "decode neighbours": ("decode_neighbours",),
     "contention": ("contention",),
+    "waiting for a CPU": ("cpu_starved",),
     "postprocessing": ("postprocessing",),
+    "slow reader": ("slow_reader",),
+    "lost attempts": ("lost_attempt",),
     "transit": ("transit", "response"),
     "unaccounted": ("unaccounted",),
 }
@@ -50,14 +63,33 @@ def as_html(verdict: Verdict) -> str:
         "stages": "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells, _ in rows(verdict)),
         # A "<" in a string must not end the script.
         "data": json.dumps(_Data(verdict).document(), separators=(",", ":")).replace("<", "\\u003c"),
+        "policy": content_security_policy(),
+        **{name: _asset(name) for name in (*_SCRIPTS, _STYLE)},
     }
-    assets = files("deployments.explain.render") / "assets"
-    page = (assets / "page.html").read_text("utf-8")
-    for name in ("page.css", "page.js", "chart.js"):
-        content[name] = (assets / name).read_text("utf-8").partition("//# sourceMappingURL")[0]
+    page = _asset("page.html")
     # Each once and in one pass: the inserted content may contain braces.
     pieces = [piece.partition("}}") for piece in page.split("{{")]
     return pieces[0][0] + "".join(content[name] + rest for name, _, rest in pieces[1:])
+
+
+@functools.cache
+def content_security_policy() -> str:
+    """Allow what the page consists of, by its hashes, and nothing that a text of a trace may have smuggled into it."""
+
+    def hashed(name: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(_asset(name).encode()).digest()).decode()}'"
+
+    scripts = " ".join(map(hashed, _SCRIPTS))
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src {hashed(_STYLE)}; img-src data:; base-uri 'none'; "
+        "form-action 'none'"
+    )
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    text = (files("deployments.explain.render") / "assets" / name).read_text("utf-8")
+    return text.partition("//# sourceMappingURL")[0]
 
 
 def _findings(verdict: Verdict) -> str:

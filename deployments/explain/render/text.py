@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from deployments.explain.fixes import Change
-from deployments.explain.requests.parts import PARTS
+from deployments.explain.requests.parts import PARTS, percentile
 from deployments.explain.requests.pattern import clock
-from deployments.explain.verdict import Finding, Verdict, percentile
+from deployments.explain.token_gaps import TokenGap
+from deployments.explain.verdict import Finding, Verdict
 
 _WIDTH = 30
 
@@ -33,20 +34,44 @@ def as_json(verdict: Verdict) -> str:
         "errors": survey.errors,
         "latency_ms": percentiles(survey.latencies_ms),
         "stages": parts,
-        "findings": [
-            {
-                "cause": finding.cause,
-                "share_of_excess": round(finding.share_of_excess, 4),
-                "requests": finding.requests,
-                "summary": finding.summary,
-                "fix": fix_text(finding),
-                "evidence": [{"trace_id": trace_id, "value_ms": round(ms, 3)} for trace_id, ms in finding.evidence],
-            }
-            for finding in verdict.findings
-        ],
+        "findings": _findings(verdict),
         "unaccounted_share": unaccounted,
     }
+    first = verdict.first_token
+    if first is not None:
+        document["first_token"] = {"latency_ms": percentiles(_latencies(first)), "findings": _findings(first)}
+        document["slow_tokens"] = [_token_gap(gap) for gap in verdict.token_gaps]
     return json.dumps(document, indent=2)
+
+
+def _findings(verdict: Verdict) -> list[dict[str, Any]]:
+    return [
+        {
+            "cause": finding.cause,
+            "share_of_excess": round(finding.share_of_excess, 4),
+            "requests": finding.requests,
+            "summary": finding.summary,
+            "fix": fix_text(finding),
+            "evidence": [{"trace_id": trace_id, "value_ms": round(ms, 3)} for trace_id, ms in finding.evidence],
+        }
+        for finding in verdict.findings
+    ]
+
+
+def _token_gap(gap: TokenGap) -> dict[str, Any]:
+    return {
+        "trace_id": gap.trace_id,
+        "token": gap.token,
+        "gap_ms": round(gap.gap_ms, 3),
+        "usual_ms": round(gap.usual_ms, 3),
+        "preempted_ms": round(gap.preempted_ms, 3),
+        "prompt_tokens": gap.prompt_tokens,
+        "prompts_of": list(gap.prompts_of),
+    }
+
+
+def _latencies(verdict: Verdict) -> list[float]:
+    return [sum(one.parts.values()) for one in verdict.answered]
 
 
 def as_text(verdict: Verdict) -> RenderableType:
@@ -67,6 +92,22 @@ def _text(verdict: Verdict) -> Iterator[RenderableType]:
     yield Text()
     if verdict.answered:
         yield _table(verdict)
+    if verdict.first_token is not None:
+        yield from _first_token(verdict.first_token)
+    if verdict.token_gaps:
+        yield Text()
+        yield Text("longest waits for a token in slow generations:", style="bold")
+        for gap in verdict.token_gaps:
+            yield Padding(Text(f"{gap}\nin slowlens trace {gap.trace_id}"), (0, 0, 0, 3))
+
+
+def _first_token(verdict: Verdict) -> Iterator[RenderableType]:
+    shown = percentiles(_latencies(verdict))
+    yield Text()
+    yield Text("time to first token: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in shown.items()), style="bold")
+    for number, finding in enumerate(verdict.findings, 1):
+        yield Text()
+        yield from _finding(number, finding)
 
 
 def headline(verdict: Verdict) -> str:

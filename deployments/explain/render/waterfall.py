@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from deployments.explain.requests.breakdown import Breakdown
-from deployments.explain.requests.request import STAGE_OF
+from deployments.explain.requests.capture import segment_of
+from deployments.explain.requests.request import STAGE_OF, number, whole
+from deployments.explain.token_gaps import token_gaps
 from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 
@@ -23,9 +25,18 @@ _SHOWN = (
     names.AI_BATCH_ACTUAL_SIZE,
     names.AI_BATCH_PADDING_RATIO,
     names.AI_BATCH_DISPATCH_REASON,
+    names.AI_QUEUE_CACHE_WAIT_MS,
+    names.AI_PREFILL_TOKENS,
+    names.AI_PREFILL_CACHED_TOKENS,
+    names.AI_DECODE_TOKENS,
+    names.AI_DECODE_MAX_GAP_MS,
+    names.AI_CPU_RUN_DELAY_MS,
+    names.AI_STREAM_BLOCKED_MS,
     names.HTTP_RESPONSE_STATUS_CODE,
     names.ERROR_TYPE,
 )
+_SLOW_STEPS = 5
+_SLOW_TOKENS = 5
 MOST_MEMBERS = 64
 """Maximum number of requests shown per batch."""
 
@@ -41,7 +52,8 @@ def waterfall(trace: Sequence[Span], linked: Sequence[Span]) -> Iterator[str]:
     yield f"trace {trace[0].trace_id}"
     for depth, span in ordered(trace):
         yield _line(span, start, scale, depth)
-    for batch in _by_start(linked):
+    segments = [span for span in linked if span.name == names.SEGMENT]
+    for batch in _by_start(span for span in linked if span.name != names.SEGMENT):
         count = len(batch.links)
         held = (
             f"batch of {count} request{'' if count == 1 else 's'}"
@@ -50,6 +62,34 @@ def waterfall(trace: Sequence[Span], linked: Sequence[Span]) -> Iterator[str]:
         )
         yield f"linked: {held}, trace {batch.trace_id}"
         yield _line(batch, start, scale, 0)
+    yield from _slow_steps(trace[0].trace_id, segments)
+    yield from _slow_tokens(trace, segments)
+
+
+def _slow_steps(trace_id: str, segments: Sequence[Span]) -> Iterator[str]:
+    """Yield lines of text: the longest steps of a generation, and whose prompts they computed."""
+    if not segments:
+        return
+    count = len(segments)
+    yield f"linked: {count} segment{'' if count == 1 else 's'} of steps with the same members; the longest steps:"
+    longest = sorted(segments, key=lambda span: -number(span, names.AI_SEGMENT_MAX_STEP_MS))[:_SLOW_STEPS]
+    for segment in longest:
+        steps = max(1, whole(segment, names.AI_SEGMENT_STEPS))
+        decoded = whole(segment, names.AI_SEGMENT_DECODE_TOKENS) // steps
+        prompts = whole(segment, names.AI_SEGMENT_PREFILL_TOKENS)
+        yield (
+            f"  {number(segment, names.AI_SEGMENT_MAX_STEP_MS):9.2f} ms, in trace {segment.trace_id}: {decoded} decoded"
+            f", {prompts} tokens of prompts in {steps} step{'' if steps == 1 else 's'}"
+        )
+        for prefilled, _ in segment.links[: min(_SLOW_STEPS, whole(segment, names.AI_SEGMENT_PREFILLING))]:
+            yield f"{'':16}prompt of {'this request' if prefilled == trace_id else f'slowlens trace {prefilled}'}"
+
+
+def _slow_tokens(trace: Sequence[Span], segments: Sequence[Span]) -> Iterator[str]:
+    gaps = sorted(token_gaps(trace, {span.key: segment_of(span) for span in segments}), key=lambda gap: -gap.gap_ms)
+    if gaps:
+        yield "longest waits for a token:"
+        yield from (f"  {gap}" for gap in gaps[:_SLOW_TOKENS])
 
 
 def member_traces(linked: Iterable[Span]) -> Collection[str]:
@@ -101,7 +141,7 @@ def aligned(trace: Sequence[Span], linked: Sequence[Span]) -> tuple[list[Span], 
     ahead: dict[str, int] = {}
     for stage in trace:
         hop = by_id.get(stage.parent_id)
-        if hop is None or STAGE_OF.get(hop.name) != stage.name:
+        if hop is None or stage.name not in (STAGE_OF.get(hop.name), names.GENERATE):
             continue
         if stage.start_ns < hop.start_ns or stage.end_ns > hop.end_ns:
             ahead[stage.instance] = (stage.start_ns + stage.end_ns - hop.start_ns - hop.end_ns) // 2

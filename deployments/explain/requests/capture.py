@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from deployments.explain.requests.device import Device
-from deployments.explain.requests.request import Request, lacks_a_stage, quickest_of, request_of, split, whole
+from deployments.explain.requests.request import (
+    Request,
+    lacks_a_stage,
+    number,
+    quickest_of,
+    request_of,
+    split,
+    whole,
+)
 from deployments.explain.requests.scaling import Scaling
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.survey import Key, Survey
@@ -54,6 +62,22 @@ class ModelLoad:
     took_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive steps of a language model with the same members: an ``ai.engine.segment`` span."""
+
+    started_ns: int
+    ended_ns: int
+    steps: int
+    step_ms: float
+    """Of all its steps."""
+    prefill_tokens: int
+    decode_tokens: int
+    replica: str
+    prompts_of: tuple[str, ...] = ()
+    """Traces of the requests that were prefilled."""
+
+
 Event = TypeVar("Event", Run, ModelLoad)
 
 
@@ -66,6 +90,8 @@ class Capture:
     """The spans of each request."""
     runs: dict[Key, Run] = field(default_factory=dict)
     """The runs that contain these requests."""
+    segments: dict[Key, Segment] = field(default_factory=dict)
+    """The segments that contain these requests."""
     loads: list[ModelLoad] = field(default_factory=list)
     """Within the window, by start time."""
     scalings: list[Scaling] = field(default_factory=list)
@@ -100,10 +126,17 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
             if hash(span.key) not in seen:
                 seen.add(hash(span.key))
                 run = _run(span)
-                devices[run.replica].add(run.started_ns, run.took_ns, run.tokens, run.padded_tokens)
+                devices[run.replica].add(run.started_ns, run.took_ns, run.tokens, run.padded_tokens, run.size)
                 # If the links of a run were lost, its requests are unknown.
                 if not span.links or any(trace_id in survey.trace_ids_to_read for trace_id, _ in span.links):
                     runs[run.key] = run
+        elif span.name == names.SEGMENT:
+            if hash(span.key) not in seen:
+                seen.add(hash(span.key))
+                segment = segment_of(span)
+                devices[segment.replica].add(segment.started_ns, round(segment.step_ms * 1e6), 0, 0)
+                if not span.links or any(trace_id in survey.trace_ids_to_read for trace_id, _ in span.links):
+                    found.segments[span.key] = segment
         elif span.name == names.MODEL_LOAD:
             loads[span.key] = ModelLoad(span.key, span.instance, span.start_ns, max(0, span.end_ns - span.start_ns))
         elif span.name == names.SCALING_DECISION:
@@ -180,6 +213,21 @@ def _run(span: Span) -> Run:
         gpu_utilization=sum(gpu) / len(gpu) if gpu else None,
         members=span.links,
         replica=span.instance,
+    )
+
+
+def segment_of(span: Span) -> Segment:
+    """Read an ``ai.engine.segment`` span, whose links begin with those that were prefilled."""
+    prefilled = span.links[: max(0, whole(span, names.AI_SEGMENT_PREFILLING))]
+    return Segment(
+        started_ns=span.start_ns,
+        ended_ns=span.end_ns,
+        steps=max(1, whole(span, names.AI_SEGMENT_STEPS)),
+        step_ms=max(0.0, number(span, names.AI_SEGMENT_STEP_MS)),
+        prefill_tokens=max(0, whole(span, names.AI_SEGMENT_PREFILL_TOKENS)),
+        decode_tokens=max(0, whole(span, names.AI_SEGMENT_DECODE_TOKENS)),
+        replica=span.instance,
+        prompts_of=tuple(dict.fromkeys(trace_id for trace_id, _ in prefilled)),
     )
 
 

@@ -2,11 +2,14 @@
 
 1. The cost of a model run is fitted over all runs, ``a + b * padded tokens``. A request's own work is what a run of its
    tokens alone would cost; each token of its batch-mates and of the batch's padding costs ``b``; what the runs took
-   beyond that is contention. A request that waited while others ran also waited for their padding.
+   beyond that is contention. A request that waited while others ran waited for what made their runs long: their
+   padding, inputs far longer than usual (``others_work``), or contention. What remains is waiting for ordinary work.
 2. The offset between the clocks of two processes is unknown, but the shortest latency in each direction bounds it. A
-   call that took longer on the way to the stage than back waited for a replica to take it; what was slow in both
-   directions is transit.
-3. Both steps only move time between parts: the sum stays the latency.
+   call that took longer on the way to the stage than back waited for its replica to take it, beyond the wait in the
+   ingress that the trace states; what was slow in both directions is transit.
+3. What threads of the processes waited for a CPU meanwhile, as the kernel counts it, comes off the parts in which they
+   worked: where they were contended first.
+4. These steps only move time between parts: the sum stays the latency.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.batching.cost import fit_line
-from deployments.explain.requests.capture import Capture, Run
+from deployments.explain.requests.capture import Capture, Run, Segment
 from deployments.explain.requests.device import Device
 from deployments.explain.requests.request import Call, Request, quickest_of
+from deployments.explain.requests.steps import StepFit, fit_steps, split_decode, split_prefill
 from deployments.explain.traces.survey import Key
 
 Parts = dict[str, float]
@@ -30,15 +34,54 @@ PARTS = (
     "device_busy",
     "batch_fill",
     "own_work",
+    "others_work",
     "batch_mates",
     "padding",
+    "cache_wait",
+    "preempted",
+    "own_prefill",
+    "others_prefill",
+    "decode",
+    "decode_neighbours",
     "contention",
+    "cpu_starved",
     "postprocessing",
+    "slow_reader",
+    "lost_attempt",
     "transit",
     "response",
     "unaccounted",
 )
+_BEFORE_THE_FIRST_STEP = (
+    "validation",
+    "tokenization",
+    "replica_wait",
+    "cold_start",
+    "device_busy",
+    "cache_wait",
+    "lost_attempt",
+)
+_WORK_OF = {
+    "ingress": ("transit", "response", "validation", "replica_wait"),
+    "tokenizer": ("tokenization", "transit"),
+    "model": (
+        "contention",
+        "device_busy",
+        "own_work",
+        "decode",
+        "own_prefill",
+        "others_prefill",
+        "decode_neighbours",
+        "batch_mates",
+        "transit",
+    ),
+    "postprocessor": ("postprocessing", "transit"),
+}
 _ROUNDS = 8
+_LONG_OF_MOST, _LONG_OF_USUAL = 2.0, 4.0
+"""An input is long if it has this many times the tokens of three quarters of all, and of half of them."""
+_SLOW = 1.5
+"""A run is slow if it took this many times what it should: less is noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +97,109 @@ class RunFit:
 
 def parts_of(capture: Capture) -> list[Parts]:
     """Return the parts of each request of the capture, in its order."""
-    fit = fit_runs(capture.runs.values())
+    fit, step_fit = fit_runs(capture.runs.values()), fit_steps(capture.segments.values())
     quickest = quickest_of(call for request in capture.requests for call in request.calls)
+    sizes = input_sizes(capture)
     found = []
     for request in capture.requests:
         found.append(parts := _parts(request, capture.runs, fit, quickest))
+        _split_steps(request, parts, capture.segments, step_fit)
         device = capture.devices.get(request.replicas.get("model", ""))
         if fit is not None and device is not None:
-            waited = min(parts["device_busy"], _padding_ms(request, device, fit))
-            parts["device_busy"] -= waited
-            parts["padding"] += waited
+            _pass_on(request, parts, device, fit, sizes)
+        _starve(request, parts)
     return found
 
 
-def _padding_ms(request: Request, device: Device, fit: RunFit) -> float:
-    """Return how long the runs that the request waited for spent on padding."""
-    return sum(
-        within / 1e6 * fit.token_ms * max(0, padded - tokens) / max(fit.ms(padded), 1e-9)
-        for wait in request.waits
-        for within, tokens, padded in device.during(wait)
-    )
+def first_token_parts_of(capture: Capture, every: Sequence[Parts]) -> list[Parts | None]:
+    """Return the parts of each request's time to its first token; None where there is no generation or no token.
+
+    Args:
+        capture: the requests.
+        every: the parts of their latencies, as ``parts_of`` returns them.
+    """
+    fit = fit_steps(capture.segments.values())
+    return [_first_token_parts(*both, capture.segments, fit) for both in zip(capture.requests, every, strict=True)]
+
+
+def _first_token_parts(
+    request: Request, whole: Parts, segments: Mapping[Key, Segment], fit: StepFit | None
+) -> Parts | None:
+    one = request.generation
+    if one is None or not one.first_token_ms or not whole:
+        return None
+    parts = dict.fromkeys(PARTS, 0.0) | {part: whole[part] for part in _BEFORE_THE_FIRST_STEP}
+    prefill = split_prefill(one, segments, fit, request.breakdown.prefill / 1e6)
+    parts["own_prefill"], parts["others_prefill"] = prefill.own_prefill, prefill.others_prefill
+    parts["decode_neighbours"], parts["contention"] = prefill.neighbours, prefill.contention
+    known = sum(parts.values())
+    if known > one.first_token_ms:
+        return {part: ms * one.first_token_ms / known for part, ms in parts.items()}
+    # The rest of the calls: what the first token took to the ingress, and what the request took to the stages.
+    parts["transit"] = min(whole["transit"], one.first_token_ms - known)
+    parts["unaccounted"] = one.first_token_ms - known - parts["transit"]
+    return parts
+
+
+def _split_steps(request: Request, parts: Parts, segments: Mapping[Key, Segment], fit: StepFit | None) -> None:
+    one = request.generation
+    if one is None:
+        return
+    prefill = split_prefill(one, segments, fit, parts["own_prefill"])
+    decode = split_decode(one, segments, fit, parts["decode"])
+    parts["own_prefill"], parts["decode"] = prefill.own_prefill, decode.decode + prefill.decode
+    parts["others_prefill"] = prefill.others_prefill + decode.others_prefill
+    parts["decode_neighbours"] = prefill.neighbours + decode.neighbours
+    parts["contention"] += prefill.contention + decode.contention
+
+
+@dataclass(frozen=True, slots=True)
+class InputSizes:
+    """Tokens of an input."""
+
+    usual: float
+    long: float
+    """From here on it is far longer than usual."""
+
+
+def input_sizes(capture: Capture) -> InputSizes:
+    """What is usual in these requests; an input of most lengths is long nowhere."""
+    each = sorted((request.tokens / max(1, request.inputs), capture.weight(request)) for request in capture.requests)
+    usual, most = percentile(each, 0.5), percentile(each, 0.75)
+    return InputSizes(usual, max(_LONG_OF_MOST * most, _LONG_OF_USUAL * usual, 1.0))
+
+
+def _pass_on(request: Request, parts: Parts, device: Device, fit: RunFit, sizes: InputSizes) -> None:
+    """Pass the wait for the device on to what made the runs long that it waited for."""
+    padding = others_work = contention = 0.0
+    for wait in request.waits:
+        for run in device.during(wait):
+            within, expected = run.within_ns / 1e6, fit.ms(run.padded_tokens)
+            if run.took_ns / 1e6 > _SLOW * expected:
+                slow = within * (1 - expected / (run.took_ns / 1e6))
+                contention += slow
+                within -= slow
+            a_token = within * fit.token_ms / max(expected, 1e-9)
+            padding += a_token * max(0, run.padded_tokens - run.tokens)
+            if run.size and run.tokens / run.size >= sizes.long:
+                others_work += a_token * max(0.0, run.tokens - run.size * sizes.usual)
+    waited = padding + others_work + contention
+    scale = min(1.0, parts["device_busy"] / waited) if waited else 0.0
+    parts["device_busy"] -= waited * scale
+    parts["padding"] += padding * scale
+    parts["others_work"] += others_work * scale
+    parts["contention"] += contention * scale
+
+
+def _starve(request: Request, parts: Parts) -> None:
+    """Move what its threads waited for a CPU from the parts in which they would have worked."""
+    for stage, delay_ms in request.starved_ms.items():
+        left = delay_ms
+        for part in _WORK_OF[stage]:
+            taken = min(max(0.0, parts[part]), left)
+            parts[part] -= taken
+            parts["cpu_starved"] += taken
+            left -= taken
 
 
 def _parts(
@@ -81,6 +207,7 @@ def _parts(
 ) -> Parts:
     split = {name: took / 1e6 for name, took in request.breakdown.parts()}
     forward = split.pop("forward")
+    split["own_prefill"] = split.pop("prefill")
     parts = dict.fromkeys(PARTS, 0.0) | split
     own, batch_mates, padding = _work(request, runs, fit, forward)
     parts["own_work"], parts["batch_mates"], parts["padding"] = own, batch_mates, padding
@@ -137,3 +264,13 @@ def _one_sided_ms(call: Call, quickest: Mapping[tuple[str, str, str], Call]) -> 
 def median(values: Sequence[float]) -> float:
     """The upper median; 0 if there are no values."""
     return sorted(values)[len(values) // 2] if values else 0.0
+
+
+def percentile(ascending: Sequence[tuple[float, float]], share: float) -> float:
+    """Smallest value with ``share`` of the weight at or below it, of ``(value, weight)`` pairs; 0 if there are none."""
+    left = share * sum(weight for _, weight in ascending) * (1 - 1e-9)
+    for value, weight in ascending:
+        left -= weight
+        if left <= 0:
+            return value
+    return ascending[-1][0] if ascending else 0.0

@@ -40,6 +40,8 @@ def _where(concerned: Sequence[Request], everybody: Sequence[Request], stage: st
         yield f"nearly all on host {host}"
     if client := _common(concerned, everybody, lambda request: request.client):
         yield f"nearly all from client {client}"
+    if tenant := _common(concerned, everybody, lambda request: request.tenant):
+        yield f"nearly all of tenant {tenant}"
     if route := _common(concerned, everybody, lambda request: request.route):
         yield f"nearly all to {route}"
     yield from _kind_of_input(concerned, everybody)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.explain.requests.breakdown import Breakdown, break_down, union, without
+from deployments.explain.requests.breakdown import Breakdown, break_down, is_lost, union, wait_ns, without
 from deployments.explain.requests.device import Interval
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.survey import Key, Root
@@ -20,6 +20,12 @@ _STAGES = (
     ("tokenizer", names.HOP_TOKENIZER, names.PREPROCESS),
     ("model", names.HOP_MODEL, names.BATCHED_PREDICT),
     ("postprocessor", names.HOP_POSTPROCESSOR, names.POSTPROCESS),
+)
+_STARVED = (
+    ("ingress", names.PREDICT),
+    ("tokenizer", names.PREPROCESS),
+    ("model", names.BATCHED_PREDICT),
+    ("postprocessor", names.POSTPROCESS),
 )
 STAGE_OF = {hop: stage for _, hop, stage in _STAGES}
 """Maps the span name of a call to the span name of the stage that it calls."""
@@ -38,6 +44,21 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Generation:
+    """A generation: its first choice until that has a token, then the choice that ends last."""
+
+    prefill_tokens: int
+    chunks: int
+    tokens: int
+    first_token_ms: float
+    """From the arrival of its request until its first tokens had reached the ingress; 0 if there were none."""
+    prefill: tuple[Key, ...]
+    """The segments that it was prefilled in."""
+    decode: tuple[Key, ...]
+    """The costliest segments that it decoded in."""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     key: Key
     started_ns: int
@@ -48,6 +69,8 @@ class Request:
     request_id: str
     client: str
     """``client.address``; empty if unknown."""
+    tenant: str
+    """``ai.tenant``; empty if there are no API keys."""
     inputs: int
     tokens: int
     chars: int
@@ -58,11 +81,15 @@ class Request:
     """Where its model replica ran."""
     runs: tuple[Key, ...]
     """Links of its forward passes; more than there are forward passes if a run was repeated."""
+    starved_ms: Mapping[str, float]
+    """By stage, how long threads of its process could run and did not meanwhile."""
     waits: tuple[Interval, ...]
     """When it waited in the model replica, on that replica's clock."""
     calls: tuple[Call, ...]
     max_wait_ms: float
     """``batching.max_wait_ms`` as reported in its spans."""
+    generation: Generation | None = None
+    """Of a language model's requests."""
 
     @property
     def trace_id(self) -> str:
@@ -98,7 +125,8 @@ def request_of(spans: Sequence[Span]) -> Request:
     by_name: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
         by_name[span.name].append(span)
-    predicted = next(iter(by_name[names.BATCHED_PREDICT]), None)
+    generated = min(by_name[names.GENERATE], key=lambda s: s.start_ns, default=None)
+    predicted = next(iter(by_name[names.BATCHED_PREDICT]), generated)
     return Request(
         key=root.key,
         started_ns=root.start_ns,
@@ -107,6 +135,7 @@ def request_of(spans: Sequence[Span]) -> Request:
         error=Root.of(root).error,
         request_id=str(root.attributes.get(names.AI_REQUEST_ID, "")),
         client=str(root.attributes.get(names.CLIENT_ADDRESS, "")),
+        tenant=str(root.attributes.get(names.AI_TENANT, "")),
         inputs=whole(root, names.AI_INPUT_COUNT),
         tokens=whole(root, names.GEN_AI_USAGE_INPUT_TOKENS),
         chars=whole(root, names.AI_INPUT_LENGTH),
@@ -114,20 +143,50 @@ def request_of(spans: Sequence[Span]) -> Request:
         replicas={
             "ingress": root.instance,
             **{stage: span.instance for stage, _, name in _STAGES for span in by_name[name]},
+            **({"model": generated.instance} if generated is not None else {}),
         },
         host=_host(predicted.resource) if predicted is not None else "",
         runs=tuple(link for span in by_name[names.FORWARD_PASS] for link in span.links),
+        starved_ms=_starved(by_name, predicted),
         waits=tuple(without(_intervals(by_name[names.QUEUE]), _intervals(by_name[names.FORWARD_PASS]))),
         calls=tuple(_calls(by_name)),
         max_wait_ms=number(predicted, names.AI_BATCH_TIMEOUT_MS) if predicted is not None else 0.0,
+        generation=_generation(root, generated, by_name) if generated is not None else None,
+    )
+
+
+def _starved(by_name: Mapping[str, Sequence[Span]], predicted: Span | None) -> dict[str, float]:
+    """Of several choices of a generation, which overlap, the first counts."""
+    spans = {stage: by_name.get(name, ()) for stage, name in _STARVED}
+    spans["model"] = spans["model"] or ([predicted] if predicted is not None else [])
+    found = {stage: sum(number(one, names.AI_CPU_RUN_DELAY_MS) for one in ones) for stage, ones in spans.items()}
+    return {stage: delay for stage, delay in found.items() if delay > 0}
+
+
+def _generation(root: Span, first: Span, by_name: Mapping[str, Sequence[Span]]) -> Generation:
+    def of(choice: Span, name: str) -> Span | None:
+        return next((span for span in by_name.get(name, ()) if span.parent_id == choice.span_id), None)
+
+    last = max(by_name[names.GENERATE], key=lambda span: span.end_ns)
+    prefill, decode = of(first, names.PREFILL), of(last, names.DECODE)
+    return Generation(
+        prefill_tokens=whole(prefill, names.AI_PREFILL_TOKENS) if prefill is not None else 0,
+        chunks=whole(prefill, names.AI_PREFILL_CHUNKS) if prefill is not None else 0,
+        tokens=whole(decode, names.AI_DECODE_TOKENS) if decode is not None else 0,
+        first_token_ms=max(0.0, number(root, names.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK) * 1e3),
+        prefill=prefill.links if prefill is not None else (),
+        decode=decode.links if decode is not None else (),
     )
 
 
 def lacks_a_stage(request: Request, spans: Sequence[Span]) -> bool:
     """Whether a request succeeded although the span of a stage that it called is missing."""
     present = {(span.parent_id, span.name) for span in spans}
+    present |= {(parent, names.BATCHED_PREDICT) for parent, name in present if name == names.GENERATE}
     return not request.error and any(
-        (span.span_id, STAGE_OF[span.name]) not in present for span in spans if span.name in STAGE_OF
+        (span.span_id, STAGE_OF[span.name]) not in present
+        for span in spans
+        if span.name in STAGE_OF and not is_lost(span)
     )
 
 
@@ -138,10 +197,11 @@ def _intervals(spans: Iterable[Span]) -> list[Interval]:
 def _calls(by_name: Mapping[str, Sequence[Span]]) -> Iterable[Call]:
     for stage, hop_name, stage_name in _STAGES:
         for hop in by_name.get(hop_name, ()):
-            for served in by_name.get(stage_name, ()):
+            for served in by_name.get(stage_name, ()) or by_name.get(names.GENERATE, ()):
                 if served.parent_id == hop.span_id:
                     between = (hop.instance, served.instance)
-                    yield Call(stage, between, served.start_ns - hop.start_ns, hop.end_ns - served.end_ns)
+                    left_ns = hop.start_ns + wait_ns(hop)
+                    yield Call(stage, between, served.start_ns - left_ns, hop.end_ns - served.end_ns)
 
 
 def quickest_of(calls: Iterable[Call]) -> dict[tuple[str, str, str], Call]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,23 @@ from typing import BinaryIO, Protocol
 
 from zstandard import ZstdDecompressor, ZstdError
 
+from deployments.explain.traces.http_api import SourceError
 from deployments.explain.traces.losses import Losses
-from deployments.explain.traces.otlp import Decoder, Span, SpanFilter
+from deployments.explain.traces.otlp import NOT_OTLP, Decoder, Span, SpanFilter
 from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
 _ENDINGS = tuple(f".{form}{packed}" for form in ("jsonl", "json") for packed in ("", ".gz", ".zst"))
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 _LINES_A_STEP = 200
 _CLOCKS_NS = 60 * 10**9
 """Maximum difference between the clocks of a file system and of the processes that write to it."""
+_MAX_LINE = 12 * 1024 * 1024
+"""Bytes of a line; a longer one is skipped. The Collector writes one for each batch of at most 8,192 spans or so."""
+_MAX_FREE, _MAX_RATIO = 64 * 1024 * 1024, 200
+"""Bytes that a compressed file may hold in any case, and the most that it may hold for each of its own."""
+_ZSTD_CHUNK = 1 << 11
+"""A kilobyte of zstd may hold 32 MB."""
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
@@ -163,7 +171,7 @@ class TraceFiles:
                         self.broken += line.strip()[-1:] not in (b"}", b"")
         except FileNotFoundError:
             return
-        except (OSError, EOFError, ZstdError):
+        except (OSError, EOFError, ZstdError, zlib.error):
             # Compressed, and truncated or damaged: everything before that point has been read.
             self.broken += 1
         finally:
@@ -174,46 +182,82 @@ class TraceFiles:
             data = json.loads(line)
             if losses is not None and "resourceMetrics" in data:
                 losses.add(data)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except NOT_OTLP:
             self.broken += bool(line.strip())
         else:
             yield from decoder.spans(data)
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield one JSON object at a time, whatever the file's format."""
+    """Yield one JSON object at a time, whatever the file's format.
+
+    Raises EOFError if a compressed file is truncated, SourceError if it holds suspiciously much.
+    """
     head = file.read(8)
     file.seek(0)
     if head.startswith(_GZIP):
-        yield from gzip.GzipFile(fileobj=file)
+        unpacked = gzip.GzipFile(fileobj=file)
+        yield from _split(_bounded(file, iter(lambda: unpacked.read(_CHUNK), b"")))
     elif head.startswith(_ZSTD):
-        yield from _zstd_lines(file)
+        yield from _split(_bounded(file, _zstd(file)))
     elif head[4:] == _ZSTD:
-        while prefix := file.read(4):
-            frame = ZstdDecompressor().decompressobj()
-            yield frame.decompress(file.read(int.from_bytes(prefix)))
-            if not frame.eof:
-                raise EOFError
-    elif file.readline().strip() in (b"{", b"["):
+        yield from _split(_bounded(file, _framed_zstd(file)))
+    elif file.readline(_MAX_LINE).strip() in (b"{", b"["):
         # One document that spans many lines.
         file.seek(0)
-        yield file.read()
+        yield file.read(_MAX_LINE)
     else:
         file.seek(0)
-        yield from file
+        yield from _split(iter(lambda: file.read(_CHUNK), b""))
 
 
-def _zstd_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of one or more zstd frames. Raises EOFError if the last one is truncated."""
-    frame = ZstdDecompressor().decompressobj()
-    is_open, rest = False, b""
-    while packed := file.read(_CHUNK):
+def _zstd(file: BinaryIO) -> Iterator[bytes]:
+    """Unpack one or more frames."""
+    frame, is_open = ZstdDecompressor().decompressobj(), False
+    while packed := file.read(_ZSTD_CHUNK):
         while packed:
-            *lines, rest = (rest + frame.decompress(packed)).split(b"\n")
-            yield from lines
+            yield frame.decompress(packed)
             packed, is_open = frame.unused_data, not frame.eof
             if frame.eof:
                 frame = ZstdDecompressor().decompressobj()
     if is_open:
         raise EOFError
-    yield rest
+
+
+def _framed_zstd(file: BinaryIO) -> Iterator[bytes]:
+    """Unpack the Collector's own format, with a newline after every object."""
+    while prefix := file.read(4):
+        frame, left = ZstdDecompressor().decompressobj(), int.from_bytes(prefix)
+        while left and (packed := file.read(min(left, _ZSTD_CHUNK))):
+            yield frame.decompress(packed)
+            left -= len(packed)
+        if not frame.eof:
+            raise EOFError
+        yield b"\n"
+
+
+def _bounded(file: BinaryIO, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Pass on what a compressed file holds. Raises SourceError if no telemetry is ever compressed so far."""
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > _MAX_FREE and size > _MAX_RATIO * file.tell():
+            raise SourceError(f"the traces are compressed more than {_MAX_RATIO}-fold, which no telemetry is; not read")
+        yield piece
+
+
+def _split(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield lines; of one that is too long, its beginning, which is no JSON."""
+    parts: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        first, *others = piece.split(b"\n")
+        if size <= _MAX_LINE:
+            parts.append(first)
+        size += len(first)
+        if others:
+            yield b"".join(parts)
+            *whole, last = others
+            yield from whole
+            parts, size = [last], len(last)
+    yield b"".join(parts)

@@ -14,12 +14,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 
-from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.otlp import NOT_OTLP, Span, printable
 
 _TIMEOUT_S = 30
+"""Of a whole answer."""
+_MAX_ANSWER = 48 * 1024 * 1024
+_PIECE = 1 << 16
 LOOKBACK = "1h"
 LOOKBACK_NS = 3600 * 10**9
 _AT_ONCE, _FETCHES = 500, 8
@@ -40,6 +44,16 @@ def without_password(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: the token is for the server that the user named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 class Api:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -56,29 +70,50 @@ class Api:
     def text(self, path: str, query: dict[str, str]) -> str | None:
         """Return the response body; None if it is a 404. Raises SourceError."""
         where = f"{self.url}{path}" + (f"?{urlencode(query)}" if query else "")
+        request = urllib.request.Request(where, headers=self._headers)
+        deadline_s = time.monotonic() + _TIMEOUT_S
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(where, headers=self._headers), timeout=_TIMEOUT_S
-            ) as answer:
-                content: bytes = answer.read()
+            with _OPENER.open(request, timeout=_TIMEOUT_S) as answer:
+                parts, size = [], 0
+                while part := answer.read1(_PIECE):
+                    parts.append(part)
+                    size += len(part)
+                    if size > _MAX_ANSWER:
+                        raise SourceError(
+                            f"{self.url} returned more than {_MAX_ANSWER >> 20} MiB for {path}; narrow the window"
+                        )
+                    if time.monotonic() > deadline_s:
+                        raise SourceError(f"{self.url} took more than {_TIMEOUT_S} s to answer {path}")
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 return None
-            raise SourceError(f"{self.url} returned {error.code} {error.reason} for {path}") from None
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{self.url} cannot be reached: {error}") from None
-        return content.decode(errors="replace")
+            to = error.headers.get("Location") if 300 <= error.code < 400 else None
+            moved = f", to {without_password(to)}; name that as the source" if to else ""
+            raise SourceError(printable(f"{self.url} returned {error.code} {error.reason} for {path}{moved}")) from None
+        except (OSError, ValueError, HTTPException) as error:
+            raise SourceError(printable(f"{self.url} cannot be reached: {error}")) from None
+        return b"".join(parts).decode(errors="replace")
 
     def json(self, path: str, query: dict[str, str]) -> Any:
         content = self.text(path, query)
         if content is None:
             return None
         try:
-            return json.loads(content)
-        except ValueError:
+            found = json.loads(content)
+        except NOT_OTLP:
+            found = None
+        if not isinstance(found, dict):
             raise SourceError(
-                f"{self.url} is neither Jaeger's nor Tempo's HTTP API: its response to {path} is not JSON"
-            ) from None
+                f"{self.url} is neither Jaeger's nor Tempo's HTTP API: its response to {path} is not a JSON object"
+            )
+        return found
+
+    def objects(self, path: str, query: dict[str, str], key: str) -> list[dict[str, Any]]:
+        """Return the list of objects that a response has under ``key``; empty if there is none. Raises SourceError."""
+        found = (self.json(path, query) or {}).get(key) or []
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise SourceError(f"{self.url} did not answer {path} as Jaeger's and Tempo's HTTP APIs specify")
+        return found
 
 
 class Backend:

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from deployments.explain.traces.http_api import LONGEST_REQUEST_NS, LOOKBACK, Api, Backend, in_windows, window
-from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.otlp import NOT_OTLP, Event, Span, hex_id, printable, time_ns
 from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
@@ -43,6 +43,7 @@ class Jaeger(Backend):
             yield from spans
         own_traces = (
             (_MODEL, names.BATCH_FORWARD),
+            (_MODEL, names.SEGMENT),
             (_MODEL, names.MODEL_LOAD),
             (_AUTOSCALER, names.SCALING_DECISION),
         )
@@ -59,25 +60,36 @@ class Jaeger(Backend):
 
     def _search(self, service: str, operation: str, more: dict[str, str]) -> list[dict[str, Any]]:
         query = {"service": service, "operation": operation, **more}
-        return (self._api.json("/api/traces", query) or {}).get("data") or []
+        return self._api.objects("/api/traces", query, "data")
 
     def _spans(self, trace_id: str) -> list[Span]:
-        answer = self._api.json(f"/api/traces/{quote(trace_id)}", {}) or {}
-        spans = {span.key: span for trace in answer.get("data") or [] for span in self._decoded(trace)}
+        traces = self._api.objects(f"/api/traces/{quote(trace_id)}", {}, "data")
+        spans = {span.key: span for trace in traces for span in self._decoded(trace)}
         return list(spans.values())
 
     def _decoded(self, trace: dict[str, Any]) -> Iterator[Span]:
-        resources = {key: _resource(process) for key, process in trace.get("processes", {}).items()}
-        for span in trace.get("spans", []):
+        try:
+            resources = {key: _resource(process) for key, process in trace.get("processes", {}).items()}
+            spans = list(trace.get("spans") or [])
+        except NOT_OTLP:
+            self.broken += 1
+            return
+        for span in spans:
             try:
                 yield _from_jaeger(span, resources.get(span.get("processID", ""), {}))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except NOT_OTLP:
                 self.broken += 1
 
 
 def _resource(process: dict[str, Any]) -> dict[str, Any]:
-    tags = {tag["key"]: tag["value"] for tag in process.get("tags", [])}
-    return {**tags, "service.name": process.get("serviceName", "")}
+    return {**_tags(process.get("tags")), "service.name": printable(process.get("serviceName", ""))}
+
+
+def _tags(tags: list[dict[str, Any]] | None) -> dict[str, Any]:
+    return {
+        printable(tag["key"]): value if isinstance(value := tag["value"], bool | int | float) else printable(value)
+        for tag in tags or []
+    }
 
 
 def _from_jaeger(span: dict[str, Any], resource: dict[str, Any]) -> Span:
@@ -87,23 +99,29 @@ def _from_jaeger(span: dict[str, Any], resource: dict[str, Any]) -> Span:
         (one["refType"], _padded(one["traceID"], 32), _padded(one["spanID"], 16)) for one in span.get("references", [])
     ]
     parent = next((ref for ref in references if ref[0] == "CHILD_OF" and ref[1] == trace_id), None)
-    attributes = {tag["key"]: tag["value"] for tag in span.get("tags", [])}
+    attributes = _tags(span.get("tags"))
     return Span(
         trace_id=trace_id,
         span_id=_padded(span["spanID"], 16),
         parent_id=parent[2] if parent is not None else "",
-        name=str(span["operationName"]),
+        name=printable(span["operationName"]),
         service=str(resource.get("service.name", "")),
         instance=str(resource.get("service.instance.id", "")),
-        start_ns=int(span["startTime"]) * 1000,
-        end_ns=(int(span["startTime"]) + int(span["duration"])) * 1000,
+        start_ns=time_ns(int(span["startTime"]) * 1000),
+        end_ns=time_ns((int(span["startTime"]) + int(span["duration"])) * 1000),
         attributes=attributes,
         links=tuple(ref[1:] for ref in references if ref is not parent),
         failed=attributes.get("error") is True or attributes.get("otel.status_code") == "ERROR",
         resource=resource,
+        events=tuple(map(_event, span.get("logs") or [])) if span["operationName"] == names.DECODE else (),
     )
+
+
+def _event(log: dict[str, Any]) -> Event:
+    fields = _tags(log.get("fields"))
+    return Event(str(fields.pop("event", "")), time_ns(int(log["timestamp"]) * 1000), fields)
 
 
 def _padded(ident: str, length: int) -> str:
     """Jaeger omits leading zeros."""
-    return ident.lower().zfill(length)
+    return hex_id(ident).zfill(length)

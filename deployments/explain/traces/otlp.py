@@ -1,14 +1,30 @@
-"""Decodes spans from OTLP JSON, as found in files and returned by servers."""
+"""Decodes spans from OTLP JSON, as found in files and returned by servers.
+
+Traces come from strangers. What is decoded has ids in hex, times between 1970 and 2262, and no character that a
+terminal would act on, so that whoever reads spans may compute with them and print them.
+"""
 
 from __future__ import annotations
 
 import base64
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from deployments.telemetry import names
+
 _BASE64_LENGTHS = (12, 24)
+_HEX = re.compile("[0-9a-f]{0,32}")
+_MAX_NS = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    name: str
+    unix_ns: int
+    attributes: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +46,8 @@ class Span:
     failed: bool
     resource: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of the process."""
+    events: tuple[Event, ...] = ()
+    """Of a ``decode`` span; those of other spans are not read."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -38,6 +56,10 @@ class Span:
     @property
     def ms(self) -> float:
         return (self.end_ns - self.start_ns) / 1e6
+
+
+NOT_OTLP = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What decoding raises where the data is not what it should be."""
 
 
 class SpanFilter(Protocol):
@@ -64,7 +86,7 @@ class Decoder:
         try:
             resources = data.get("resourceSpans", data.get("batches")) or []
             parts = [(self._resource(part.get("resource", {})), _of_scopes(part)) for part in resources]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except NOT_OTLP:
             self.broken += 1
             return
         span_filter = self._span_filter
@@ -73,7 +95,7 @@ class Decoder:
                 try:
                     if span_filter is None or span_filter.wants(span["name"], _hex(span["traceId"])):
                         yield _span(span, resource)
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except NOT_OTLP:
                     self.broken += 1
 
     def _resource(self, resource: dict[str, Any]) -> dict[str, Any]:
@@ -88,35 +110,60 @@ def _of_scopes(part: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
-    end_ns = int(span["endTimeUnixNano"])
-    if end_ns <= 0:
+    end_ns = time_ns(span["endTimeUnixNano"])
+    if end_ns == 0:
         raise ValueError("the span has not ended")
     return Span(
         trace_id=_hex(span["traceId"]),
         span_id=_hex(span["spanId"]),
         parent_id=_hex(span.get("parentSpanId") or ""),
-        name=sys.intern(str(span["name"])),
+        name=sys.intern(printable(span["name"])),
         # Interned, because a million spans share these few strings.
         service=sys.intern(str(resource.get("service.name", ""))),
         instance=sys.intern(str(resource.get("service.instance.id", ""))),
-        start_ns=int(span["startTimeUnixNano"]),
+        start_ns=time_ns(span["startTimeUnixNano"]),
         end_ns=end_ns,
         attributes=_attributes(span),
         links=tuple((_hex(link["traceId"]), _hex(link["spanId"])) for link in span.get("links", [])),
         failed=span.get("status", {}).get("code") in (2, "STATUS_CODE_ERROR"),
         resource=resource,
+        events=tuple(map(_event, span.get("events", []))) if span["name"] == names.DECODE else (),
     )
+
+
+def _event(event: dict[str, Any]) -> Event:
+    return Event(printable(event.get("name", "")), time_ns(event["timeUnixNano"]), _attributes(event))
 
 
 def _hex(ident: str) -> str:
     """OTLP JSON has ids in hex; protobuf's own JSON, which Tempo returns, has them in base64."""
-    if len(ident) in _BASE64_LENGTHS:
-        return base64.b64decode(ident, validate=True).hex()
-    return ident.lower()
+    return hex_id(base64.b64decode(ident, validate=True).hex() if len(ident) in _BASE64_LENGTHS else ident)
+
+
+def hex_id(ident: str) -> str:
+    """Raises ValueError if it is no id."""
+    ident = ident.lower()
+    if _HEX.fullmatch(ident) is None:
+        raise ValueError("an id is not hexadecimal")
+    return ident
+
+
+def time_ns(value: Any) -> int:
+    """Raises ValueError if it is no time."""
+    ns = int(value)
+    if not 0 <= ns <= _MAX_NS:
+        raise ValueError("a time is not between 1970 and 2262")
+    return ns
+
+
+def printable(text: Any) -> str:
+    """Replace what a terminal would act on: control characters, and those that change the direction of text."""
+    text = str(text)
+    return text if text.isprintable() else "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def _attributes(owner: dict[str, Any]) -> dict[str, Any]:
-    return {sys.intern(pair["key"]): _value(pair["value"]) for pair in owner.get("attributes", [])}
+    return {sys.intern(printable(pair["key"])): _value(pair["value"]) for pair in owner.get("attributes", [])}
 
 
 def _value(value: dict[str, Any]) -> Any:
@@ -129,6 +176,8 @@ def _value(value: dict[str, Any]) -> Any:
             return float(content)
         if kind == "arrayValue":
             return [_value(item) for item in content.get("values", [])]
-        if kind in ("stringValue", "boolValue"):
-            return content
+        if kind == "stringValue":
+            return printable(content)
+        if kind == "boolValue":
+            return content is True
     return None

@@ -29,7 +29,7 @@ OF_A_REQUEST = {spec.name for spec in span_specs.SPANS if spec.parent != "none"}
     names.LOAD_DEVICE_MOVE,
     names.LOAD_WARM_UP,
 }
-_OF_A_PROCESS = {names.BATCH_FORWARD, names.MODEL_LOAD, names.SCALING_DECISION}
+_OF_A_PROCESS = {names.BATCH_FORWARD, names.SEGMENT, names.MODEL_LOAD, names.SCALING_DECISION}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from deployments.explain.traces.http_api import LONGEST_REQUEST_NS, Backend, in_windows, window
-from deployments.explain.traces.otlp import Decoder, Span
+from deployments.explain.traces.otlp import NOT_OTLP, Decoder, Span, hex_id, printable, time_ns
 from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
@@ -18,7 +18,7 @@ class Tempo(Backend):
         found = self._search({"limit": "20"})
         if not found:
             raise LookupError("there is no request in these traces yet")
-        return _tempo_id(max(found, key=lambda one: int(one.get("startTimeUnixNano", 0))))
+        return _tempo_id(max(found, key=lambda one: time_ns(one.get("startTimeUnixNano", 0))))
 
     def roots(self, since_ns: int) -> Iterator[Root]:
         self.broken = 0
@@ -27,7 +27,7 @@ class Tempo(Backend):
                 trace_id = _tempo_id(summary)
                 sets = summary.get("spanSets") or [summary.get("spanSet") or {}]
                 matched = [_tempo_root(trace_id, span) for one in sets for span in one.get("spans") or []]
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except NOT_OTLP:
                 self.broken += 1
                 continue
             # Versions before TraceQL return only the trace id.
@@ -51,8 +51,10 @@ class Tempo(Backend):
 
     def _search(self, more: dict[str, str], name: str = names.PREDICT) -> list[dict[str, Any]]:
         query = f'{{ name = "{name}" }} | select(span.error.type, status)'
-        answer = self._api.json("/api/search", {"q": query, **more}) or {}
-        return answer.get("traces") or []
+        found = self._api.objects("/api/search", {"q": query, **more}, "traces")
+        known = [one for one in found if _is_summary(one)]
+        self.broken += len(found) - len(known)
+        return known
 
     def _spans(self, trace_id: str) -> list[Span]:
         decoder = Decoder()
@@ -62,13 +64,23 @@ class Tempo(Backend):
         return list(spans.values())
 
 
+def _is_summary(found: dict[str, Any]) -> bool:
+    try:
+        _tempo_id(found)
+        time_ns(found.get("startTimeUnixNano", 0))
+    except NOT_OTLP:
+        return False
+    return True
+
+
 def _tempo_id(summary: dict[str, Any]) -> str:
     """Tempo omits leading zeros."""
-    return str(summary["traceID"]).lower().zfill(32)
+    return hex_id(str(summary["traceID"])).zfill(32)
 
 
 def _tempo_root(trace_id: str, span: dict[str, Any]) -> Root:
-    attributes = {one["key"]: next(iter(one["value"].values()), "") for one in span.get("attributes", [])}
+    attributes = {one["key"]: printable(next(iter(one["value"].values()), "")) for one in span.get("attributes", [])}
     error = str(attributes.get(names.ERROR_TYPE) or ("error" if attributes.get("status") == "error" else ""))
-    key = (trace_id, str(span["spanID"]).lower().zfill(16))
-    return Root(key, int(span["startTimeUnixNano"]), int(span["durationNanos"]), error)
+    key = (trace_id, hex_id(str(span["spanID"])).zfill(16))
+    started_ns = time_ns(span["startTimeUnixNano"])
+    return Root(key, started_ns, time_ns(started_ns + int(span["durationNanos"])) - started_ns, error)

@@ -54,6 +54,12 @@ _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
         ("batching", "max_wait_ms"),
         ("batching", "grouping_window"),
         ("batching", "max_queue"),
+        ("generation", "max_sequences"),
+        ("generation", "max_batch_tokens"),
+        ("generation", "max_step_ms"),
+        ("generation", "kv_cache_tokens"),
+        ("generation", "kv_reserve"),
+        ("generation", "max_queue"),
     ),
     "postprocessor": (),
     "autoscaler": (),
@@ -211,7 +217,9 @@ def make_resource(service: Service, config: AppConfig, identity: ReplicaIdentity
 def _settings(service: Service, config: AppConfig, identity: ReplicaIdentity) -> Iterator[tuple[str, str | float]]:
     """Yield the current values of the settings that ``slowlens why`` may propose to change."""
     for section, key in _SETTINGS[service]:
-        yield f"{section}.{key}", getattr(getattr(config, section), key)
+        value = getattr(getattr(config, section), key)
+        if value is not None:
+            yield f"{section}.{key}", value
     yield from identity.settings.items()
 
 

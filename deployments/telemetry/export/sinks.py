@@ -15,7 +15,7 @@ from deployments.telemetry.export.span import Span
 from deployments.telemetry.export.store import JsonLines
 
 _MAX_LINE_SPANS = 512
-_MAX_AGE_S = 1.0
+_MAX_AGE_S = 0.5
 """Maximum time before a span is written to the store."""
 _logger = logging.getLogger("slowlens.telemetry")
 
@@ -69,7 +69,7 @@ class SdkSink:
 
 
 class StoreSink:
-    """Writes lines to the local store, each with the spans of about a second."""
+    """Writes lines to the local store, each with the spans of about half a second."""
 
     wants_spans = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deployments.telemetry import metrics
+from deployments.telemetry.gauges.cpu import RunDelay
 from deployments.telemetry.gauges.nvml import GpuReader, GpuSample
 from deployments.telemetry.gauges.process import ProcessUsage, resident_bytes
 from deployments.telemetry.measures import Measures, Reading
@@ -16,6 +17,10 @@ def show_process(measures: Measures) -> None:
     usage = ProcessUsage()
     measures.gauge(metrics.PROCESS_CPU, lambda: [(usage.cpu_utilization(), {})])
     measures.gauge(metrics.PROCESS_MEMORY, lambda: [(resident_bytes(), {})])
+
+
+def show_run_delay(measures: Measures, run_delay: RunDelay) -> None:
+    measures.gauge(metrics.CPU_RUN_DELAY, lambda: [(run_delay.ratio(), {})])
 
 
 def show_gpus(measures: Measures, reader: GpuReader) -> None:

@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from deployments.autoscaling.meters import BatchQueueMeter, DecayingRate, EventLoopMeter
+from deployments.autoscaling.meters import BatchQueueMeter, DecayingRate, EventLoopMeter, GenerationMeter
 from deployments.batching.cost import RunCost
+from deployments.batching.generation.step_cost import StepCost
 from tests.support.device import Device, settle
 
 
@@ -51,7 +52,7 @@ def test_a_first_event_is_not_taken_for_a_burst() -> None:
 def busy_gate(device: Device) -> BatchQueueMeter:
     """10 ms per run and 1 ms per token: a full batch of 10-token inputs takes 50 ms."""
     device.gate.planner.cost = RunCost(run_ns=10e6, token_ns=1e6)
-    return BatchQueueMeter(device.gate, 0.0)
+    return BatchQueueMeter(device.gate, 0.0, Clock())
 
 
 def test_the_queue_is_measured_at_the_rate_of_full_batches() -> None:
@@ -119,6 +120,45 @@ def test_an_idle_stage_has_no_demand_and_keeps_its_last_rate(monkeypatch: pytest
 
     assert (idle.demand, idle.demand_now) == (0, 0)
     assert idle.throughput == busy.throughput > 0
+
+
+def generations(clock: Clock, max_sequences: int = 4) -> GenerationMeter:
+    """20 ms a step, 5 for each sequence that decodes, 1 for each token of a prompt: 10 ms a token in full steps."""
+    return GenerationMeter(StepCost(20e6, 5e6, 1e6), max_sequences, 0.0, clock)
+
+
+def test_a_generation_waits_when_all_places_are_taken() -> None:
+    meter = generations(Clock())
+    for number in range(6):
+        assert meter.queue_wait_ms() == pytest.approx(0 if number < 4 else (number - 3) * 600)
+        # 100 ms of prompt, and 50 tokens at 10 ms.
+        meter.queued(prompt=100, max_tokens=50)
+    for _ in range(6):
+        meter.left(prompt=100, max_tokens=50)
+    assert meter.queue_wait_ms() == 0
+
+
+def test_how_much_of_its_maximum_a_generation_uses_is_learned() -> None:
+    meter = generations(Clock())
+    for _ in range(100):
+        meter.finished(max_tokens=500, tokens=50)
+    for _ in range(5):
+        meter.queued(prompt=0, max_tokens=500)
+    assert meter.queue_wait_ms() == pytest.approx(2 * 500, rel=0.01)
+
+
+def test_arriving_generations_are_reported_in_seconds_of_the_device() -> None:
+    clock = Clock()
+    meter = generations(clock)
+    for _ in range(600):
+        clock.s += 0.05
+        meter.arrive(choices=1, prompt=10, max_tokens=5)
+    report = meter.report(waiting=3, oldest_age_ms=40.0)
+    assert report.demand == pytest.approx(1.2, rel=0.05)
+    assert report.demand_now == pytest.approx(1.2, rel=0.1)
+    assert report.throughput == pytest.approx(1 / 0.06, rel=0.05)
+    assert (report.queue_depth, report.oldest_age_ms) == (3, 40.0)
+    assert report.is_credible
 
 
 def test_the_report_has_the_form_that_serve_accepts() -> None:

@@ -443,16 +443,28 @@ def test_the_policy_is_pickled_by_value() -> None:
     assert (ran.stdout, ran.stderr) == (b"500\n", b"")
 
 
-@pytest.mark.parametrize("function", [POLICY, "ray.serve.autoscaling_policy:default_autoscaling_policy"])
-def test_a_replica_with_invalid_policy_settings_does_not_start(function: str) -> None:
+SERVES_DEFAULT = AutoscalingPolicy().policy_function
+
+
+@pytest.mark.parametrize(
+    ("function", "has_channel", "problem"),
+    [
+        (POLICY, True, r"^deployments\.Model\.autoscaling_config\.policy\.policy_kwargs\.target"),
+        (POLICY, False, r"^deployments\.Model\.autoscaling_config\.policy\.policy_kwargs\.target"),
+        (SERVES_DEFAULT, True, r"^deployments\.Model\.autoscaling_config\.policy: Serve's default policy counts calls"),
+        (SERVES_DEFAULT, False, None),
+        ("somebody:Else", True, None),
+    ],
+)
+def test_a_replica_whose_policy_cannot_work_does_not_start(
+    function: str, has_channel: bool, problem: str | None
+) -> None:
     policy = SimpleNamespace(policy_function=function, policy_kwargs={"target_queue_wait_ms": -5})
     config = SimpleNamespace(autoscaling_config=SimpleNamespace(policy=policy))
     context: Any = SimpleNamespace(deployment="Model", _deployment_config=config)
 
-    if function == POLICY:
-        with pytest.raises(
-            ConfigError, match=r"^deployments\.Model\.autoscaling_config\.policy\.policy_kwargs\.target"
-        ):
-            check_policy(context)
+    if problem is None:
+        check_policy(context, has_channel=has_channel)
     else:
-        check_policy(context)
+        with pytest.raises(ConfigError, match=problem):
+            check_policy(context, has_channel=has_channel)

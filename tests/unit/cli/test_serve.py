@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from deployments.cli import serve
 from deployments.cli.main import main
 from deployments.cli.serve import FAST, environment_for
 
@@ -14,15 +16,16 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def became(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], dict[str, str]]]:
-    """The calls of ``execve`` that would have ended this process."""
-    calls: list[tuple[str, list[str], dict[str, str]]] = []
+def supervised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """The commands that would have been run, with their environments; they end with status 3."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
 
-    def execve(program: str, arguments: list[str], environment: dict[str, str]) -> None:
-        calls.append((program, arguments, environment))
-        raise SystemExit(0)
+    def supervise(command: list[str], environment: dict[str, str]) -> int:
+        calls.append((command, environment))
+        return 3
 
-    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(serve, "supervise", supervise)
+    monkeypatch.setattr(serve, "holder_of", lambda _: None)
     for name in FAST:
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -38,7 +41,7 @@ def became(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], dict[s
     ],
 )
 def test_it_executes_serve_run_with_the_fast_environment(
-    became: list[tuple[str, list[str], dict[str, str]]],
+    supervised: list[tuple[list[str], dict[str, str]]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
@@ -46,16 +49,14 @@ def test_it_executes_serve_run_with_the_fast_environment(
     rest: list[str],
 ) -> None:
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit):
-        main(["serve", *arguments])
-    ((program, command, environment),) = became
+    assert main(["serve", *arguments]) == 3
+    ((command, environment),) = supervised
 
-    assert Path(program).name == "serve"
-    assert command == [program, "run", config, *rest]
+    assert command == [sys.executable, "-m", "deployments.cli.running", "run", config, *rest]
     fast = {name: setting.value for name, setting in FAST.items()}
     assert environment == {**os.environ, **fast}
     printed = capsys.readouterr().err.splitlines()
-    assert printed == [*(f"{name}={value}" for name, value in fast.items()), " ".join(command)]
+    assert printed == [*(f"{name}={value}" for name, value in fast.items()), " ".join(["serve run", config, *rest])]
 
 
 def test_existing_environment_variables_are_kept() -> None:
@@ -88,7 +89,7 @@ def test_existing_environment_variables_are_kept() -> None:
     ],
 )
 def test_an_invalid_file_is_rejected_before_anything_starts(
-    became: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+    supervised: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
 ) -> None:
     config = tmp_path / "config.yaml"
     if content is not None:
@@ -96,25 +97,21 @@ def test_an_invalid_file_is_rejected_before_anything_starts(
 
     assert main(["serve", str(config)]) == 2
     assert message in capsys.readouterr().err
-    assert became == []
+    assert supervised == []
 
 
-def test_values_that_are_not_mappings_are_left_to_serve(became: list[object], tmp_path: Path) -> None:
+def test_values_that_are_not_mappings_are_left_to_serve(supervised: list[object], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
         "applications:\n- import_path: deployments.app:build\n  args: {model: {engine: fake}}\n"
         "  deployments: [{name: Model, autoscaling_config: auto}, 3]\n"
     )
-    with pytest.raises(SystemExit):
-        main(["serve", str(config)])
-
-    assert len(became) == 1
+    assert main(["serve", str(config)]) == 3
+    assert len(supervised) == 1
 
 
-def test_other_applications_are_not_checked(became: list[object], tmp_path: Path) -> None:
+def test_other_applications_are_not_checked(supervised: list[object], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("applications:\n- import_path: theirs:app\n  args: {anything: 1}\n")
-    with pytest.raises(SystemExit):
-        main(["serve", str(config)])
-
-    assert len(became) == 1
+    assert main(["serve", str(config)]) == 3
+    assert len(supervised) == 1

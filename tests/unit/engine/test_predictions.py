@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -20,6 +21,7 @@ from deployments.messages import OutputOptions, Ragged, Tokenized
 
 CARD = replace(ModelCard.load(ModelConfig(engine="fake")), labels=("no", "maybe", "yes"))
 PREDICT = OutputOptions("/predict")
+BEST = msgspec.structs.replace(PREDICT, top_k=1)
 
 
 class Vocabulary:
@@ -89,7 +91,10 @@ def test_classification_ranks_labels_by_score(function: Any, expected: list[floa
 
 def test_classification_over_the_route() -> None:
     (found,) = fragments(
-        "text-classification", [np.array([3.0, 0.0, 0.0], dtype=np.float32)], tokenized([1]), replace(PREDICT, top_k=1)
+        "text-classification",
+        [np.array([3.0, 0.0, 0.0], dtype=np.float32)],
+        tokenized([1]),
+        BEST,
     )
     assert (found["label"], len(found["scores"]), found["truncated"]) == ("no", 1, False)
 
@@ -112,7 +117,7 @@ def test_fills_say_which_mask_where_there_are_several() -> None:
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2]], dtype=np.float32)
     candidates = np.array([[4, 5], [6, 7]], dtype=np.int32)
     (one,) = fragments("fill-mask", [(probabilities[:1], candidates[:1])], tokenized([1, 9, 2]))
-    (two,) = fragments("fill-mask", [(probabilities, candidates)], tokenized([9, 3, 9]), replace(PREDICT, top_k=1))
+    (two,) = fragments("fill-mask", [(probabilities, candidates)], tokenized([9, 3, 9]), BEST)
 
     assert one["fills"][0] == {"token": "t4", "score": pytest.approx(0.9), "sequence": "t1 t4 t2"}
     assert [(fill["mask"], fill["token"], fill["sequence"]) for fill in two["fills"]] == [

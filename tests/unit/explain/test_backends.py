@@ -194,6 +194,55 @@ def test_a_request_and_its_batch(api: dict[str, Any], given: list[str], capsys: 
         assert searches[0]["q"] == ['{ name = "ai.inference.predict" } | select(span.error.type, status)']
 
 
+SLOW_TOKEN = {
+    "tempo": tempo_span(
+        TRACE,
+        ROOT,
+        "",
+        "ai.inference.decode",
+        1000,
+        2000,
+        attributes=[{"key": "ai.decode.usual_gap_ms", "value": {"doubleValue": 70}}],
+        events=[
+            {
+                "name": "slow_token",
+                "timeUnixNano": str(1400 * 10**6),
+                "attributes": [
+                    {"key": "ai.token.index", "value": {"intValue": "41"}},
+                    {"key": "ai.token.gap_ms", "value": {"doubleValue": 380.0}},
+                ],
+            }
+        ],
+    ),
+    "jaeger": jaeger_span(TRACE, ROOT, "", "ai.inference.decode", 1000, 2000, "p2", ai__decode__usual_gap_ms=70)
+    | {
+        "logs": [
+            {
+                "timestamp": 1400 * 10**3,
+                "fields": [
+                    {"key": "event", "type": "string", "value": "slow_token"},
+                    {"key": "ai.token.index", "type": "int64", "value": 41},
+                    {"key": "ai.token.gap_ms", "type": "float64", "value": 380.0},
+                ],
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SLOW_TOKEN)
+def test_slow_tokens(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    span = SLOW_TOKEN[kind]
+    answers: dict[str, dict[str, Any]] = {
+        "tempo": {f"/api/traces/{TRACE}": {"batches": [otlp("slowlens.model", span)]}, "/api/echo": b"echo"},
+        "jaeger": {f"/api/traces/{TRACE}": {"data": [{"traceID": TRACE, "spans": [span], "processes": PROCESSES}]}},
+    }
+    with serving(answers[kind]) as asked:
+        assert main(["trace", TRACE, "--source", asked.url]) == 0
+    said = "  token 41 waited 380 ms, usually 70: 310 ms more for a step without anybody's prompt"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("api", "message"),
     [

@@ -88,6 +88,30 @@ def test_the_transit_to_a_replica_that_was_not_ready_is_a_cold_start() -> None:
     assert parts(trace) == WHOLE | {"cold_start": 10, "transit": 24 - 10}
 
 
+def test_the_wait_for_a_replica_is_what_the_call_states() -> None:
+    trace = request()
+    trace[4] = replace(trace[4], attributes={"ai.hop.wait_ms": 7.0})
+    assert parts(trace) == WHOLE | {"replica_wait": 7, "transit": 24 - 7}
+    trace[5] = replace(trace[5], attributes={"ai.model.load_type": "cold"})
+    assert parts(trace) == WHOLE | {"cold_start": 10, "transit": 24 - 10}
+    # No more than the call took beside its stage.
+    trace[4] = replace(trace[4], attributes={"ai.hop.wait_ms": 1e6})
+    trace[5] = replace(trace[5], attributes={})
+    assert parts(trace) == WHOLE | {"replica_wait": 10, "transit": 24 - 10}
+
+
+def test_a_call_whose_replica_died_is_a_lost_attempt() -> None:
+    trace = request()
+    died = {"error.type": "replica_died"}
+    trace[4] = span("hm", "root", names.HOP_MODEL, 40, 85)
+    trace.append(span("h1", "root", names.HOP_MODEL, 15, 40, **died))
+    trace[5] = span("m", "hm", names.BATCHED_PREDICT, -SKEW, -SKEW + 40)
+    trace[6] = span("q", "m", names.QUEUE, -SKEW, -SKEW + 20, ai__queue__device_busy_ms=20.0)
+    trace[7] = span("f", "m", names.FORWARD_PASS, -SKEW + 20, -SKEW + 40)
+    changed = {"lost_attempt": 25, "transit": 6 + 5 + 8, "device_busy": 20, "unaccounted": 1}
+    assert parts(trace) == {name: ms for name, ms in (WHOLE | changed).items() if name != "batch_fill"}
+
+
 def test_a_request_in_two_batches_waits_only_while_neither_runs() -> None:
     trace = [
         span("root", "", names.PREDICT, 0, 100),
@@ -117,7 +141,7 @@ def test_a_trace_without_a_root_is_rejected() -> None:
 
 TIMES = st.integers(-50, 150)
 NUMBERS = st.one_of(st.none(), st.floats(), st.integers(-5, 200), st.text(max_size=2))
-KEYS = ["ai.hop.transit_ms", "ai.queue.device_busy_ms", "ai.queue.fill_wait_ms"]
+KEYS = ["ai.hop.transit_ms", "ai.hop.wait_ms", "error.type", "ai.queue.device_busy_ms", "ai.queue.fill_wait_ms"]
 
 
 @st.composite

@@ -67,6 +67,75 @@ def test_requests_cut_off_by_the_edges_of_the_window_are_not_incomplete() -> Non
     assert len(found.runs) == 119
 
 
+def queued(arrivals_ms: Sequence[float], tokens: Sequence[int], **slow: Any) -> list[Span]:
+    """Requests that run one by one, in order of arrival, on a device that they wait for."""
+    spans: list[Span] = []
+    free_at = 0.0
+    for number, (at, size) in enumerate(zip(arrivals_ms, tokens, strict=True)):
+        took = RUN_MS + TOKEN_MS * size
+        # As ``request`` has it: its upload, the tokenizer there and back, and the way to the model.
+        at_model = at + 1.0 + 1.0 + 0.5 + 1.0 + 1.0
+        busy = max(0.0, free_at - at_model)
+        free_at = at_model + busy + took
+        spans += request(number, at, tokens=size, busy=busy, chars=4 * size, **slow)
+    return [one_by_one(one) for one in spans]
+
+
+def one_by_one(span: Span) -> Span:
+    """The span of a process that is set to run no batches."""
+    return replace(span, resource={**span.resource, "slowlens.batching.max_batch_size": 1})
+
+
+def at_random(rate_per_s: float, count: int, seed: int) -> list[float]:
+    chance, at, found = random.Random(seed), 0.0, []
+    for _ in range(count):
+        at += chance.expovariate(rate_per_s / 1000)
+        found.append(at)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("busy", [0.2, 0.4, 0.6, 0.7, 0.8])
+def test_what_random_arrivals_wait_is_no_finding(busy: float, seed: int) -> None:
+    # A run of 10 tokens takes 9 ms.
+    arrivals = at_random(busy * 1000 / 9.0, 800, seed)
+    assert [finding.cause for finding in verdict(queued(arrivals, [10] * 800)).findings] == []
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_burst_is_more_than_chance(seed: int) -> None:
+    arrivals = at_random(30.0, 800, seed)
+    arrivals = sorted([*arrivals, *(arrivals[400] + number for number in range(40))])
+    assert [finding.cause for finding in verdict(queued(arrivals, [10] * 840)).findings] == ["device_queue"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_who_waits_behind_a_long_input_waits_for_that(seed: int) -> None:
+    arrivals = at_random(30.0, 800, seed)
+    chance = random.Random(seed)
+    tokens = [500 if chance.random() < 0.03 else chance.randint(5, 15) for _ in arrivals]
+    found = verdict(queued(arrivals, tokens))
+    assert found.findings[0].cause == "long_input"
+    assert "device_queue" not in [finding.cause for finding in found.findings]
+    assert "waited behind the inputs of others" in found.findings[0].summary
+    for one in found.answered:
+        assert sum(one.parts.values()) == pytest.approx(one.request.latency_ns / 1e6)
+        assert min(one.parts.values()) > -1e-6
+
+
+def test_who_waits_behind_a_slow_run_waits_for_what_slowed_it() -> None:
+    arrivals = at_random(30.0, 800, 1)
+    spans: list[Span] = []
+    free_at = 0.0
+    for number, at in enumerate(arrivals):
+        slow = 150.0 if number % 60 == 59 else 0.0
+        busy = max(0.0, free_at - at - 4.5)
+        free_at = at + 4.5 + busy + RUN_MS + TOKEN_MS * 10 + slow
+        spans += request(number, at, busy=busy, contention=slow)
+    found = [finding.cause for finding in verdict(spans).findings]
+    assert found == ["device_contention"]
+
+
 def test_a_healthy_window_has_no_findings() -> None:
     found = verdict(window({}))
     assert found.findings == []
@@ -256,7 +325,8 @@ def test_fixes_name_the_setting_with_its_current_and_suggested_value() -> None:
         slow = CASES[cause] | ({"chars": 90_000} if cause == "tokenization" else {})
         spans = [replace(one, resource={**one.resource, **settings}) for one in window(slow)]
         fixes[cause] = fix_text(verdict(spans).findings[0])
-    assert "deployments.Model.autoscaling_config.max_replicas: 2 -> 3" in fixes["device_queue"]
+    # One replica ran, and the policy had not asked for a second: it is no limit that held it back.
+    assert "deployments.Model.autoscaling_config.min_replicas: 2" in fixes["device_queue"]
     assert "batching.max_batch_tokens: 8192 -> 4096" in fixes["padding"]
     assert "limits.max_input_chars: 200000 -> 50000" in fixes["tokenization"]
     assert "at best p99 111 -> 23 ms" in fixes["tokenization"]
@@ -275,6 +345,17 @@ def test_failures_are_a_cause_but_invalid_input_is_not() -> None:
     assert "6 of 240 requests failed (replica_died 6)" in finding.summary
     assert "more than once" not in finding.summary
     assert verdict(window({"error": "invalid_field"})).findings == []
+
+
+def test_requests_that_failed_and_requests_that_were_sent_again_are_one_finding() -> None:
+    spans = window({"attempt": 80.0})
+    for number in range(240, 246):
+        spans += request(number, number * 250.0, error="replica_died")
+    (finding,) = (one for one in verdict(spans).findings if one.cause == "errors_retries")
+    assert finding.requests > 6 + 10
+    assert finding.summary.startswith("6 of 246 requests failed (replica_died 6)")
+    assert "; 12 of 12 slow requests spent 80 ms more" in finding.summary
+    assert "on replicas that died before they replied, until the call was sent to another" in finding.summary
 
 
 def test_retried_failures_are_identified_by_their_request_id() -> None:

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments.engine.fake import fake_embedding, fake_token_id
 from deployments.telemetry import names
 from deployments.telemetry.span_specs import SPANS
-from tests.support.local import Application
+from tests.support.local import Application, run_with_client
 
 ARGS: dict[str, Any] = {"model": {"engine": "fake", "name": "fake-model", "max_length": 16}}
 Client = httpx2.AsyncClient
 POISON = fake_token_id("poison")
 
 
-def with_client(use: Callable[[Client, Application], Awaitable[None]], **args: Any) -> Application:
-    """Run ``use`` with a client of a fresh application, and close the application's telemetry."""
-    application = Application(**{**ARGS, **args})
-
-    async def run() -> None:
-        transport = httpx2.ASGITransport(application.app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
-            await use(client, application)
-
-    asyncio.run(run())
-    application.close()
-    return application
+def with_client(use: Callable[[Client, Application], Awaitable[None]], **args: Any) -> None:
+    run_with_client(lambda: Application(**{**ARGS, **args}), use)
 
 
 def test_an_embedding_comes_back_with_its_headers(tmp_path: Path) -> None:
@@ -64,8 +54,27 @@ def test_an_embedding_comes_back_with_its_headers(tmp_path: Path) -> None:
     lines = [line for path in (tmp_path / "slowlens").glob("traces-*") for line in path.read_text().splitlines()]
     spans = [s for line in lines for s in json.loads(line)["resourceSpans"][0]["scopeSpans"][0]["spans"]]
     of_other_engines = {names.LOAD_DEVICE_MOVE, names.LOAD_WARM_UP}
-    expected = {spec.name for spec in SPANS if spec.service != "autoscaler"} - of_other_engines
+    expected = {spec.name for spec in SPANS if spec.service != "autoscaler" and not spec.is_of_generations}
+    expected -= of_other_engines
     assert {span["name"] for span in spans} == expected
+
+
+def test_a_model_replica_that_has_stopped_is_not_warm(tmp_path: Path) -> None:
+    async def use(client: Client, _: Application) -> None:
+        await client.post("/v1/embeddings", json={"input": "a"})
+
+    with_client(use)
+    lines = [line for path in (tmp_path / "slowlens").glob("metrics-*") for line in path.read_text().splitlines()]
+    found = [
+        m
+        for line in lines
+        for r in json.loads(line)["resourceMetrics"]
+        for s in r["scopeMetrics"]
+        for m in s["metrics"]
+    ]
+    warm = [metric for metric in found if metric["name"] == "ai.model.replicas_warm"]
+    (last,) = warm[-1]["gauge"]["dataPoints"]
+    assert int(last["asInt"]) == 0
 
 
 def test_token_ids_are_used_as_they_are_and_truncated() -> None:
@@ -111,12 +120,12 @@ def test_a_run_out_of_memory_is_halved() -> None:
 
         assert answer.status_code == 200
         assert len(answer.json()["data"]) == 8
-        assert await application.model_stage.queue_state() == {"waiting": 0, "running": 0, "oldest_age_ms": 0.0}
+        assert await application.model.queue_state() == {"waiting": 0, "running": 0, "oldest_age_ms": 0.0}
 
     with_client(use, model={**ARGS["model"], "fake": {"memory_tokens": 9}})
 
 
-def test_requests_share_calls_and_batches_and_get_their_own_results() -> None:
+def test_requests_share_batches_and_get_their_own_results() -> None:
     async def use(client: Client, application: Application) -> None:
         texts = [f"word{number} and more" for number in range(20)]
         answers = await asyncio.gather(*(client.post("/v1/embeddings", json={"input": text}) for text in texts))
@@ -124,7 +133,6 @@ def test_requests_share_calls_and_batches_and_get_their_own_results() -> None:
         for answer, text in zip(answers, texts, strict=True):
             ids = [1, *map(fake_token_id, text.split()), 2]
             assert answer.json()["data"][0]["embedding"] == pytest.approx(fake_embedding(ids).tolist())
-        assert len(application.tokenizer.calls) < len(texts)
 
     with_client(use)
 
@@ -158,10 +166,10 @@ def test_a_full_queue_is_429_with_retry_after(tmp_path: Path) -> None:
 
     async def use(client: Client, application: Application) -> None:
         first = asyncio.ensure_future(client.post("/v1/embeddings", json={"input": "a"}))
-        while (await application.model_stage.queue_state())["running"] == 0:
+        while (await application.model.queue_state())["running"] == 0:
             await asyncio.sleep(0.001)
         second = asyncio.ensure_future(client.post("/v1/embeddings", json={"input": ["b", "c"]}))
-        while (await application.model_stage.queue_state())["waiting"] == 0:
+        while (await application.model.queue_state())["waiting"] == 0:
             await asyncio.sleep(0.001)
         refused = await client.post("/v1/embeddings", json={"input": "d"})
         hold.unlink()
@@ -175,16 +183,169 @@ def test_a_full_queue_is_429_with_retry_after(tmp_path: Path) -> None:
     with_client(use, model=model, limits=limits, batching={"max_queue": 2})
 
 
+def test_a_full_queue_is_told_before_the_body_is_read(tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    hold.touch()
+    unread = b"x" * 100_000
+
+    async def use(client: Client, application: Application) -> None:
+        held = []
+        for letter, state in (("a", "running"), ("b", "waiting"), ("c", "waiting")):
+            held.append(asyncio.ensure_future(client.post("/v1/embeddings", json={"input": letter})))
+            while (await application.model.queue_state())[state] < max(1, len(held) - 1):
+                await asyncio.sleep(0.001)
+        # A reply, or the answer to a ping, tells the ingress that the queue is full.
+        while (refused := await client.post("/v1/embeddings", content=unread)).status_code != 429:
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_json")
+            await asyncio.sleep(0.01)
+        hold.unlink()
+
+        assert refused.json()["error"]["message"] == "the queue of every replica of the model is full; try again later"
+        assert refused.headers["connection"] == "close"
+        assert [(await answer).status_code for answer in held] == [200, 200, 200]
+
+    model = {**ARGS["model"], "fake": {"hold_path": str(hold)}}
+    with_client(use, model=model, limits={"max_inputs": 2}, batching={"max_queue": 2, "max_batch_size": 1})
+
+
+def test_a_long_text_whose_deadline_has_passed_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deployments.engine.fake import FakeTokenizer
+
+    encode, encoded, goes_on = FakeTokenizer.encode, list[str](), threading.Event()
+
+    def slow(self: FakeTokenizer, texts: Any, *, with_offsets: bool) -> Any:
+        encoded.extend(text[0] for text in texts)
+        goes_on.wait(10)
+        return encode(self, texts, with_offsets=with_offsets)
+
+    monkeypatch.setattr(FakeTokenizer, "encode", slow)
+
+    async def use(client: Client, _: Application) -> None:
+        async def post(letter: str, timeout_ms: str) -> int:
+            headers = {"X-Request-Timeout-Ms": timeout_ms}
+            body = {"input": f"{letter} " * 3000}
+            return int((await client.post("/v1/embeddings", json=body, headers=headers)).status_code)
+
+        held = [asyncio.ensure_future(post(letter, "20000")) for letter in "ab"]
+        while len(encoded) < 2:
+            await asyncio.sleep(0.001)
+        assert await post("c", "50") == 504
+        goes_on.set()
+        assert [await answer for answer in held] == [200, 200]
+        assert await post("d", "20000") == 200
+        assert sorted(encoded) == ["a", "b", "d"]
+
+    with_client(use)
+
+
+def test_all_inputs_together_are_limited() -> None:
+    async def use(client: Client, _: Application) -> None:
+        for body in ({"input": ["a" * 60, "b" * 41]}, {"input": [[1] * 60, [2] * 41]}):
+            refused = await client.post("/v1/embeddings", json=body)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (413, "input")
+            assert "input has 101 characters or token ids in all; at most 100" in refused.json()["error"]["message"]
+        assert (await client.post("/v1/embeddings", json={"input": ["a" * 60, "b" * 40]})).status_code == 200
+
+    with_client(use, limits={"max_request_chars": 100})
+
+
+KEYS = [{"name": name, "sha256": hashlib.sha256(f"{name}-secret".encode()).hexdigest()} for name in ("big", "small")]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> str:
+    path = tmp_path / "keys.yaml"
+    path.write_text(json.dumps(KEYS))
+    return str(path)
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {name}-secret"}
+
+
+def test_a_key_is_needed_for_all_but_health(keys: str, tmp_path: Path) -> None:
+    async def use(client: Client, _: Application) -> None:
+        for headers in ({}, bearer("other")):
+            for method, path in (
+                ("POST", "/v1/embeddings"),
+                ("POST", "/predict"),
+                ("GET", "/v1/models"),
+                ("GET", "/docs"),
+            ):
+                # Whatever the body is: it is not read.
+                refused = await client.request(method, path, headers=headers, content=b"{")
+                assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+                assert refused.headers["www-authenticate"] == "Bearer"
+        assert (await client.get("/v1/models", headers=bearer("big"))).status_code == 200
+        answer = await client.post("/v1/embeddings", json={"input": "a"}, headers=bearer("small"))
+        assert answer.status_code == 200
+        assert (await client.get("/healthz")).status_code == 200
+
+    with_client(use, security={"api_keys": keys}, telemetry={"directory": str(tmp_path)})
+    lines = [json.loads(line) for file in tmp_path.glob("traces*") for line in file.read_text().splitlines()]
+    text = json.dumps(lines)
+    tenants = [
+        attribute["value"]["stringValue"]
+        for line in lines
+        for resource in line["resourceSpans"]
+        for scope in resource["scopeSpans"]
+        for span in scope["spans"]
+        for attribute in span["attributes"]
+        if attribute["key"] == "ai.tenant"
+    ]
+    assert tenants == ["small"]
+    assert "secret" not in text
+
+
+def test_a_tenant_that_floods_leaves_the_others_their_place(keys: str, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    hold.touch()
+    done: list[str] = []
+
+    async def use(client: Client, application: Application) -> None:
+        async def post(name: str, text: str) -> int:
+            answer = await client.post("/v1/embeddings", json={"input": text}, headers=bearer(name))
+            done.append(f"{name} {answer.status_code}")
+            return int(answer.status_code)
+
+        first = asyncio.ensure_future(post("big", "a"))
+        while (await application.model.queue_state())["running"] == 0:
+            await asyncio.sleep(0.001)
+        flood = [asyncio.ensure_future(post("big", f"text {number}")) for number in range(60)]
+        while done.count("big 429") < 40:
+            await asyncio.sleep(0.001)
+        small = [asyncio.ensure_future(post("small", f"other {number}")) for number in range(4)]
+        while (await application.model.queue_state())["waiting"] < 24:
+            await asyncio.sleep(0.001)
+        hold.unlink()
+        assert [await answer for answer in small] == [200] * 4
+        await asyncio.gather(first, *flood)
+
+    model = {**ARGS["model"], "fake": {"hold_path": str(hold)}}
+    with_client(
+        use,
+        model=model,
+        security={"api_keys": keys},
+        limits={"max_inputs": 2},
+        batching={"max_queue": 40, "max_batch_size": 1},
+    )
+    answered = [one for one in done if one.endswith("200")]
+    # Half of the queue was left to others, and theirs were served in turn with those that had come before.
+    assert done.count("big 429") == 40
+    assert answered.index("small 200") <= 3
+    assert max(number for number, one in enumerate(answered) if one == "small 200") <= 10
+
+
 def test_a_cancelled_request_leaves_the_queue(tmp_path: Path) -> None:
     hold = tmp_path / "hold"
     hold.touch()
 
     async def use(client: Client, application: Application) -> None:
         async def waiting() -> float:
-            return (await application.model_stage.queue_state())["waiting"]
+            return float((await application.model.queue_state())["waiting"])
 
         first = asyncio.ensure_future(client.post("/v1/embeddings", json={"input": "a"}))
-        while (await application.model_stage.queue_state())["running"] == 0:
+        while (await application.model.queue_state())["running"] == 0:
             await asyncio.sleep(0.001)
         others = [asyncio.ensure_future(client.post("/v1/embeddings", json={"input": text})) for text in "bc"]
         while await waiting() < 2:
@@ -198,26 +359,6 @@ def test_a_cancelled_request_leaves_the_queue(tmp_path: Path) -> None:
         assert (await others[1]).status_code == 200
 
     with_client(use, model={**ARGS["model"], "fake": {"hold_path": str(hold)}})
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "code"),
-    [
-        (ActorDiedError(), 503, "replica_died"),
-        (DeploymentUnavailableError(None), 503, "no_replica_ready"),  # type: ignore[arg-type]
-        (BackPressureError(num_queued_requests=7, max_queued_requests=7), 429, "queue_full"),
-        (RuntimeError("secret"), 500, "internal_error"),
-    ],
-)
-def test_failures_of_a_call_have_our_shape(error: Exception, status: int, code: str) -> None:
-    async def use(client: Client, application: Application) -> None:
-        application.postprocessor.error = error
-        answer = await client.post("/v1/embeddings", json={"input": "a"})
-
-        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-        assert "secret" not in answer.text
-
-    with_client(use)
 
 
 def test_a_broken_tokenizer_fails_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +386,7 @@ def test_long_texts_are_tokenized_in_a_thread_and_short_ones_cached() -> None:
     async def use(client: Client, application: Application) -> None:
         for _ in range(2):
             await client.post("/v1/embeddings", json={"input": ["short", "word " * 2000]})
-        assert (await application.tokenizer.stage.record_autoscaling_stats())["throughput"] > 0
+        assert (await application.tokenizer.record_autoscaling_stats())["throughput"] > 0
 
     with_client(use, tokenizer={"cache_entries": 1})
 
@@ -266,28 +407,14 @@ def test_the_models_are_listed() -> None:
     with_client(use)
 
 
-@pytest.mark.parametrize(
-    ("running", "status", "message"),
-    [
-        ({"Tokenizer": 1, "Model": 1, "Postprocessor": 1}, 200, ""),
-        ({"Tokenizer": 1, "Postprocessor": 1}, 503, "no replica is ready: model"),
-        (None, 503, "controller"),
-    ],
-)
-def test_health_is_what_the_controller_says(
-    monkeypatch: pytest.MonkeyPatch, running: dict[str, int] | None, status: int, message: str
-) -> None:
-    def ask(_: str) -> dict[str, int]:
-        if running is None:
-            raise RuntimeError("no controller")
-        return running
-
-    monkeypatch.setattr("deployments.stages.ingress.running_replicas", ask)
-
-    async def use(client: Client, _: Application) -> None:
-        answer = await client.get("/healthz")
-        assert answer.status_code == status
-        assert message in answer.text
+def test_health_is_whether_every_stage_has_a_replica() -> None:
+    async def use(client: Client, application: Application) -> None:
+        while (await client.get("/healthz")).status_code != 200:
+            await asyncio.sleep(0.001)
+        await application.model.close()
+        while (answer := await client.get("/healthz")).status_code != 503:
+            await asyncio.sleep(0.001)
+        assert answer.json()["error"]["message"] == "no replica is ready: model"
 
     with_client(use)
 
@@ -295,11 +422,11 @@ def test_health_is_what_the_controller_says(
 def test_every_stage_reports_to_the_autoscaling_policy() -> None:
     async def use(client: Client, application: Application) -> None:
         await client.post("/v1/embeddings", json={"input": "a"})
-        stages: list[Any] = [application.ingress, *(h.stage for h in application.handles)]
+        stages: list[Any] = [application.ingress, *application.stages.values()]
         reports = [await stage.record_autoscaling_stats() for stage in stages]
 
         assert all(report["demand"] >= 0 and report["start_ms"] >= 0 for report in reports)
         assert reports[0]["queue_depth"] == 0
-        await application.model_stage.check_health()
+        await application.model.check_health()
 
     with_client(use)

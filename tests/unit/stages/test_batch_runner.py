@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deployments.batching import watch
 from deployments.batching.entry import BatchEntry
 from deployments.batching.gate import AdmissionGate
 from deployments.batching.planner import GateLimits
@@ -72,7 +73,7 @@ class Replica:
 
     async def submit(self, *firsts: int) -> list[Any]:
         self.runner.start()
-        record = PredictRecord(Envelope(UNSAMPLED, "id", 1e6, time.time_ns()))
+        record = PredictRecord(Envelope(UNSAMPLED, "id", time.monotonic_ns(), time.monotonic_ns() + 10**15))
         inputs = [RunInput(record, np.array([first], dtype=np.int32)) for first in firsts]
         return await self.gate.submit([BatchEntry(one, 1, record.deadline_ns) for one in inputs])
 
@@ -109,6 +110,32 @@ def test_a_broken_device_fails_all_at_once(tmp_path: Path) -> None:
 
         assert [type(outcome) for outcome in outcomes] == [RunFailed, RunFailed]
         assert len(made.engine.runs) == 1
+
+
+def test_a_run_that_does_not_end_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_STUCK_NS", 0)
+    monkeypatch.setattr(watch, "_HUNG_NS", 0)
+    # The engine's warm-up expects 1 ms for a run: stuck after 10 ms, broken after 20.
+    with replica(tmp_path) as made:
+        made.runner.load()
+        made.engine.hold.clear()
+
+        def problem() -> str | None:
+            return made.runner.broken
+
+        async def hold() -> None:
+            call = asyncio.ensure_future(made.submit(1))
+            while not made.runner.is_stuck:
+                await asyncio.sleep(0.001)
+            while problem() is None:
+                await asyncio.sleep(0.001)
+            assert "a run has not ended in" in str(problem())
+            made.engine.hold.set()
+            assert await call == [2]
+            assert not made.runner.is_stuck
+            assert problem() is None
+
+        asyncio.run(asyncio.wait_for(hold(), 20))
 
 
 def test_out_of_memory_lowers_the_limit(tmp_path: Path) -> None:

@@ -29,7 +29,14 @@ from deployments.telemetry.export.provider import ReplicaIdentity
 from deployments.telemetry.export.sinks import StoreSink
 from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
-from deployments.telemetry.records import Membership, PostprocessRecord, PredictRecord, RequestRecord, RunInput
+from deployments.telemetry.records import (
+    Membership,
+    PostprocessRecord,
+    PredictRecord,
+    RequestRecord,
+    RunInput,
+    TokenizeRecord,
+)
 from tests.support.otlp import OtlpReceiver
 
 SAMPLED = Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01", "vendor=1")
@@ -63,7 +70,7 @@ def stored(folder: Path) -> list[dict[str, Any]]:
 
 
 def envelope(carrier: Carrier) -> Envelope:
-    return Envelope(carrier, "id", 1000.0, time.time_ns())
+    return Envelope(carrier, "id", time.monotonic_ns(), time.monotonic_ns() + 10**9)
 
 
 def request(telemetry: Telemetry, **headers: str) -> RequestRecord:
@@ -317,3 +324,12 @@ def test_the_telemetry_thread_outlives_an_error_in_its_flush(
         time.sleep(0.01)
 
     assert caplog.text.count("telemetry could not be flushed") == 1
+
+
+def test_a_call_that_is_cancelled_past_its_deadline_has_missed_it() -> None:
+    now_ns = time.monotonic_ns()
+    for deadline_ns, error_type in ((now_ns - 1, "deadline_passed"), (now_ns + 10**12, "cancelled")):
+        record = TokenizeRecord(Envelope(SAMPLED, "id", now_ns - 10, deadline_ns))
+        record.end(asyncio.CancelledError())
+        assert record.fault is not None
+        assert record.fault.error_type == error_type

@@ -12,6 +12,8 @@ from deployments.errors import InternalError
 from deployments.messages import Carrier, Envelope
 from deployments.telemetry import names
 from deployments.telemetry.export.span import Span
+from deployments.telemetry.generation.facts import GenerationFacts, StreamRecord
+from deployments.telemetry.generation.records import GenerateRecord, SegmentRecord
 from deployments.telemetry.records import (
     BatchRecord,
     Fault,
@@ -28,7 +30,7 @@ from deployments.telemetry.records import (
 from deployments.telemetry.span_specs import SPANS, SpanSpec
 from deployments.telemetry.spans import SpanFactory
 
-ENVELOPE = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01"), "id", 1000.0, 0)
+ENVELOPE = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01"), "id", 0, 10**9)
 CONTEXT = SpanContext(0xA, 0xB, False, TraceFlags(TraceFlags.SAMPLED))
 FAULT = Fault.of(InternalError("broken"))
 IN_EVERY_FAILED_SPAN = {names.ERROR_TYPE}
@@ -44,7 +46,7 @@ def batch(member: Membership) -> BatchRecord:
     return BatchRecord(CONTEXT, 10, 2, 6, 8, "full", 3, [4, 6], [member], ended_ns=20)
 
 
-def every_record() -> Iterator[object]:
+def a_request() -> RequestRecord:
     request = RequestRecord(CONTEXT, None, "id", "POST", "/p", "http", "/p", "10.0.0.9", 0, ended_ns=30)
     request.intervals = [
         Interval("validate", 0, 1),
@@ -53,7 +55,23 @@ def every_record() -> Iterator[object]:
         HopRecord("postprocessor", 20, 25, span_id=9),
         Interval("respond", 25, 30),
     ]
-    yield request
+    request.generation = GenerationFacts("id", True, 9, 1.0, 1.0, 0, None, 1)
+    request.generation.stream = StreamRecord(10, 20)
+    return request
+
+
+def every_generation_record() -> Iterator[object]:
+    yield a_request()
+    record = GenerateRecord(ENVELOPE, 0, 30, context=CONTEXT, first_step_ns=2, first_token_ns=9, last_token_ns=30)
+    record.losses.append((12, 15))
+    segment = SegmentRecord(CONTEXT, 2, (record,), (), ended_ns=9)
+    record.segments.append(segment)
+    yield record
+    yield segment
+
+
+def every_record() -> Iterator[object]:
+    yield a_request()
     yield TokenizeRecord(ENVELOPE, 0, 5)
     predict = PredictRecord(ENVELOPE, 0, 25)
     membership = Membership(CONTEXT, 10, 1, 4, 6)
@@ -69,15 +87,16 @@ def every_record() -> Iterator[object]:
     yield load
 
 
-def every_span() -> list[Span]:
-    return [span for record in every_record() for span in factory().spans(record)]
+def every_span(*, is_of_generations: bool = False) -> list[Span]:
+    records = every_generation_record() if is_of_generations else every_record()
+    return [span for record in records for span in factory().spans(record)]
 
 
 @pytest.mark.parametrize("spec", SPANS, ids=lambda spec: spec.name)
 def test_a_span_has_exactly_its_declared_attributes(spec: SpanSpec) -> None:
     if spec.name in EMITTED_ELSEWHERE:
         return
-    found = [span for span in every_span() if span.name == spec.name]
+    found = [span for span in every_span(is_of_generations=spec.is_of_generations) if span.name == spec.name]
 
     assert found, "no record makes this span"
     for span in found:
@@ -85,11 +104,12 @@ def test_a_span_has_exactly_its_declared_attributes(spec: SpanSpec) -> None:
 
 
 def test_every_emitted_span_is_declared() -> None:
-    assert {span.name for span in every_span()} == {spec.name for spec in SPANS} - EMITTED_ELSEWHERE
+    emitted = every_span() + every_span(is_of_generations=True)
+    assert {span.name for span in emitted} == {spec.name for spec in SPANS} - EMITTED_ELSEWHERE
 
 
 def test_an_unsampled_request_emits_no_spans() -> None:
-    unsampled = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-00"), "id", 1000.0, 0)
+    unsampled = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-00"), "id", 0, 10**9)
     request = RequestRecord(SpanContext(1, 2, False), None, "id", "POST", "/p", "http", "/p", "", 0)
     load = ModelLoadRecord(SpanContext(1, 2, False), 0)
     records = [request, load, TokenizeRecord(unsampled), PredictRecord(unsampled), PostprocessRecord(unsampled)]

@@ -1,0 +1,48 @@
+"""Who is served next, and who may still queue, where several tenants share a device.
+
+Order: start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996). Each input gets a tag, the later of the queue's time
+and the end of its tenant's previous input, in tokens over the tenant's weight; the lowest tag is served first, and the
+queue's time is the tag of what was served last. Over any period, tenants that always have something queued get tokens
+in proportion to their weights, within one input; who uses little is served at once. With one tenant it is the order of
+arrival. Interactive requests are before those of batch jobs, whoever sends them.
+
+Room: dynamic thresholds (Choudhury, Hahne, IEEE/ACM ToN 1998). A tenant may hold as much of the queue as is free, times
+its weight. One that floods the queue leaves half of it to others, two leave a third.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from deployments.messages import Share
+
+Order = tuple[int, float]
+"""Priority and tag: the lowest is served first."""
+
+
+class FairOrder:
+    """Tags what is queued."""
+
+    def __init__(self) -> None:
+        self._now: dict[int, float] = defaultdict(float)
+        self._ends: dict[tuple[int, str], float] = defaultdict(float)
+
+    def tag(self, share: Share, tokens: int) -> Order:
+        """The place of something that is queued now."""
+        of_tenant = share.priority, share.tenant
+        start = max(self._now[share.priority], self._ends[of_tenant])
+        self._ends[of_tenant] = start + tokens / share.weight
+        return share.priority, start
+
+    def served(self, order: Order) -> None:
+        """Note that what has this place is served now."""
+        priority, start = order
+        self._now[priority] = max(self._now[priority], start)
+
+
+def may_hold(share: Share, held: int, more: int, total: int, most: int) -> bool:
+    """Whether a tenant that holds ``held`` of a queue with ``total`` of at most ``most`` may add ``more``.
+
+    Without a tenant, and for one that holds nothing, the queue's own limit is the only one.
+    """
+    return not share.tenant or not held or held + more <= share.weight * (most - total - more)

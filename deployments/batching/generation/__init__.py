@@ -1,0 +1,1 @@
+"""What a language model computes in its next step, and what that costs."""
