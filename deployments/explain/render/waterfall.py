@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from deployments.explain.requests.breakdown import Breakdown
 from deployments.explain.requests.capture import segment_of
@@ -154,16 +155,20 @@ def _earlier(span: Span, ahead: dict[str, int]) -> Span:
 
 
 def ordered(trace: Sequence[Span]) -> Iterator[tuple[int, Span]]:
-    """Yield every span after its parent, with its depth; children by start time."""
+    """Yield every span once, after its parent, with its depth; children by start time.
+
+    Spans that descend from themselves, which no tree holds, follow without depth.
+    """
     present = {span.span_id for span in trace}
     below: dict[str, list[Span]] = defaultdict(list)
     for span in trace:
         below[span.parent_id if span.parent_id in present else ""].append(span)
-    waiting = [(0, span) for span in reversed(_by_start(below[""]))]
+    waiting = [(0, span) for span in reversed(_by_start(below.pop("", ())))]
     while waiting:
         depth, span = waiting.pop()
         yield depth, span
-        waiting += [(depth + 1, child) for child in reversed(_by_start(below[span.span_id]))]
+        waiting += [(depth + 1, child) for child in reversed(_by_start(below.pop(span.span_id, ())))]
+    yield from ((0, span) for span in _by_start(chain.from_iterable(below.values())))
 
 
 def label(span: Span) -> str:

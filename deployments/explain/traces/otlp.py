@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from deployments.telemetry import names
 
 _BASE64_LENGTHS = (12, 24)
-_HEX = re.compile("[0-9a-f]{0,32}")
+_HEX = re.compile("[0-9a-f]{1,32}")
 _MAX_NS = 2**63 - 1
 
 
@@ -116,7 +116,7 @@ def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
     return Span(
         trace_id=_hex(span["traceId"]),
         span_id=_hex(span["spanId"]),
-        parent_id=_hex(span.get("parentSpanId") or ""),
+        parent_id=_hex(parent) if (parent := span.get("parentSpanId")) else "",
         name=sys.intern(printable(span["name"])),
         # Interned, because a million spans share these few strings.
         service=sys.intern(str(resource.get("service.name", ""))),
@@ -141,7 +141,7 @@ def _hex(ident: str) -> str:
 
 
 def hex_id(ident: str) -> str:
-    """Raises ValueError if it is no id."""
+    """Raises ValueError if it is no id, as an empty one is."""
     ident = ident.lower()
     if _HEX.fullmatch(ident) is None:
         raise ValueError("an id is not hexadecimal")

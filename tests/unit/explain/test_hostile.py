@@ -43,6 +43,8 @@ VALUES = [
     {"stringValue": ESCAPES},
     "",
 ]
+MOVED = object()
+"""Another value of the same document: ids that occur twice, parents in a circle, times of another span."""
 
 
 def place(part: Any, chance: random.Random) -> tuple[Any, Any]:
@@ -56,21 +58,29 @@ def place(part: Any, chance: random.Random) -> tuple[Any, Any]:
         part = child
 
 
+def leaves_of(part: Any) -> Iterator[Any]:
+    if isinstance(part, dict | list):
+        for child in part.values() if isinstance(part, dict) else part:
+            yield from leaves_of(child)
+    else:
+        yield part
+
+
 ENCODER = [json.loads(line) for line in otlp(window({"busy": 300.0}, count=30)).splitlines()]
 GENERATIONS = [json.loads(line) for line in otlp(simulate(chats(25, 100.0))).splitlines()]
 
 
 @pytest.mark.parametrize("document", [ENCODER, GENERATIONS], ids=["encoder", "generations"])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**32), value=st.sampled_from(VALUES), count=st.integers(1, 200))
+@given(seed=st.integers(0, 2**32), value=st.sampled_from([*VALUES, MOVED]), count=st.integers(1, 200))
 def test_whatever_the_values_are(
     document: list[Any], seed: int, value: Any, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Damage values anywhere: ids, times, names, attributes, links, events, resources, or whole branches."""
-    damaged, chance = copy.deepcopy(document), random.Random(seed)
+    damaged, chance, leaves = copy.deepcopy(document), random.Random(seed), list(leaves_of(document))
     for _ in range(count):
         owner, key = place(damaged, chance)
-        owner[key] = copy.deepcopy(value)
+        owner[key] = chance.choice(leaves) if value is MOVED else copy.deepcopy(value)
     path = tmp_path / "traces.jsonl"
     path.write_text("\n".join(map(json.dumps, damaged)))
     for arguments in (["why"], ["why", "--format", "json"], ["why", "--format", "html"], ["trace"]):
@@ -82,6 +92,30 @@ def assert_printable(captured: Any) -> None:
     for text in captured:
         assert all(char.isprintable() or char in "\n\t" for line in text.splitlines() for char in line)
         assert not set(text) & set("\x1b\x07\x9b\u202e")
+
+
+@pytest.mark.parametrize("ident", ["", "0" * 16, "1" * 16])
+@pytest.mark.parametrize("parent", ["", "0" * 16, "1" * 16, "2" * 16])
+def test_spans_without_an_id_or_in_a_circle(
+    ident: str, parent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the ids of two spans of a request are, the page and the waterfall have an end."""
+    lines = copy.deepcopy(ENCODER)
+    spans = [
+        span
+        for line in lines
+        for resource in line["resourceSpans"]
+        for scope in resource["scopeSpans"]
+        for span in scope["spans"]
+    ]
+    first, second = [span for span in spans if span["name"].startswith("ai.hop")][:2]
+    first.update(spanId=ident, parentSpanId=parent)
+    second.update(spanId="2" * 16, parentSpanId=ident)
+    path = tmp_path / "traces.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    for arguments in (["why", "--format", "html"], ["trace", first["traceId"]]):
+        assert main([*arguments, "--source", str(path)]) == 0
+        assert_printable(capsys.readouterr())
 
 
 def test_escapes_in_every_text_are_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

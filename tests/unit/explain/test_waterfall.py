@@ -96,6 +96,22 @@ def test_a_span_with_a_missing_parent_is_still_shown(store: Path, capsys: pytest
     assert "\nbatched_predict" in capsys.readouterr().out
 
 
+def test_spans_that_descend_from_themselves_are_shown_once(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    circle = [span(TRACE, ident, parent, f"ai.s{ident}", 1000, 1040) for ident, parent in ("67", "76", "88", "97")]
+    (store / "traces-c.jsonl").write_text(line("slowlens.model", *circle))
+    assert main(["trace", TRACE, "--source", str(store)]) == 0
+    shown = capsys.readouterr().out
+    assert [shown.count(f"\ns{ident} ") for ident in "6789"] == [1, 1, 1, 1]
+
+
+def test_a_span_without_an_id_is_skipped(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (store / "traces-c.jsonl").write_text(line("slowlens.model", span(TRACE, "", "", "ai.nameless", 1000, 1040)))
+    assert main(["trace", TRACE, "--source", str(store)]) == 0
+    printed = capsys.readouterr()
+    assert "nameless" not in printed.out
+    assert printed.err == "2 broken lines or spans were skipped\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
