@@ -111,6 +111,7 @@ class TokenizeRequest(_Message, frozen=True):
     truncate: bool
     param: str
     """The request field that the inputs came from, for error messages."""
+    tenant: str = ""
 
     @property
     def work(self) -> int:

@@ -256,6 +256,16 @@ CAPACITY_DASHBOARD = (
         right_unit="celsius",
     ),
     Panel(
+        "Stalls and descriptors",
+        "Times in which an event loop ran nothing for a second (the replica's log and the event `event_loop_stall` of "
+        "its spans say what it did), and open file descriptors (right).",
+        "short",
+        (
+            Query(f"sum (increase({series(metrics.LOOP_STALLS)}[{RATE}])) or vector(0)", "stalls"),
+            Query(f"max by (job) ({series(metrics.PROCESS_DESCRIPTORS)})", "{{job}}", on_the_right=True),
+        ),
+    ),
+    Panel(
         "Processes",
         "CPU time of each replica as a fraction of its machine, the share of the time in which its threads got no CPU, "
         "and resident memory (right).",

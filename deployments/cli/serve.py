@@ -40,6 +40,14 @@ FAST: dict[str, Setting] = {
         "How long an ingress that stops still takes requests, until HAProxy knows of it. (Serve's 30 s are longer than "
         "it waits itself when all ends.)",
     ),
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": Setting(
+        "deployments.http.headers.middlewares",
+        "Take away the headers by which a client could turn off Serve's detection of hang-ups, set a timeout of Serve, "
+        "or make it fail.",
+    ),
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": Setting(
+        "75", "How long a client of HAProxy may send or take nothing, instead of an hour."
+    ),
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": Setting(
         "0.5", "Run the control loop of Serve's controller twice a second, not ten times."
     ),

@@ -6,10 +6,16 @@ import uuid
 from collections.abc import Mapping
 
 from fastapi import Request
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.config import LimitsConfig
 from deployments.errors import InvalidField
 
+_CONTROL = (b"x-request-disconnect-disabled", b"x-request-timeout-seconds")
+"""By these Serve's proxy lets a client turn off the detection of its hang-up, and set a timeout that Serve answers."""
+_IDS = (b"x-request-id", b"x-session-id")
+"""Serve decodes these as UTF-8, and answers 500 if they are not."""
 _MAX_REQUEST_ID, _MAX_ADDRESS = 256, 64
 """Characters that telemetry keeps."""
 
@@ -41,3 +47,26 @@ def timeout_ms(headers: Mapping[str, str], limits: LimitsConfig) -> float:
             param="X-Request-Timeout-Ms",
         )
     return timeout
+
+
+class CleanHeaders:
+    """ASGI middleware in front of Serve's own code: takes away the headers that Serve would obey or fail on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if not _is_unwelcome(name, value)]
+        await self._app(scope, receive, send)
+
+
+def _is_unwelcome(name: bytes, value: bytes) -> bool:
+    # Serve takes some names with underscores too.
+    name = name.replace(b"_", b"-")
+    return name in _CONTROL or (name in _IDS and not value.isascii())
+
+
+def middlewares() -> list[Middleware]:
+    """``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``: what Serve puts around its HTTP servers."""
+    return [Middleware(CleanHeaders)]

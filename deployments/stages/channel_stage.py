@@ -54,6 +54,7 @@ class ChannelStage(Stoppable):
     async def listen(self) -> Address:
         """Listen for callers. Raises OSError if no port of ``transport.ports`` is free."""
         assert self._channel is not None
+        self._telemetry.watch_loop()
         host = self._placement.host
         port = await self._channel.listen(host, *self._ports)
         return Address(self._placement.identity.replica_id, host, port, self._channel.secret)

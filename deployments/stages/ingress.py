@@ -136,7 +136,7 @@ class IngressStage(Stoppable):
             self._describe(record, request)
 
         tokenized: Tokenized = await self._tokenizer.call(
-            record, TokenizeRequest(request.inputs, request.truncate, request.param)
+            record, TokenizeRequest(request.inputs, request.truncate, request.param, share.tenant)
         )
         record.tokens = sum(tokenized.ids.lengths)
 
@@ -244,6 +244,7 @@ class IngressStage(Stoppable):
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Called by Serve once, when the replica is ready. Nobody needs to know anything of it."""
+        self._telemetry.watch_loop()
         tune_garbage_collector()
         return {}
 

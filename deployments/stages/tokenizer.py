@@ -42,7 +42,7 @@ class TokenizerStage(EventLoopStage):
     def tokenize(self, envelope: Envelope, request: TokenizeRequest) -> Handled[Tokenized]:
         """Reply at once if that is quick, else from a thread."""
         texts = [value for value in request.inputs if isinstance(value, str)]
-        cached = {text: encoded for text in texts if (encoded := self._cache.get(text)) is not None}
+        cached = {text: encoded for text in texts if (encoded := self._cache.get(request.tenant, text)) is not None}
         new = [text for text in texts if text not in cached]
         record = TokenizeRecord(envelope, slow_ms=self._config.tokenizer.slow_ms)
         record.input_chars, record.cache_hits = sum(map(len, texts)), len(texts) - len(new)
@@ -63,7 +63,7 @@ class TokenizerStage(EventLoopStage):
     ) -> Tokenized:
         """Check and truncate the inputs, whose texts were cached or have just been encoded."""
         for text, one in made.items():
-            self._cache.put(text, one)
+            self._cache.put(request.tenant, text, one)
         encoded_texts = cached | made
         encoded = []
         for index, value in enumerate(request.inputs):
@@ -120,23 +120,26 @@ class TokenizerStage(EventLoopStage):
 
 
 class _Cache:
-    """The most recently used encodings, bounded in number and in the length of each text."""
+    """The most recently used encodings, bounded in number and in the length of each text.
+
+    A tenant finds its own only: how long a text took would tell whether another has sent it.
+    """
 
     def __init__(self, entries: int, max_chars: int) -> None:
         self._entries, self._max_chars = entries, max_chars
-        self._kept: OrderedDict[str, Encoded] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], Encoded] = OrderedDict()
 
-    def get(self, text: str) -> Encoded | None:
-        encoded = self._kept.get(text)
+    def get(self, tenant: str, text: str) -> Encoded | None:
+        encoded = self._kept.get((tenant, text))
         if encoded is not None:
-            self._kept.move_to_end(text)
+            self._kept.move_to_end((tenant, text))
         return encoded
 
-    def put(self, text: str, encoded: Encoded) -> None:
+    def put(self, tenant: str, text: str, encoded: Encoded) -> None:
         if len(text) > self._max_chars or self._entries == 0:
             return
-        self._kept[text] = encoded
-        self._kept.move_to_end(text)
+        self._kept[tenant, text] = encoded
+        self._kept.move_to_end((tenant, text))
         if len(self._kept) > self._entries:
             self._kept.popitem(last=False)
 

@@ -10,6 +10,8 @@ from opentelemetry.trace.span import TraceState
 
 from deployments.messages import Carrier
 
+_MAX_TRACESTATE = 512
+"""Characters: what W3C asks everyone to carry. It is copied into every span, so more is left out."""
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -25,7 +27,10 @@ def _combined(headers: Mapping[str, str]) -> dict[str, str]:
     for name, value in headers.items():
         if name.lower() in ("traceparent", "tracestate"):
             found.setdefault(name.lower(), []).append(value)
-    return {name: ",".join(values) for name, values in found.items()}
+    combined = {name: ",".join(values) for name, values in found.items()}
+    if len(combined.get("tracestate", "")) > _MAX_TRACESTATE:
+        del combined["tracestate"]
+    return combined
 
 
 def from_carrier(carrier: Carrier) -> SpanContext:

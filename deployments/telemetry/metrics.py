@@ -286,6 +286,12 @@ CPU_RUN_DELAY = MetricSpec(
     "every",
     "Share of the time in which a thread that works on requests could run and got no CPU",
 )
+LOOP_STALLS = MetricSpec(
+    "ai.event_loop.stalls", "counter", "{stall}", "every", "Times in which the event loop ran nothing for a second"
+)
+PROCESS_DESCRIPTORS = MetricSpec(
+    "process.unix.file_descriptor.count", "gauge", "{file_descriptor}", "every", "Open file descriptors of the process"
+)
 PROCESS_MEMORY = MetricSpec("process.memory.usage", "gauge", "By", "every", "Resident memory of the replica's process")
 DROPPED_RECORDS = MetricSpec(
     "ai.telemetry.dropped_records",

@@ -42,10 +42,12 @@ STREAM = "ai.inference.stream"
 EVENT_SLOW_TOKENIZATION = "slow_tokenization"
 EVENT_MODEL_LOADED = "model_loaded"
 EVENT_SLOW_TOKEN = "slow_token"
+EVENT_LOOP_STALL = "event_loop_stall"
 
 # --- attributes -------------------------------------------------------------------------------------------------------
 
 AI_CPU_RUN_DELAY_MS = "ai.cpu.run_delay_ms"
+AI_EVENT_LOOP_STALL_MS = "ai.event_loop.stall_ms"
 AI_DECODE_MAX_GAP_MS = "ai.decode.max_gap_ms"
 AI_DECODE_USUAL_GAP_MS = "ai.decode.usual_gap_ms"
 AI_DECODE_P99_GAP_MS = "ai.decode.p99_gap_ms"
@@ -156,3 +158,4 @@ URL_SCHEME = "url.scheme"
 EXCEPTION_TYPE = "exception.type"
 EXCEPTION_MESSAGE = "exception.message"
 EXCEPTION_STACKTRACE = "exception.stacktrace"
+CODE_STACKTRACE = "code.stacktrace"

@@ -6,6 +6,7 @@ queued; a thread turns it into spans and measurements later. An unsampled reques
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from deployments.telemetry.export.provider import Provider, ReplicaIdentity
 from deployments.telemetry.gauges.cpu import RunDelay
 from deployments.telemetry.gauges.instruments import show_gpus, show_process, show_run_delay
 from deployments.telemetry.gauges.nvml import GpuReader
+from deployments.telemetry.gauges.stalls import StallWatch
 from deployments.telemetry.measures import Measures, Reading
 from deployments.telemetry.metrics import MetricSpec
 from deployments.telemetry.names import Service
@@ -79,6 +81,7 @@ class Telemetry:
         self._ids = RandomIdGenerator()
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
         self._run_delay = RunDelay()
+        self._stalls = StallWatch(lambda: self._measures.count(metrics.LOOP_STALLS))
         show_process(self._measures)
         show_run_delay(self._measures, self._run_delay)
         show_gpus(self._measures, self.gpu)
@@ -88,6 +91,10 @@ class Telemetry:
     def watch_thread(self) -> None:
         """Count how long the calling thread waits for a CPU: it works on requests."""
         self._run_delay.watch()
+
+    def watch_loop(self) -> None:
+        """Notice when the running event loop, on which requests are handled, stalls."""
+        self._stalls.watch(asyncio.get_running_loop())
 
     def close(self) -> None:
         """Hand everything recorded so far to the exporters and stop."""
@@ -136,6 +143,11 @@ class Telemetry:
         trace_id = f"{record.context.trace_id:032x}"
         answer = error if isinstance(error, ApiError) else InternalError(f"internal error; trace id: {trace_id}")
         record.outcome, record.status = answer.outcome, answer.status
+        in_stages = any(interval.fault is not None for interval in record.intervals if isinstance(interval, HopRecord))
+        if answer.status < 500 and not in_stages:
+            for fault in (record.fault, *(interval.fault for interval in record.intervals)):
+                if fault is not None:
+                    fault.is_callers = True
         return answer
 
     @contextmanager
@@ -309,6 +321,7 @@ class Telemetry:
 
     def _export(self, records: Iterator[object], lost: int) -> None:
         self._run_delay.look()
+        self._stalls.look()
         factory = SpanFactory(
             ids=self._ids,
             model=self._model,
@@ -316,6 +329,7 @@ class Telemetry:
             max_wait_ms=self._config.batching.max_wait_ms,
             wall_offset_ns=time.time_ns() - time.monotonic_ns(),
             run_delay_ns=self._run_delay.between_ns,
+            stalls_between=self._stalls.between,
         )
         for record in records:
             self._export_one(record, factory)

@@ -33,20 +33,27 @@ def translate_cancellation(error: BaseException) -> BaseException:
 
 @dataclass(slots=True)
 class Fault:
-    """Why a span has status ERROR."""
+    """Why a span failed."""
 
     error_type: str
     """``error.type``: our error code, or the class of an unexpected exception."""
     exception_type: str
     message: str
-    stacktrace: str
+    stacktrace: str | None = None
+    is_callers: bool = False
+    """The request itself is at fault, and no stage has seen it: the span's status stays unset, as the conventions have
+    it for a server's 4xx."""
 
     @classmethod
     def of(cls, error: BaseException) -> Fault:
-        """Build from an error. Messages of unexpected exceptions are left out: they may quote the input."""
+        """Build from an error. Messages of unexpected exceptions are left out: they may quote the input.
+
+        What is refused by a rule has no stack trace: it would say no more, and cost most when most is refused.
+        """
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        frames = "".join(traceback.format_tb(error.__traceback__))
+        is_refusal = isinstance(error, ApiError) and error.status != InternalError.status
+        frames = None if is_refusal else "".join(traceback.format_tb(error.__traceback__))
         if isinstance(error, ApiError):
             return cls(error.code, name, error.message[:_MESSAGE_LIMIT], frames)
         return cls(name, name, "", frames)

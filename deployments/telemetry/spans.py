@@ -16,6 +16,7 @@ from opentelemetry.trace import SpanContext
 from deployments.telemetry import names
 from deployments.telemetry.carrier import child_of, from_carrier, is_sampled
 from deployments.telemetry.export.span import Attributes, Event, Span
+from deployments.telemetry.gauges.stalls import Stall
 from deployments.telemetry.records import (
     BatchRecord,
     Fault,
@@ -70,6 +71,7 @@ class SpanFactory:
         max_batch_size, max_wait_ms: settings that spans report.
         wall_offset_ns: offset to add to this process's monotonic clock to get Unix time.
         run_delay_ns: how long threads could run and did not between two times of that clock.
+        stalls_between: stalls of the event loop between two times of that clock.
     """
 
     ids: RandomIdGenerator
@@ -78,6 +80,7 @@ class SpanFactory:
     max_wait_ms: float
     wall_offset_ns: int
     run_delay_ns: Callable[[int, int], int] = lambda *_: 0
+    stalls_between: Callable[[int, int], list[Stall]] = lambda *_: []
 
     def spans(self, record: object) -> Iterator[Span]:
         """Return all spans of a record; none if its trace is not sampled."""
@@ -146,7 +149,7 @@ class SpanFactory:
         links: Sequence[SpanContext] = (),
         events: Sequence[Event] = (),
     ) -> Span:
-        """Return a stage's span, a child of its caller's hop."""
+        """Return a stage's span, a child of its caller's hop, with what its event loop did instead meanwhile."""
         hop = from_carrier(record.carrier)
         return Span(
             name=name,
@@ -159,13 +162,34 @@ class SpanFactory:
             attributes=attributes,
             fault=record.fault,
             links=links,
-            events=events,
+            events=[*events, *self.stalls(record)],
         )
 
-    def run_delay(self, time: Timed) -> Attributes:
-        """How long threads of this process waited for a CPU meanwhile, if it matters."""
+    def hindrances(self, time: Timed) -> Attributes:
+        """How long threads of this process waited for a CPU meanwhile, and how long its event loop stalled."""
         delay_ns = self.run_delay_ns(time.started_ns, time.ended_ns)
-        return {names.AI_CPU_RUN_DELAY_MS: _ms(delay_ns) if delay_ns >= _LEAST_RUN_DELAY_NS else None}
+        stalled_ns = sum(stall.shared_ns(time.started_ns, time.ended_ns) for stall in self._stalls(time))
+        return {
+            names.AI_CPU_RUN_DELAY_MS: _ms(delay_ns) if delay_ns >= _LEAST_RUN_DELAY_NS else None,
+            names.AI_EVENT_LOOP_STALL_MS: _ms(stalled_ns) if stalled_ns else None,
+        }
+
+    def stalls(self, time: Timed) -> list[Event]:
+        """An event for each stall of the event loop meanwhile, with what the loop was doing."""
+        return [
+            Event(
+                names.EVENT_LOOP_STALL,
+                self.wall_offset_ns + stall.started_ns,
+                {
+                    names.AI_EVENT_LOOP_STALL_MS: _ms(stall.shared_ns(stall.started_ns, time.ended_ns)),
+                    names.CODE_STACKTRACE: stall.stack,
+                },
+            )
+            for stall in self._stalls(time)
+        ]
+
+    def _stalls(self, time: Timed) -> list[Stall]:
+        return self.stalls_between(time.started_ns, time.ended_ns)
 
     def new_id(self) -> int:
         return self.ids.generate_span_id()
@@ -207,14 +231,22 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
         names.GEN_AI_OPERATION_NAME: record.operation or None,
         names.GEN_AI_REQUEST_MODEL: record.requested_model or None,
         names.GEN_AI_USAGE_INPUT_TOKENS: record.tokens,
-        **make.run_delay(record),
+        **make.hindrances(record),
     }
     facts = record.generation
     if facts is not None:
         attributes = {**attributes, **facts.attributes(record.started_ns)}
         if facts.stream is not None:
             yield make.child(names.STREAM, root, facts.stream, facts.stream.attributes())
-    yield make.root(names.PREDICT, root, record, attributes, parent=record.parent, fault=record.fault)
+    yield make.root(
+        names.PREDICT,
+        root,
+        record,
+        attributes,
+        parent=record.parent,
+        fault=record.fault,
+        events=make.stalls(record),
+    )
 
 
 def _hop_attributes(hop: HopRecord) -> Attributes:
@@ -236,7 +268,7 @@ def _(record: TokenizeRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_PREPROCESS_DURATION_MS: duration_ms,
         names.AI_PREPROCESS_WAS_TRUNCATED: record.was_truncated,
         names.AI_PREPROCESS_CACHE_HITS: record.cache_hits,
-        **make.run_delay(record),
+        **make.hindrances(record),
     }
     slow = Event(
         names.EVENT_SLOW_TOKENIZATION,
@@ -268,7 +300,7 @@ def _(record: PredictRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_BATCH_TIMEOUT_MS: make.max_wait_ms,
         names.AI_BATCH_WAIT_TIME_MS: _ms(max(waits_ns, default=0)),
         names.AI_MODEL_LOAD_TYPE: "cold" if record.load is not None else "warm",
-        **make.run_delay(record),
+        **make.hindrances(record),
     }
     links = [record.load] if record.load is not None else []
     yield make.stage(names.BATCHED_PREDICT, record, attributes, span_id=own.span_id, links=links)
@@ -337,7 +369,7 @@ def _(record: PostprocessRecord, make: SpanFactory) -> Iterator[Span]:
     attributes: Attributes = {
         names.AI_POSTPROCESS_DURATION_MS: _ms(record.held_ns),
         names.AI_POSTPROCESS_OUTPUT_LENGTH: record.output_length,
-        **make.run_delay(record),
+        **make.hindrances(record),
     }
     yield make.stage(names.POSTPROCESS, record, attributes)
 

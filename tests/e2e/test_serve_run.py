@@ -11,10 +11,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import pytest
 
+from deployments.cli.serve import FAST
 from deployments.telemetry import metrics, names
 from tests.support.http import Answer, call, new_traceparent
 from tests.support.otlp import OtlpReceiver
@@ -42,6 +44,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc" if by_grpc else "http/protobuf",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
         "OTEL_METRIC_EXPORT_INTERVAL": "1000",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": FAST["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].value,
         **({} if by_grpc else HAPROXY),
     }
     log = tmp_path_factory.mktemp(request.param) / "serve.log"
@@ -144,6 +147,33 @@ def test_client_disconnect_cancels_the_request(running: Running) -> None:
     for name in (names.PREDICT, names.HOP_MODEL, names.BATCHED_PREDICT):
         assert one(spans, name).attributes["error.type"] == "cancelled"
         assert one(spans, name).status == "ERROR"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x-request-disconnect-disabled", b"?1"),
+        ("x-request-timeout-seconds", b"0.001"),
+        ("x-request-timeout-seconds", b"\xff"),
+        ("x-request-id", b"\xff"),
+        ("x-session-id", b"\xff"),
+        ("x_session_id", b"\xff"),
+    ],
+)
+def test_headers_that_serve_would_obey_or_fail_on(running: Running, name: str, value: bytes) -> None:
+    traceparent, trace_id, _ = new_traceparent()
+    with closing(http.client.HTTPConnection("127.0.0.1", PORT)) as connection:
+        connection.putrequest("POST", "/v1/embeddings")
+        body = b'{"input": "a"}'
+        for field, content in {
+            "Content-Length": str(len(body)).encode(),
+            "traceparent": traceparent.encode(),
+            name: value,
+        }.items():
+            connection.putheader(field, content)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["traceresponse"].split("-")[1]) == (200, trace_id), answer.read()
 
 
 def test_documented_examples_run(running: Running) -> None:

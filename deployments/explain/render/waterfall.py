@@ -32,6 +32,7 @@ _SHOWN = (
     names.AI_DECODE_TOKENS,
     names.AI_DECODE_MAX_GAP_MS,
     names.AI_CPU_RUN_DELAY_MS,
+    names.AI_EVENT_LOOP_STALL_MS,
     names.AI_STREAM_BLOCKED_MS,
     names.HTTP_RESPONSE_STATUS_CODE,
     names.ERROR_TYPE,

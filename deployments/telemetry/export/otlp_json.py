@@ -56,7 +56,7 @@ def readable(span: Span, resource: Resource) -> ReadableSpan:
     flags, state = trace.trace_flags, trace.trace_state
     parent = SpanContext(trace.trace_id, span.parent_id, span.parent_is_remote, flags, state)
     status = Status(StatusCode.UNSET)
-    if span.fault is not None:
+    if span.fault is not None and not span.fault.is_callers:
         status = Status(StatusCode.ERROR, span.fault.message or span.fault.exception_type)
     return ReadableSpan(
         name=span.name,
@@ -127,7 +127,7 @@ def span_document(span: Span) -> dict[str, Any]:
         document["events"] = list(map(_event, events))
     if span.links:
         document["links"] = list(map(_link, span.links))
-    if span.fault is not None:
+    if span.fault is not None and not span.fault.is_callers:
         document["status"] = {"message": span.fault.message or span.fault.exception_type, "code": 2}
     return document
 

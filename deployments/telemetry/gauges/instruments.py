@@ -7,7 +7,7 @@ from collections.abc import Callable
 from deployments.telemetry import metrics
 from deployments.telemetry.gauges.cpu import RunDelay
 from deployments.telemetry.gauges.nvml import GpuReader, GpuSample
-from deployments.telemetry.gauges.process import ProcessUsage, resident_bytes
+from deployments.telemetry.gauges.process import ProcessUsage, open_descriptors, resident_bytes
 from deployments.telemetry.measures import Measures, Reading
 
 Read = Callable[[GpuSample], float | None]
@@ -17,6 +17,7 @@ def show_process(measures: Measures) -> None:
     usage = ProcessUsage()
     measures.gauge(metrics.PROCESS_CPU, lambda: [(usage.cpu_utilization(), {})])
     measures.gauge(metrics.PROCESS_MEMORY, lambda: [(resident_bytes(), {})])
+    measures.gauge(metrics.PROCESS_DESCRIPTORS, lambda: [(count, {})] if (count := open_descriptors()) else [])
 
 
 def show_run_delay(measures: Measures, run_delay: RunDelay) -> None:

@@ -58,7 +58,7 @@ def _(record: GenerateRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_MODEL_NAME: make.model,
         names.AI_MODEL_LOAD_TYPE: "cold" if record.load is not None else "warm",
         names.AI_DEVICE: record.device,
-        **make.run_delay(record),
+        **make.hindrances(record),
         names.GEN_AI_RESPONSE_FINISH_REASONS: [record.finish_reason] if record.finish_reason else None,
     }
     links = [record.load] if record.load is not None else []

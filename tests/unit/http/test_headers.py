@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 from fastapi import Request
+from starlette.types import Message, Receive, Scope, Send
 
 from deployments.config import LimitsConfig
 from deployments.errors import InvalidField
-from deployments.http.headers import client_address, request_id_of, timeout_ms
+from deployments.http.headers import CleanHeaders, client_address, middlewares, request_id_of, timeout_ms
 
 LIMITS = LimitsConfig(default_timeout_ms=1_000, max_timeout_ms=5_000)
 
@@ -42,3 +46,35 @@ def test_the_client_is_the_first_forwarded_address_or_the_peer() -> None:
     assert client_address(request()) == "10.0.0.7"
     assert client_address(request(peer=None)) == ""
     assert len(client_address(request(("x-forwarded-for", "9" * 999)))) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "passes"),
+    [
+        (b"x-request-disconnect-disabled", b"?1", False),
+        (b"x-request-timeout-seconds", b"0.001", False),
+        (b"x-request-id", b"mine", True),
+        (b"x-request-id", b"\xff", False),
+        (b"x-session-id", b"user-7", True),
+        (b"x_session_id", b"\xff", False),
+        (b"x-request-timeout-ms", b"250", True),
+        (b"traceparent", b"\xff", True),
+    ],
+)
+def test_what_serve_would_obey_or_fail_on_does_not_reach_it(name: bytes, value: bytes, passes: bool) -> None:
+    seen: list[Any] = []
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(scope["headers"])
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    async def send(_: Message) -> None:
+        raise AssertionError
+
+    assert [one.cls.__name__ for one in middlewares()] == [CleanHeaders.__name__]  # type: ignore[attr-defined]
+    app = CleanHeaders(serve)
+    other = (b"host", b"here")
+    asyncio.run(app({"type": "http", "headers": [other, (name, value)]}, receive, send))
+    assert seen == ([other, (name, value)] if passes else [other])

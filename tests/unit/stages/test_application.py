@@ -297,6 +297,24 @@ def test_a_key_is_needed_for_all_but_health(keys: str, tmp_path: Path) -> None:
     assert "secret" not in text
 
 
+def test_a_tenant_does_not_learn_what_another_has_tokenized(keys: str, tmp_path: Path) -> None:
+    async def use(client: Client, _: Application) -> None:
+        for name in ("small", "big", "small"):
+            answer = await client.post("/v1/embeddings", json={"input": "a secret"}, headers=bearer(name))
+            assert answer.status_code == 200
+
+    with_client(use, security={"api_keys": keys}, telemetry={"directory": str(tmp_path)})
+    hits = [
+        attribute["value"]["intValue"]
+        for file in tmp_path.glob("traces*")
+        for line in file.read_text().splitlines()
+        for span in json.loads(line)["resourceSpans"][0]["scopeSpans"][0]["spans"]
+        for attribute in span["attributes"]
+        if attribute["key"] == "ai.preprocess.cache_hits"
+    ]
+    assert hits == ["0", "0", "1"]
+
+
 def test_a_tenant_that_floods_leaves_the_others_their_place(keys: str, tmp_path: Path) -> None:
     hold = tmp_path / "hold"
     hold.touch()

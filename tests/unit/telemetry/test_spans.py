@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
@@ -12,6 +13,7 @@ from deployments.errors import InternalError
 from deployments.messages import Carrier, Envelope
 from deployments.telemetry import names
 from deployments.telemetry.export.span import Span
+from deployments.telemetry.gauges.stalls import Stall
 from deployments.telemetry.generation.facts import GenerationFacts, StreamRecord
 from deployments.telemetry.generation.records import GenerateRecord, SegmentRecord
 from deployments.telemetry.records import (
@@ -134,6 +136,23 @@ def test_a_forward_pass_ends_with_its_last_run_and_the_last_one_with_the_reply()
         (40, 100),
     ]
     assert [s.ended_unix_ns - s.started_unix_ns for s in spans[names.QUEUE]] == [5, 5]
+
+
+def test_a_stall_of_the_event_loop_is_an_event_of_what_waited_for_it() -> None:
+    stall = Stall(20, "in the culprit", 60)
+
+    def stalls(started_ns: int, ended_ns: int) -> list[Stall]:
+        return [stall] if stall.shared_ns(started_ns, ended_ns) else []
+
+    make = replace(factory(), stalls_between=stalls)
+    (before,) = make.spans(PostprocessRecord(ENVELOPE, 0, 20))
+    (meanwhile,) = make.spans(PostprocessRecord(ENVELOPE, 50, 100))
+
+    assert (list(before.events), before.attributes[names.AI_EVENT_LOOP_STALL_MS]) == ([], None)
+    (event,) = meanwhile.events
+    assert (event.name, event.unix_ns) == (names.EVENT_LOOP_STALL, make.wall_offset_ns + 20)
+    assert event.attributes == {names.AI_EVENT_LOOP_STALL_MS: 40 / 1e6, names.CODE_STACKTRACE: "in the culprit"}
+    assert meanwhile.attributes[names.AI_EVENT_LOOP_STALL_MS] == 10 / 1e6
 
 
 def test_a_request_that_ends_while_its_batch_runs_keeps_its_own_fault() -> None:
