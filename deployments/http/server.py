@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -83,6 +85,37 @@ def error_response(error: ApiError, body: Any) -> Response:
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = "Bearer"
     return response
+
+
+_MOST_CALLERS, _LONGEST_RETRY_S = 10_000, 120
+
+
+class RetryAdvice:
+    """What callers are told to wait: longer, each time one comes again before its time, up to two minutes.
+
+    Who has got an answer, or has waited, begins anew. The callers who were told last are remembered.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def for_refused(self, caller: str, wait_s: int, arrived_s: float) -> int:
+        """Return the seconds to tell this caller, whose request came then, and would be let in after ``wait_s``."""
+        told_s, before_s = self._told.pop(caller, (0.0, 0))
+        # What was under way already has not come too early.
+        if told_s <= arrived_s < told_s + before_s:
+            wait_s = max(wait_s, min(2 * before_s, _LONGEST_RETRY_S))
+        self._told[caller] = (self._clock(), wait_s)
+        if len(self._told) > _MOST_CALLERS:
+            self._told.popitem(last=False)
+        return wait_s
+
+    def served(self, caller: str) -> None:
+        self._told.pop(caller, None)
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

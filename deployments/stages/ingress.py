@@ -27,7 +27,7 @@ from deployments.http.headers import client_address, request_id_of, timeout_ms
 from deployments.http.keys import ApiKeys
 from deployments.http.routes import ROUTES, Route, body_schema
 from deployments.http.schemas import ParsedRequest
-from deployments.http.server import Endpoint, FastPathApp, error_response, json_response
+from deployments.http.server import Endpoint, FastPathApp, RetryAdvice, error_response, json_response
 from deployments.http.server_timing import server_timing
 from deployments.messages import (
     Postprocessed,
@@ -83,6 +83,7 @@ class IngressStage(Stoppable):
         self._created_unix_s = created_unix_s
         self._telemetry = Telemetry("ingress", config, self._card.name, placement.identity)
         self._meter = EventLoopMeter(started_s)
+        self._advice = RetryAdvice()
         self._bodies, self._keys = BodyBudget(config.limits), ApiKeys(config.security.api_keys)
         self._tokenizer, self._model, self._postprocessor = (
             StageClient[Any, Any](stage, directory(handle), result, self._telemetry, config.limits.no_replica_wait_ms)
@@ -104,6 +105,7 @@ class IngressStage(Stoppable):
             try:
                 answer = await self._infer(http, route, record, body)
                 record.status = 200
+                self._advice.served(record.caller)
                 response = Response(answer, media_type="application/json")
             except asyncio.CancelledError as error:
                 self._telemetry.fail(record, error)
@@ -159,6 +161,9 @@ class IngressStage(Stoppable):
 
     def _failed(self, record: RequestRecord, error: Exception, body: Body) -> Response:
         told = self._telemetry.fail(record, error)
+        if told.retry_after_s is not None:
+            arrived_s = record.started_ns / 1e9
+            told.retry_after_s = self._advice.for_refused(record.caller, told.retry_after_s, arrived_s)
         if not isinstance(error, ApiError):
             _logger.exception("request %s failed", record.request_id)
         content = told.body()

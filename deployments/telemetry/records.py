@@ -299,6 +299,10 @@ class RequestRecord:
     generation: GenerationFacts | None = None
 
     @property
+    def caller(self) -> str:
+        return self.tenant or self.client
+
+    @property
     def boundary_ns(self) -> int:
         """Where the next interval begins."""
         return self.intervals[-1].ended_ns if self.intervals else self.started_ns

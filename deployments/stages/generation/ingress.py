@@ -137,6 +137,7 @@ class GenerationIngressStage(IngressStage):
             try:
                 await self._generate(http, route, record, reply, body)
                 record.status = 200
+                self._advice.served(record.caller)
                 return None
             except asyncio.CancelledError as error:
                 self._telemetry.fail(record, error)

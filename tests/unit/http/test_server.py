@@ -11,7 +11,7 @@ from fastapi import Request, Response
 
 from deployments.errors import QueueFull, TooLarge
 from deployments.http.keys import ApiKeys
-from deployments.http.server import FastPathApp, error_response, json_response
+from deployments.http.server import FastPathApp, RetryAdvice, error_response, json_response
 
 
 async def _echo(request: Request, _: Any) -> Response:
@@ -67,3 +67,27 @@ def test_retry_after_is_sent_as_a_header() -> None:
 
     assert error_response(error, error.body()).headers["Retry-After"] == "7"
     assert "Retry-After" not in error_response(TooLarge("large"), {}).headers
+
+
+def test_who_comes_again_before_its_time_is_told_to_wait_longer() -> None:
+    now_s = 100.0
+    advice = RetryAdvice(lambda: now_s)
+
+    def told(caller: str, wait_s: int, arrived_s: float | None = None) -> int:
+        return advice.for_refused(caller, wait_s, now_s if arrived_s is None else arrived_s)
+
+    assert [told("a", 3) for _ in range(7)] == [3, 6, 12, 24, 48, 96, 120]
+    assert told("b", 3) == 3, "another caller"
+    assert told("b", 3, now_s - 1) == 3, "it came when nothing had been told"
+    assert told("a", 200) == 200, "the queue is longer than that"
+    advice.served("a")
+    assert told("a", 3) == 3
+    now_s += 3
+    assert told("a", 4) == 4, "it has waited"
+
+
+def test_the_callers_that_were_told_last_are_remembered() -> None:
+    advice = RetryAdvice(lambda: 1.0)
+    for number in range(10_001):
+        advice.for_refused(str(number), 1, 1.0)
+    assert [advice.for_refused(caller, 1, 1.0) for caller in ("0", "10000")] == [1, 2]
