@@ -118,7 +118,7 @@ TEMPO = {
 def jaeger_span(
     trace: str, ident: str, parent: str, name: str, start: int, end: int, process: str, **tags: Any
 ) -> dict[str, Any]:
-    trace, ident = trace.lstrip("0"), ident.lstrip("0")
+    trace, ident = trace.lstrip("0").zfill(1), ident.lstrip("0")
     references = [{"refType": "CHILD_OF", "traceID": trace, "spanID": parent}] if parent else []
     if name.endswith("forward_pass"):
         references.append({"refType": "FOLLOWS_FROM", "traceID": BATCH, "spanID": RUN})
@@ -302,7 +302,7 @@ def tempo_of(spans: list[Span], is_old: bool) -> dict[str, Any]:
         return {"traces": [summary(one) for one in found], "metrics": {}}
 
     def summary(root: Span) -> dict[str, Any]:
-        made: dict[str, Any] = {"traceID": root.trace_id.lstrip("0"), "startTimeUnixNano": str(root.start_ns)}
+        made: dict[str, Any] = {"traceID": root.trace_id.lstrip("0").zfill(1), "startTimeUnixNano": str(root.start_ns)}
         span_id = otlp_of(root)["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["spanId"]
         duration = {"startTimeUnixNano": str(root.start_ns), "durationNanos": str(root.end_ns - root.start_ns)}
         if not is_old:

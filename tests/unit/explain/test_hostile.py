@@ -71,7 +71,7 @@ GENERATIONS = [json.loads(line) for line in otlp(simulate(chats(25, 100.0))).spl
 
 
 @pytest.mark.parametrize("document", [ENCODER, GENERATIONS], ids=["encoder", "generations"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), value=st.sampled_from([*VALUES, MOVED]), count=st.integers(1, 200))
 def test_whatever_the_values_are(
     document: list[Any], seed: int, value: Any, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
