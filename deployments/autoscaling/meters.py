@@ -145,10 +145,6 @@ class BatchQueueMeter:
         self._tokens.add(tokens)
         self._tokens_now.add(tokens)
 
-    def queue_wait_ms(self) -> float:
-        """Time the device needs for everything that waits."""
-        return self._gate.waiting_tokens / self._rate()[0] * 1e3
-
     def _rate(self) -> tuple[float, float]:
         """Tokens per second that the device can run in full batches, and the tokens of an input, on average."""
         inputs, tokens = self._loop.arriving(), self._tokens.per_second()

@@ -29,10 +29,13 @@ class FairOrder:
 
     def tag(self, share: Share, tokens: int) -> Order:
         """The place of something that is queued now."""
-        of_tenant = share.priority, share.tenant
-        start = max(self._now[share.priority], self._ends[of_tenant])
-        self._ends[of_tenant] = start + tokens / share.weight
-        return share.priority, start
+        order = self.next_tag(share)
+        self._ends[share.priority, share.tenant] = order[1] + tokens / share.weight
+        return order
+
+    def next_tag(self, share: Share) -> Order:
+        """The place that ``tag`` would return."""
+        return share.priority, max(self._now[share.priority], self._ends[share.priority, share.tenant])
 
     def served(self, order: Order) -> None:
         """Note that what has this place is served now."""

@@ -9,17 +9,20 @@
 2. A batch consists of the oldest waiting input and the inputs that are cheapest to run with it (see ``planner``), taken
    from the first ``grouping_window`` in order of arrival: at most ``max_batch_size`` inputs and ``max_batch_tokens``
    padded tokens. An input that exceeds those tokens runs alone. Every batch takes the oldest input, so an input is
-   overtaken by at most as many batches as there were inputs waiting when it arrived.
+   overtaken by at most as many batches as there were inputs waiting when it arrived. A batch is not larger than what
+   runs in ``max_run_ms`` either: what arrives next waits that long.
 3. The runner pulls batches (``next_batch``), calls ``begin`` when the run starts and ``end`` when it is over, and sets
    the result of every entry in between. A batch belongs to its puller from ``next_batch`` to ``end``.
 4. A request is admitted or rejected (``QueueFull``) as a whole, so a queue limit never splits a request. Tenants share
    the queue's room and its order (see ``fairness``); where this file says arrival, it means that order.
-5. A cancelled input leaves the queue immediately. When a batch is formed, an input whose deadline has passed, or would
-   pass during a run of its own at the estimated cost (see ``cost``), is discarded, and the batch is shrunk until all
-   its inputs meet their deadlines.
-6. After a run that did not fit in the device's memory, batches are limited to half of its tokens; the limit grows back
+5. A request whose deadline would pass before all that is ahead of it has run, and itself, at the estimated cost (see
+   ``cost``), is rejected at once (``DeadlinePassed``), unless the device is idle. So under overload the queue holds what
+   can still be answered, and nobody waits in vain.
+6. A cancelled input leaves the queue immediately. When a batch is formed, an input whose deadline has passed, or would
+   pass during a run of its own, is discarded, and the batch is shrunk until all its inputs meet their deadlines.
+7. After a run that did not fit in the device's memory, batches are limited to half of its tokens; the limit grows back
    slowly.
-7. Each input's wait is split into the time that the device was busy and the rest, in which an idle device waited for
+8. Each input's wait is split into the time that the device was busy and the rest, in which an idle device waited for
    the batch to fill. The parts add up to the wait exactly, because they are differences of one running total.
 """
 
@@ -40,6 +43,9 @@ from deployments.messages import Share
 
 _CAUTION, _TIMER_NS = 1.1, 1_000_000
 """Margin kept before a deadline while a batch fills: factor on the run's estimate, and allowance for a late timer."""
+_RESERVE = 1.25
+"""Factor on what the device is expected to need for a queue: under overload the queue is as long as the deadlines allow,
+and if its work took only a little longer than expected, all of it would be in vain."""
 _LEAD_NS, _LEAD_PART = 4_000_000, 0.25
 """How long before a run's expected end the next batch is formed, and the most it may be of the rest of the run."""
 
@@ -65,6 +71,8 @@ class AdmissionGate(Generic[Payload]):
         # The first is running or being handed to the device; the second is ready to follow it.
         self._released: list[Batch[Payload]] = []
         self._running_batches = 0
+        self._run_ends_ns = 0.0
+        """When the current run is expected to end."""
         self._busy_since_ns: int | None = None
         self._busy_total_ns = 0
         self._fill_timer: asyncio.TimerHandle | None = None
@@ -109,17 +117,29 @@ class AdmissionGate(Generic[Payload]):
         for batch in self._released[1:]:
             yield from batch.present
 
+    def wait_ns(self) -> float:
+        """How long a request that came now would take here, if it is like those that wait: its wait and its own run."""
+        depth, tokens = self.depth, self.waiting_tokens
+        if not depth and not self._released:
+            return 0.0
+        return self._device_ns(depth + 1, tokens + (tokens // depth if depth else 0))
+
+    def _device_ns(self, count: int, tokens: int) -> float:
+        """How long the device may need for the rest of the run, and for so many inputs and padded tokens after it."""
+        return _RESERVE * (max(0.0, self._run_ends_ns - self._clock()) + self.planner.runs_ns(count, tokens))
+
     # --- the path of an input ---
 
     async def submit(self, entries: Sequence[BatchEntry[Payload]]) -> list[Any]:
         """Queue the inputs of one request and return, in order, the result or the exception of each.
 
-        Raises QueueFull, without queueing any, if they do not all fit.
+        Raises QueueFull or DeadlinePassed, without queueing any, if they do not all fit, or not in time.
         """
         for entry in entries:
             entry.padded = self.planner.rounded(entry.tokens)
         was_full = self._may_be_full()
         self._admit(len(entries), sum(entry.padded for entry in entries), entries[0].share)
+        self._refuse_hopeless(entries)
         loop, now = asyncio.get_running_loop(), self._clock()
         for entry in entries:
             entry.arrived_ns, entry.depth_on_arrival = now, self.depth
@@ -163,6 +183,25 @@ class AdmissionGate(Generic[Payload]):
             retry_after_s=self._drain_rate.seconds_for(queued),
         )
 
+    def _refuse_hopeless(self, entries: Sequence[BatchEntry[Payload]]) -> None:
+        if not self._released and not self._waiting:
+            # The estimate may be wrong, and is corrected by runs only.
+            return
+        share, tokens = entries[0].share, sum(entry.padded for entry in entries)
+        count, ahead = self.depth, self.waiting_tokens
+        if share.tenant:
+            place = self._order.next_tag(share)
+            behind = [entry.padded for entry in self._waiting if entry.order > place]
+            count, ahead = count - len(behind), ahead - sum(behind)
+        needs_ns = self._device_ns(count + len(entries), ahead + tokens)
+        left_ns = min(entry.deadline_ns for entry in entries) - self._clock()
+        if needs_ns > left_ns:
+            raise DeadlinePassed(
+                f"the deadline would pass in the queue: it passes in {left_ns / 1e6:.0f} ms, and the model needs about "
+                f"{needs_ns / 1e6:.0f} ms for what is ahead and for this request",
+                retry_after_s=max(1, math.ceil((needs_ns - max(0, left_ns)) / 1e9)),
+            )
+
     def _withdraw(self, entry: BatchEntry[Payload]) -> None:
         """Withdraw an entry whose caller no longer waits. A running entry stays in its batch until the run is over."""
         if entry.has_started or entry.is_gone:
@@ -200,9 +239,10 @@ class AdmissionGate(Generic[Payload]):
             entry.busy_wait_ns = self._busy_wait(entry, now)
         if self._running_batches == 0:
             self._busy_since_ns = now
+        self._run_ends_ns = now + self.planner.run_ns(present)
         self._running_batches += 1
         self._release_next()
-        self._look_ahead(now + self.planner.run_ns(present))
+        self._look_ahead(self._run_ends_ns)
 
     def end(self, batch: Batch[Payload]) -> None:
         """Record that the batch's run is over, or that it was no longer needed; the device can take the next batch."""
@@ -294,18 +334,21 @@ class AdmissionGate(Generic[Payload]):
 
     def _discard_cancelled_and_late(self) -> None:
         """Remove inputs whose caller is gone, and fail those that cannot meet their deadline."""
-        now = self._clock()
+        now, has_rejected = self._clock(), False
         for entry in [e for e in self._waiting if e.result.done() or self.planner.is_late(e, now)]:
             self._remove(entry)
             if not entry.result.done():
+                has_rejected |= entry.deadline_ns > now
                 entry.fail(self._deadline_passed(entry, now))
+        if has_rejected and not self._waiting and not self._released:
+            # Only a run could correct an estimate that is too high, and there will be none.
+            self.planner.cost.decay_after_rejection()
 
     def _deadline_passed(self, entry: BatchEntry[Payload], now: int) -> DeadlinePassed:
         waited_ms, left_ms = (now - entry.arrived_ns) / 1e6, (entry.deadline_ns - now) / 1e6
         if left_ms <= 0:
             return DeadlinePassed(f"the deadline passed after {waited_ms:.0f} ms in the queue, before the model ran")
         needs_ms = self.planner.cost.estimate(entry.padded) / 1e6
-        self.planner.cost.decay_after_rejection()
         return DeadlinePassed(
             f"after {waited_ms:.0f} ms in the queue, {left_ms:.0f} ms remain and the model needs about "
             f"{needs_ms:.0f} ms; it was not run"

@@ -14,6 +14,8 @@ from deployments.batching.cost import RunCost
 from deployments.batching.entry import Batch, BatchEntry, DispatchReason, Payload
 from deployments.batching.grouping import fifo_prefix, group_with_oldest
 
+_LEAST_OF_FIXED = 4
+"""What the tokens of a run may always cost, in times of the run's fixed cost."""
 _REGROWTH = 1.02
 """Factor by which a limit learned from an out-of-memory error grows with every run that fits."""
 
@@ -29,6 +31,7 @@ class GateLimits:
     max_queue_tokens: int = 2**62
     grouping_window: int = 1
     pad_to_multiple_of: int = 1
+    max_run_ms: float = float("inf")
 
 
 class BatchPlanner:
@@ -41,8 +44,13 @@ class BatchPlanner:
 
     @property
     def max_batch_tokens(self) -> int:
-        """Current limit of a batch: as configured, or what fits in memory if that is less."""
-        return int(min(self.limits.max_batch_tokens, self._memory_tokens))
+        """Current limit of a batch: as configured, or what fits in memory or runs in ``max_run_ms`` if that is less."""
+        return max(1, int(min(self.limits.max_batch_tokens, self._memory_tokens, self._tokens_in_time())))
+
+    def _tokens_in_time(self) -> float:
+        """Tokens of the longest run. Its fixed cost is at most a fifth of it: smaller batches would waste the device."""
+        cost = self.cost
+        return max(self.limits.max_run_ms * 1e6 - cost.run_ns, _LEAST_OF_FIXED * cost.run_ns) / cost.token_ns
 
     def observe(self, padded_tokens: int, took_ns: float) -> None:
         """Learn from a run of ``padded_tokens`` that took ``took_ns``."""
@@ -65,6 +73,11 @@ class BatchPlanner:
     def run_ns(self, entries: Sequence[BatchEntry[Payload]]) -> float:
         """Expected duration of a run of these entries."""
         return self.cost.estimate(self.padded_tokens(entries))
+
+    def runs_ns(self, count: int, tokens: int) -> float:
+        """Expected duration of the runs of so many inputs with so many padded tokens in total, in full batches."""
+        runs = max(-(-count // self.limits.max_batch_size), -(-tokens // self.max_batch_tokens))
+        return runs * self.cost.run_ns + tokens * self.cost.token_ns
 
     def tokens_per_second(self, padded: float) -> float:
         """Throughput of the device in full batches of inputs with ``padded`` tokens each."""

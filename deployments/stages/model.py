@@ -56,6 +56,7 @@ class ModelStage(ChannelStage):
                 limits.max_queue_tokens,
                 limits.grouping_window,
                 self._engine.pad_to_multiple_of,
+                limits.max_run_ms,
             )
         )
         self._runner = BatchRunner(self._engine, self._gate, self._telemetry, limits.max_batch_size, batched)
@@ -129,7 +130,7 @@ class ModelStage(ChannelStage):
         self._telemetry.gauge(metrics.REPLICAS_WARM, lambda: [(int(self._is_warm), {})])
 
     def _queue(self) -> QueueState:
-        return QueueState(self._meter.queue_wait_ms(), self._gate.is_full, self._runner.is_stuck)
+        return QueueState(self._gate.wait_ns() / 1e6, self._gate.is_full, self._runner.is_stuck)
 
     def _release(self) -> None:
         self._is_warm = False

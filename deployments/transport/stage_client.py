@@ -135,7 +135,8 @@ class StageClient(Generic[Request, Result]):
             )
         raise DeadlinePassed(
             f"the deadline would pass in the queue: it passes in {left_ms:.0f} ms, and the shortest queue of the "
-            f"{self._stage} takes {wait_ms:.0f} ms"
+            f"{self._stage} takes {wait_ms:.0f} ms",
+            retry_after_s=math.ceil((wait_ms - max(0.0, left_ms)) / 1e3),
         )
 
     def _refuse_tenant(self, tenant: str) -> None:
