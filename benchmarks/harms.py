@@ -30,8 +30,9 @@ from throughput import HERE, Server, processes, running
 PROGRAMS = Path(sys.executable).parent
 STAGES = ("Ingress", "Tokenizer", "Model", "Postprocessor")
 FUZZER = HERE / ".environments" / "schemathesis" / "bin" / "schemathesis"
-LONG_WORDS = 150
-"""Of the texts with which the model is overloaded: so few a second are too many that sending them costs little."""
+LONG_WORDS, INPUTS = 150, 4
+"""Of the requests with which the model is overloaded: few of them are too many, so that sending and refusing them costs
+little of the CPUs that the model needs too."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +224,9 @@ def stopped(folder: Path, part: float) -> list[Finding]:
 
 
 def overload(folder: Path, part: float) -> list[Finding]:
-    ask = embeddings(LONG_WORDS, headers={"X-Request-Timeout-Ms": "2000"})
+    ask = embeddings(LONG_WORDS, INPUTS, {"X-Request-Timeout-Ms": "2000"})
     with application(folder, configuration(folder)):
-        capacity = _capacity(embeddings(LONG_WORDS), max(15.0, 30 * part))
+        capacity = _capacity(embeddings(LONG_WORDS, INPUTS), max(15.0, 30 * part))
         at_once = _goodput(ask, capacity, max(15.0, 60 * part))
         with Load(ask, per_s=10 * capacity) as flood:
             time.sleep(max(20.0, 300 * part))
@@ -269,7 +270,7 @@ def tenants(folder: Path, part: float) -> list[Finding]:
     (folder / "keys.yaml").write_text(yaml.safe_dump(keys))
 
     def of(tenant: str) -> Ask:
-        return embeddings(LONG_WORDS, headers={"Authorization": f"Bearer {tenant}-key", "X-Request-Timeout-Ms": "5000"})
+        return embeddings(LONG_WORDS, 1, {"Authorization": f"Bearer {tenant}-key", "X-Request-Timeout-Ms": "5000"})
 
     config = configuration(folder, security={"api_keys": str(folder / "keys.yaml")})
     with application(folder, config):

@@ -50,11 +50,11 @@ def text_of(words: int, seed: int) -> str:
     return f"{seed} " + " ".join(chance.choice(WORDS) for _ in range(words))
 
 
-def embeddings(words: int, different: int = 1_000_000, headers: Mapping[str, str] | None = None) -> Ask:
-    """Requests for one embedding of about as many words; texts come again after so many."""
+def embeddings(words: int, inputs: int = 1, headers: Mapping[str, str] | None = None) -> Ask:
+    """Requests for so many embeddings of texts with about as many words; all texts are different."""
 
     def ask(number: int) -> Asked:
-        body = json.dumps({"input": [text_of(words, number % different)]}).encode()
+        body = json.dumps({"input": [text_of(words, number * inputs + i) for i in range(inputs)]}).encode()
         return Asked("/v1/embeddings", body, headers or {})
 
     return ask

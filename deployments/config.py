@@ -107,7 +107,7 @@ class BatchingConfig(Section):
     max_run_ms: Annotated[float, Field(gt=0)] = Field(
         250.0,
         description="Maximum time of a run, by its cost as it is learned: batches are smaller where more would take "
-        "longer, and whatever arrives during a run waits for less. Beyond a fifth of fixed cost they are not made smaller.",
+        "longer, so that what arrives meanwhile waits for less. The fixed cost of a run stays below a fifth of it.",
     )
     max_wait_ms: Milliseconds = Field(0.0, description="How long an idle device waits for a batch to fill.")
     grouping_window: Positive = Field(

@@ -16,8 +16,8 @@
 4. A request is admitted or rejected (``QueueFull``) as a whole, so a queue limit never splits a request. Tenants share
    the queue's room and its order (see ``fairness``); where this file says arrival, it means that order.
 5. A request whose deadline would pass before all that is ahead of it has run, and itself, at the estimated cost (see
-   ``cost``), is rejected at once (``DeadlinePassed``), unless the device is idle. So under overload the queue holds what
-   can still be answered, and nobody waits in vain.
+   ``cost``), is rejected at once (``DeadlinePassed``), unless the device is idle. So under overload the queue holds
+   what can still be answered, and nobody waits in vain.
 6. A cancelled input leaves the queue immediately. When a batch is formed, an input whose deadline has passed, or would
    pass during a run of its own, is discarded, and the batch is shrunk until all its inputs meet their deadlines.
 7. After a run that did not fit in the device's memory, batches are limited to half of its tokens; the limit grows back
@@ -44,8 +44,8 @@ from deployments.messages import Share
 _CAUTION, _TIMER_NS = 1.1, 1_000_000
 """Margin kept before a deadline while a batch fills: factor on the run's estimate, and allowance for a late timer."""
 _RESERVE = 1.25
-"""Factor on what the device is expected to need for a queue: under overload the queue is as long as the deadlines allow,
-and if its work took only a little longer than expected, all of it would be in vain."""
+"""Factor on what the device is expected to need for a queue: under overload that is as long as the deadlines allow, and
+if its work took only a little longer than expected, all of it would be in vain."""
 _LEAD_NS, _LEAD_PART = 4_000_000, 0.25
 """How long before a run's expected end the next batch is formed, and the most it may be of the rest of the run."""
 

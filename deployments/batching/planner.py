@@ -48,7 +48,7 @@ class BatchPlanner:
         return max(1, int(min(self.limits.max_batch_tokens, self._memory_tokens, self._tokens_in_time())))
 
     def _tokens_in_time(self) -> float:
-        """Tokens of the longest run. Its fixed cost is at most a fifth of it: smaller batches would waste the device."""
+        """Tokens of the longest run. Its fixed cost is at most a fifth of it; else batches would waste the device."""
         cost = self.cost
         return max(self.limits.max_run_ms * 1e6 - cost.run_ns, _LEAST_OF_FIXED * cost.run_ns) / cost.token_ns
 
