@@ -81,8 +81,17 @@ def application(folder: Path, config: Path, **environment: str) -> Iterator[str]
     """Run ``slowlens serve``; its traces are in ``folder / "slowlens"``. Yields the mark of its processes."""
     command = [str(PROGRAMS / "slowlens"), "serve", str(config)]
     server = Server("slowlens", command, 8000, {"RAY_USAGE_STATS_ENABLED": "0", **environment}, HERE.parent)
-    with running(server, folder / "log") as mark:
+    with running(server, folder / "log", _until_healthy) as mark:
         yield mark
+
+
+def _until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 180
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5):
+            return
+        time.sleep(0.3)
+    raise SystemExit(f"the application did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 def deploy(config: Path) -> None:
@@ -270,7 +279,7 @@ def tenants(folder: Path, part: float) -> list[Finding]:
     (folder / "keys.yaml").write_text(yaml.safe_dump(keys))
 
     def of(tenant: str) -> Ask:
-        return embeddings(LONG_WORDS, 1, {"Authorization": f"Bearer {tenant}-key", "X-Request-Timeout-Ms": "5000"})
+        return embeddings(LONG_WORDS, INPUTS, {"Authorization": f"Bearer {tenant}-key", "X-Request-Timeout-Ms": "5000"})
 
     config = configuration(folder, security={"api_keys": str(folder / "keys.yaml")})
     with application(folder, config):

@@ -37,6 +37,8 @@ _MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 0.1, 1 / 7, 5.0
 _MIN_RULED = 0.25
 """Share of the slow requests for which a cause makes up most of the excess."""
 _EVIDENCE, _MIN_HIT = 3, 2
+_MAX_RUN_MS = 250.0
+"""``batching.max_run_ms`` where the traces do not state it."""
 _MIN_GAIN = 0.1
 _CHANCE, _FEW = 1.25, 0.05
 """A wait is no chance if it is so much longer than what this share of the slow requests wait by chance."""
@@ -306,7 +308,9 @@ def _advisories(read: Capture) -> list[Finding]:
     found = []
     counted = read.survey
     runs = [run for run in read.runs.values() if run.size]
-    wasteful = [run for run in runs if run.queue_behind >= run.size and run.size <= 4]
+    # A run that takes long has few inputs for that reason.
+    longest_ns = float(read.settings.get("batching.max_run_ms", _MAX_RUN_MS)) / 2 * 1e6
+    wasteful = [run for run in runs if run.queue_behind >= run.size and run.size <= 4 and run.took_ns < longest_ns]
     if len(runs) >= MIN_REQUESTS and len(wasteful) > len(runs) / 2:
         summary = f"{len(wasteful)} of {len(runs)} runs had at most 4 inputs while at least as many were waiting"
         current = [read.settings.get(f"batching.{key}", "?") for key in ("max_batch_size", "max_batch_tokens")]

@@ -51,6 +51,7 @@ _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
         ("model", "quantization"),
         ("batching", "max_batch_size"),
         ("batching", "max_batch_tokens"),
+        ("batching", "max_run_ms"),
         ("batching", "max_wait_ms"),
         ("batching", "grouping_window"),
         ("batching", "max_queue"),
