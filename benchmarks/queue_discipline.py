@@ -3,8 +3,8 @@
     python benchmarks/queue_discipline.py
 
 One device runs batches of up to 6 inputs of 40 ms each (and 2 ms a batch), which take a fifth more or less than that;
-inputs arrive at random, each with a deadline of 2 s. Prints, for each discipline and load, the goodput (what is answered
-in time, as a share of what the device can do), the latency of that, and how long it took to refuse the others.
+inputs arrive at random, each with a deadline of 2 s. Prints, for each discipline and load, the goodput (what was
+answered in time, as a share of what the device can do), its latency, and how long it took to refuse the others.
 
 - ``fifo``: in order of arrival; what has expired is dropped when its turn comes. At most 1,024 wait.
 - ``newest first``: the same, from the other end.

@@ -3,8 +3,9 @@
 Order: start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996). Each input gets a tag, the later of the queue's time
 and the end of its tenant's previous input, in tokens over the tenant's weight; the lowest tag is served first, and the
 queue's time is the tag of what was served last. Over any period, tenants that always have something queued get tokens
-in proportion to their weights, within one input; who uses little is served at once. With one tenant it is the order of
-arrival. Interactive requests are before those of batch jobs, whoever sends them.
+in proportion to their weights, within one input and the credit: who has used less than its share may have so many
+tokens at once, before the others. With one tenant it is the order of arrival. Interactive requests are before those of
+batch jobs, whoever sends them.
 
 Room: dynamic thresholds (Choudhury, Hahne, IEEE/ACM ToN 1998). A tenant may hold as much of the queue as is free, times
 its weight. One that floods the queue leaves half of it to others, two leave a third.
@@ -21,9 +22,14 @@ Order = tuple[int, float]
 
 
 class FairOrder:
-    """Tags what is queued."""
+    """Tags what is queued.
+
+    Attributes:
+        credit: tokens over weight.
+    """
 
     def __init__(self) -> None:
+        self.credit = 0.0
         self._now: dict[int, float] = defaultdict(float)
         self._ends: dict[tuple[int, str], float] = defaultdict(float)
 
@@ -35,7 +41,8 @@ class FairOrder:
 
     def next_tag(self, share: Share) -> Order:
         """The place that ``tag`` would return."""
-        return share.priority, max(self._now[share.priority], self._ends[share.priority, share.tenant])
+        earliest = self._now[share.priority] - self.credit
+        return share.priority, max(earliest, self._ends[share.priority, share.tenant])
 
     def served(self, order: Order) -> None:
         """Note that what has this place is served now."""

@@ -46,6 +46,8 @@ _CAUTION, _TIMER_NS = 1.1, 1_000_000
 _RESERVE = 1.25
 """Factor on what the device is expected to need for a queue: under overload that is as long as the deadlines allow, and
 if its work took only a little longer than expected, all of it would be in vain."""
+_CREDIT_RUNS = 4
+"""What a tenant that used little may have at once, in full runs."""
 _LEAD_NS, _LEAD_PART = 4_000_000, 0.25
 """How long before a run's expected end the next batch is formed, and the most it may be of the rest of the run."""
 
@@ -138,6 +140,7 @@ class AdmissionGate(Generic[Payload]):
         for entry in entries:
             entry.padded = self.planner.rounded(entry.tokens)
         was_full = self._may_be_full()
+        self._order.credit = _CREDIT_RUNS * self.planner.max_batch_tokens
         self._admit(len(entries), sum(entry.padded for entry in entries), entries[0].share)
         self._refuse_hopeless(entries)
         loop, now = asyncio.get_running_loop(), self._clock()

@@ -14,9 +14,10 @@ from deployments.messages import Share
 TOKENS = st.lists(st.integers(1, 500), min_size=60, max_size=60)
 
 
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=50), st.data())
-def test_with_one_tenant_it_is_the_order_of_arrival(tokens: list[int], data: st.DataObject) -> None:
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=50), st.sampled_from([0.0, 700.0]), st.data())
+def test_with_one_tenant_it_is_the_order_of_arrival(tokens: list[int], credit: float, data: st.DataObject) -> None:
     order, share, waiting = FairOrder(), Share("only"), []
+    order.credit = credit
     for number, size in enumerate(tokens):
         waiting.append((order.tag(share, size), number))
         assert waiting == sorted(waiting)
@@ -24,9 +25,12 @@ def test_with_one_tenant_it_is_the_order_of_arrival(tokens: list[int], data: st.
             order.served(waiting.pop(0)[0])
 
 
-@given(TOKENS, TOKENS, st.sampled_from([0.5, 1.0, 2.0, 4.0]))
-def test_who_always_waits_gets_tokens_by_weight(first: list[int], second: list[int], weight: float) -> None:
+@given(TOKENS, TOKENS, st.sampled_from([0.5, 1.0, 2.0, 4.0]), st.sampled_from([0.0, 700.0]))
+def test_who_always_waits_gets_tokens_by_weight(
+    first: list[int], second: list[int], weight: float, credit: float
+) -> None:
     order, shares = FairOrder(), (Share("a"), Share("b", weight))
+    order.credit = credit
     waiting = [
         (order.tag(share, size), share, size)
         for share, sizes in zip(shares, (first, second), strict=True)
@@ -40,8 +44,8 @@ def test_who_always_waits_gets_tokens_by_weight(first: list[int], second: list[i
         left[share.tenant] -= 1
         if not all(left[name] for name in "ab"):
             break
-        # Start-time fair queueing: within one of the longest inputs of each.
-        assert abs(got["a"] - got["b"] / weight) <= 500 + 500 / weight
+        # Start-time fair queueing: within one of the longest inputs of each, and the credit.
+        assert abs(got["a"] - got["b"] / weight) <= 500 + 500 / weight + credit
 
 
 @given(st.integers(1, 500))
@@ -50,6 +54,15 @@ def test_who_comes_with_little_is_next_but_one(size: int) -> None:
     waiting = sorted(order.tag(flood, 100) for _ in range(1000))
     order.served(waiting[500])
     assert order.tag(Share("small"), size) <= waiting[501]
+
+
+def test_who_has_used_little_may_have_its_credit_at_once() -> None:
+    order, flood, small = FairOrder(), Share("flood"), Share("small")
+    order.credit = 300.0
+    waiting = sorted(order.tag(flood, 100) for _ in range(1000))
+    order.served(waiting[500])
+    mine = [order.tag(small, 100) for _ in range(5)]
+    assert [tag < waiting[501] for tag in mine] == [True, True, True, True, False]
 
 
 def test_batch_jobs_come_after_all_interactive_requests() -> None:
