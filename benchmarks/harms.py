@@ -122,6 +122,12 @@ def descriptors(pids: Sequence[int]) -> int:
     return total
 
 
+def cpu_s(pids: Sequence[int]) -> float:
+    """CPU time that these processes have used."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
+
+
 def known(words: int, count: int) -> Ask:
     """Requests whose answers are known: each text was embedded once before."""
     asked = []
@@ -237,8 +243,10 @@ def overload(folder: Path, part: float) -> list[Finding]:
     with application(folder, configuration(folder)):
         capacity = _capacity(embeddings(LONG_WORDS, INPUTS), max(15.0, 30 * part))
         at_once = _goodput(ask, capacity, max(15.0, 60 * part))
+        used_s = cpu_s(replicas("Ingress"))
         with Load(ask, per_s=10 * capacity) as flood:
             time.sleep(max(20.0, 300 * part))
+        used_s = cpu_s(replicas("Ingress")) - used_s
         begun = min(answer.started_s for answer in flood.answers)
         kept = good(flood.answers)
         goodput = len(kept) / (max(answer.started_s for answer in flood.answers) - begun)
@@ -251,8 +259,9 @@ def overload(folder: Path, part: float) -> list[Finding]:
     return [
         Finding(f"at {10 * capacity:.0f} requests/s goodput {ratio:.2f} of that at {capacity:.0f}/s", ratio >= 0.95),
         Finding(
-            f"{outcomes(flood.answers)}; refusals p50 {1e3 * percentile(refused, 0.5):.0f} ms, p99 "
-            f"{1e3 * percentile(refused, 0.99):.0f} ms",
+            f"{outcomes(flood.answers)}; refusals p50 {1e3 * percentile(refused, 0.5):.0f} ms, "
+            f"p99 {1e3 * percentile(refused, 0.99):.0f} ms; "
+            f"{1e3 * used_s / len(flood.answers):.1f} ms of the ingress's CPU a request",
             percentile(refused, 0.99) < 0.02,
         ),
         Finding(f"the last request over 1 s after it was sent {recovered_s:.1f} s after its end", recovered_s < 5),
