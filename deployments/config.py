@@ -105,7 +105,7 @@ class BatchingConfig(Section):
         8192, description="Maximum padded tokens per run (longest input times inputs). A longer input runs alone."
     )
     max_run_ms: Annotated[float, Field(gt=0)] = Field(
-        100.0,
+        500.0,
         description="Maximum time of a run, by its cost as it is learned: batches are smaller where more would take "
         "longer, so that what arrives meanwhile waits for less. The fixed cost of a run stays below a fifth of it.",
     )

@@ -37,7 +37,7 @@ _MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 0.1, 1 / 7, 5.0
 _MIN_RULED = 0.25
 """Share of the slow requests for which a cause makes up most of the excess."""
 _EVIDENCE, _MIN_HIT = 3, 2
-_MAX_RUN_MS = 100.0
+_MAX_RUN_MS = 500.0
 """``batching.max_run_ms`` where the traces do not state it."""
 _MIN_GAIN = 0.1
 _CHANCE, _FEW = 1.25, 0.05

@@ -102,7 +102,7 @@ def test_many_small_runs_while_inputs_wait_are_advised_against() -> None:
 def test_small_runs_that_take_long_are_no_waste() -> None:
     spans = with_attributes(window({}), names.BATCH_FORWARD, ai__batch__queue_behind=9)
     slow = [
-        replace(one, end_ns=one.start_ns + 150_000_000) if one.name == names.BATCH_FORWARD else one for one in spans
+        replace(one, end_ns=one.start_ns + 300_000_000) if one.name == names.BATCH_FORWARD else one for one in spans
     ]
     assert "small_batches" not in [finding.cause for finding in verdict(slow).findings]
 
