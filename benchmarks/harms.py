@@ -69,6 +69,8 @@ def configuration(folder: Path, replicas: int = 1, **args: Any) -> Path:
             "num_replicas": replicas,
             "max_ongoing_requests": 4000,
             "graceful_shutdown_timeout_s": 65,
+            "health_check_period_s": 5,
+            "health_check_timeout_s": 10,
             "ray_actor_options": {"num_cpus": 0.8 / replicas if stage == "Model" else 0.1},
         }
         for stage in STAGES
