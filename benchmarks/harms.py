@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 from load import Ask, Asked, Load, embeddings, good, median, outcomes, percentile, text_of
-from throughput import HERE, Server, processes, running
+from throughput import HERE, Server, running
 
 TENANTS_RUN_MS = 100.0
 """``batching.max_run_ms`` where tenants are to be kept apart: one waits for the run of another."""
@@ -452,10 +452,10 @@ def _schemathesis(folder: Path, count: int) -> Finding:
 
 def slow_clients(folder: Path, part: float) -> list[Finding]:
     seconds = max(15.0, 45 * part)
-    with application(folder, configuration(folder)) as mark:
+    with application(folder, configuration(folder)):
         with Load(embeddings(8), per_s=20) as before:
             time.sleep(seconds)
-        most_mb, held = resident_mb(processes(mark)), contextlib.ExitStack()
+        most_mb, held = 0.0, contextlib.ExitStack()
         with held:
             trickling = [_half_sent(held, b"") for _ in range(500)]
             body = b'{"input": ["' + b"a" * (4 * 2**20 - 16)
@@ -468,12 +468,11 @@ def slow_clients(folder: Path, part: float) -> list[Finding]:
                             connection.send(b" ")
                     most_mb = max(most_mb, resident_mb(replicas("Ingress")))
                     time.sleep(1)
-        ingress_mb = most_mb
     ratio = percentile(beside.answers, 0.99) / percentile(before.answers, 0.99)
     return [
         none_lost(beside),
         Finding(f"p99 {ratio:.2f} of that before", ratio <= 1.2),
-        Finding(f"the ingress held at most {ingress_mb:.0f} MB", ingress_mb < 1024),
+        Finding(f"the ingress held at most {most_mb:.0f} MB", most_mb < 1024),
     ]
 
 
@@ -565,10 +564,11 @@ def disk_full(folder: Path, part: float) -> list[Finding]:
     try:
         with application(folder, configuration(folder)), Load(embeddings(8), per_s=40) as load:
             time.sleep(max(30.0, 60 * part))
-        log = (folder / "log").read_text(errors="replace")
+        logs = Path("/tmp/ray/session_latest/logs").rglob("*")
+        told = any(b"cannot write to the local store" in path.read_bytes() for path in logs if path.is_file())
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
-    return [none_lost(load), Finding("the log says so", "No space left" in log)]
+    return [none_lost(load), Finding("the log says so" if told else "no log says so", told)]
 
 
 # --- over time -------------------------------------------------------------------------------------------------------

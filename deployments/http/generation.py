@@ -40,10 +40,10 @@ class _GenerationBody(Body):
     model: str | None = Field(None, description="The served model; optional.")
     stream: bool | None = Field(False, description="Send the answer in server-sent events, as it is generated.")
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(1.0, description="0: the most probable token.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0)] | None = Field(0, description="0: all tokens.")
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(0, description="0: all tokens.")
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
     stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = Field(
         None, description="Up to 4 strings that end the text; they are not part of it."
@@ -82,7 +82,7 @@ class ChatBody(_GenerationBody):
     ignored: ClassVar[tuple[str, ...]] = (*_GenerationBody.ignored, "prompt_cache_key", "prompt_cache_retention")
 
     messages: list[dict[str, Any]] = Field(min_length=1, description="`role` and `content` of each, text only.")
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
         None, description="Maximum tokens of the answer; default: generation.default_max_tokens."
     )
     logprobs: bool | None = False
@@ -102,7 +102,7 @@ class CompletionBody(_GenerationBody):
     prompt: str | list[str] | list[int] | list[list[int]] = Field(
         description="A text or a list of token ids; or a list of one of these."
     )
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="Default: 16.")
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(None, description="Default: 16.")
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 

@@ -44,7 +44,7 @@ class EmbeddingsBody(Body):
 
 class Parameters(Body):
     truncate: bool = Field(True, description="Truncate inputs that are too long; if false, reject them.")
-    top_k: Annotated[int, Field(ge=1)] | None = Field(
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
         None, description="Labels (text-classification) or tokens (fill-mask, at most 100) to return."
     )
 

@@ -108,6 +108,7 @@ def test_an_invalid_embeddings_field_is_named_with_its_rule(body: Any, param: st
         ({"inputs": [1, 2]}, "inputs[0] is an integer"),
         ({"inputs": "a", "parameters": {"truncate": "yes"}}, "parameters.truncate"),
         ({"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k"),
+        ({"inputs": "a", "parameters": {"top_k": 2**65}}, "parameters.top_k"),
         ({"inputs": "a", "parameters": {"topk": 1}}, "parameters.topk is not a field of this request; known: truncate"),
         ({"inputs": "a", "parameters": "secret"}, "parameters: Input should be an object; got a string"),
     ],
