@@ -31,7 +31,7 @@ def port(deploy: Callable[..., int], hold_path: Path) -> int:
     fake = {"base_ms": BASE_MS, "per_token_us": TOKEN_US, "hold_path": str(hold_path), "memory_tokens": MEMORY_TOKENS}
     return deploy(
         model={"engine": "fake", "max_length": 128, "fake": fake},
-        batching={"max_batch_size": 8, "max_queue": 32, "max_queue_tokens": 1000},
+        batching={"max_batch_size": 8, "max_queue": 32, "max_queue_tokens": 1000, "max_run_ms": 60_000.0},
         limits={"max_inputs": 32},
     )
 
