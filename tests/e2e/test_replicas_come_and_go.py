@@ -22,11 +22,11 @@ from tests.support.process import replicas, serve_run
 from tests.support.traces import named, one
 
 PORT = 8000
-CLIENTS, REQUESTS = 16, 1000
+CLIENTS, REQUESTS = 16, 700
 TOKEN = {"RAY_AUTH_MODE": "token"}
 """``serve run`` starts a cluster that asks for the token which it left in the user's folder."""
 BEHIND_THE_INGRESS = ("Tokenizer", "Model", "Postprocessor")
-KILLS = {150: "Tokenizer", 400: "Model", 650: "Postprocessor"}
+KILLS = {100: "Tokenizer", 280: "Model", 460: "Postprocessor"}
 """Which stage loses a replica, by the number of requests sent."""
 
 

@@ -71,6 +71,9 @@ def test_one_request_produces_one_complete_trace(port: int, receiver: OtlpReceiv
     assert len(spans) == len(WHOLE_TRACE)
     assert {s.status for s in spans} == {"UNSET"}
     assert children_cover(spans, root) == pytest.approx(1.0, abs=0.001)
+    for span in spans:
+        # Only if the host is busy.
+        span.attributes.pop(names.AI_CPU_RUN_DELAY_MS, None)
 
     total = root.attributes.pop("ai.total_latency_ms")
     assert total == pytest.approx(root.ms, abs=0.01)
