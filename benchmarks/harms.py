@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from diagnosis import until_healthy
 from load import Ask, Asked, Load, embeddings, good, median, outcomes, percentile, text_of
 from throughput import HERE, Server, running
 
@@ -85,17 +86,8 @@ def application(folder: Path, config: Path, **environment: str) -> Iterator[str]
     """Run ``slowlens serve``; its traces are in ``folder / "slowlens"``. Yields the mark of its processes."""
     command = [str(PROGRAMS / "slowlens"), "serve", str(config)]
     server = Server("slowlens", command, 8000, {"RAY_USAGE_STATS_ENABLED": "0", **environment}, HERE.parent)
-    with running(server, folder / "log", _until_healthy) as mark:
+    with running(server, folder / "log", until_healthy) as mark:
         yield mark
-
-
-def _until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 180
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5):
-            return
-        time.sleep(0.3)
-    raise SystemExit(f"the application did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
 
 def deploy(config: Path) -> None:

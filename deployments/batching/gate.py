@@ -141,8 +141,9 @@ class AdmissionGate(Generic[Payload]):
             entry.padded = self.planner.rounded(entry.tokens)
         was_full = self._may_be_full()
         self._order.credit = _CREDIT_RUNS * self.planner.max_batch_tokens
-        self._admit(len(entries), sum(entry.padded for entry in entries), entries[0].share)
-        self._refuse_hopeless(entries)
+        tokens = sum(entry.padded for entry in entries)
+        self._admit(len(entries), tokens, entries[0].share)
+        self._refuse_hopeless(entries, tokens)
         loop, now = asyncio.get_running_loop(), self._clock()
         for entry in entries:
             entry.arrived_ns, entry.depth_on_arrival = now, self.depth
@@ -186,11 +187,11 @@ class AdmissionGate(Generic[Payload]):
             retry_after_s=self._drain_rate.seconds_for(queued),
         )
 
-    def _refuse_hopeless(self, entries: Sequence[BatchEntry[Payload]]) -> None:
+    def _refuse_hopeless(self, entries: Sequence[BatchEntry[Payload]], tokens: int) -> None:
         if not self._released and not self._waiting:
             # The estimate may be wrong, and is corrected by runs only.
             return
-        share, tokens = entries[0].share, sum(entry.padded for entry in entries)
+        share = entries[0].share
         count, ahead = self.depth, self.waiting_tokens
         if share.tenant:
             place = self._order.next_tag(share)
