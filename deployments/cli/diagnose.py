@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from deployments.explain.options import Against
 from deployments.explain.render.html import as_html
 from deployments.explain.render.text import as_json, as_text
 from deployments.explain.render.waterfall import member_traces, members, spent, waterfall
@@ -35,12 +36,21 @@ class NothingToShow(Exception):
     """There are no traces, the requested ones are missing, or the source does not respond."""
 
 
-def why(where: str, since_ns: int, slowest: float, form: Format, output: Path | None) -> None:
+def why(
+    where: str, since_ns: int, slowest: float, form: Format, output: Path | None, against: Against | None = None
+) -> None:
     """Raises NothingToShow."""
-    with _opened(where) as source:
-        verdict = examine(source, slowest, since_ns)
+    with contextlib.ExitStack() as opened:
+        source = opened.enter_context(_opened(where))
+        then = None
+        if against is not None:
+            other = opened.enter_context(_opened(against.source)) if against.source is not None else source
+            then = other, against.since_ns, against.until_ns
+        verdict = examine(source, slowest, since_ns, then)
     if not verdict.capture.survey.requests:
         raise NothingToShow(f"there is no request in these traces (looked in {without_password(where)})")
+    if verdict.against is not None and not verdict.against.capture.survey.requests:
+        raise NothingToShow("there is no request in the period to compare with")
     try:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(output.open("w", encoding="utf-8")) if output is not None else sys.stdout

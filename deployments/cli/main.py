@@ -14,7 +14,7 @@ from deployments import __version__
 from deployments.cli.diagnose import NothingToShow, live, trace, why
 from deployments.config import TelemetryConfig
 from deployments.errors import ConfigError
-from deployments.explain.options import duration_s, share
+from deployments.explain.options import against, duration_s, share
 
 Value = TypeVar("Value")
 
@@ -25,13 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Arguments after CONFIG belong to ``serve run`` and are not parsed here.
     own = 2 if len(given) > 1 and given[0] == "serve" and not given[1].startswith("-") else 1
     passed_on = given[own:] if given[:1] == ["serve"] and given[own:] not in (["-h"], ["--help"]) else []
-    options = parser().parse_args(given[: len(given) - len(passed_on)])
+    commands = parser()
+    options = commands.parse_args(given[: len(given) - len(passed_on)])
     if options.command == "serve":
         return _serve(options.config, passed_on)
     where = options.source or str(TelemetryConfig().store_directory())
     try:
         _ask(options, where)
         sys.stdout.flush()
+    except ValueError as error:
+        commands.error(f"argument --against: {error}")
     except NothingToShow as error:
         print(f"slowlens: {error}", file=sys.stderr)  # noqa: T201
         return 1
@@ -44,8 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _ask(options: argparse.Namespace, where: str) -> None:
     match options.command:
         case "why":
-            since_ns = time.time_ns() - options.since_s * 10**9 if options.since_s is not None else 0
-            why(where, since_ns, options.slowest, options.format, options.output)
+            now_ns = time.time_ns()
+            since_ns = now_ns - options.since_s * 10**9 if options.since_s is not None else 0
+            then = against(options.against, options.since_s, now_ns) if options.against is not None else None
+            if then is not None and then.source is None and options.since_s is None:
+                since_ns = int(then.until_ns)
+            why(where, since_ns, options.slowest, options.format, options.output, then)
         case "trace":
             trace(options.trace_id, where)
         case "live":
@@ -92,6 +99,12 @@ def parser() -> argparse.ArgumentParser:
     verdict = commands.add_parser("why", help="explain why the slow requests were slow")
     _add_source(verdict)
     _add_window(verdict, None)
+    verdict.add_argument(
+        "--against",
+        metavar="WINDOW|PATH|URL",
+        help="say what takes longer than in another period: `1d`, the same period a day earlier, "
+        "`2026-11-25T10:00Z..2026-11-25T11:00Z` (without --since: all that came after it), or everything of another source",
+    )
     verdict.add_argument("--format", choices=("text", "json", "html"), default="text")
     verdict.add_argument("-o", dest="output", type=Path, metavar="FILE", help="output file; default: standard output")
     one = commands.add_parser("trace", help="show one request as a waterfall, with its batch")

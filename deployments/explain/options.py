@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -32,6 +34,52 @@ def share(text: str) -> float:
     if not 0 < part < 1:
         raise ValueError(f"{text!r} must be a percentage above 0% and below 100%, such as 5%")
     return part
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """What ``--against`` names: a period of the same source, or another source."""
+
+    source: str | None
+    since_ns: int = 0
+    until_ns: float = float("inf")
+
+
+def against(text: str, since_s: int | None, now_ns: int) -> Against:
+    """Parse ``1d``, ``2026-11-25T10:00Z..2026-11-25T11:00Z``, or a path or URL. Raises ValueError.
+
+    Args:
+        text: as given.
+        since_s: length of the period that is compared; None if it is everything.
+        now_ns: when that period ends, in Unix nanoseconds.
+    """
+    begin, dots, end = text.partition("..")
+    if dots and begin[:1].isdecimal():
+        period = Against(None, _unix_ns(begin), _unix_ns(end))
+        if period.since_ns >= period.until_ns:
+            raise ValueError(f"{text!r} ends before it begins")
+        return period
+    try:
+        ago_s = duration_s(text)
+    except ValueError:
+        if text[-1:] in "smhd" and text[:-1].isdecimal():
+            raise
+        return Against(text)
+    if since_s is None:
+        raise ValueError(f"{text!r} is the same period {text} earlier: say with --since how long it is")
+    if ago_s < since_s:
+        raise ValueError(f"the period {text} earlier overlaps the last {since_s} s: at least {since_s}s is needed")
+    until_ns = now_ns - ago_s * 10**9
+    return Against(None, until_ns - since_s * 10**9, until_ns)
+
+
+def _unix_ns(text: str) -> int:
+    """Parse a time of ISO 8601, in UTC unless it says otherwise. Raises ValueError."""
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{text!r} must be a time such as 2026-11-25T10:00Z") from None
+    return round((parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp() * 1e9)
 
 
 def _is_duration(text: str) -> str:

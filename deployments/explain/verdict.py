@@ -9,12 +9,18 @@
    quarter of the slow requests. For a cold start one request is enough, because the trace itself states it. If no
    cause qualifies, nothing is unusual. Waiting for the device counts as far as it is more than what random arrivals
    at this rate make some requests wait (``chance``).
-4. Requests that failed on the server's side do not count as slow; they are a separate cause (``errors_retries``).
+4. If requests take longer from some moment on (``periods``), those before it are the ordinary ones, and what work cost
+   then is what it usually costs, however much of the window is slow. What they take longer for is named even if it is
+   little for each.
+5. Compared with another period (``--against``), a cause is named if requests lose more to it than they did then, on
+   average and beyond doubt; the excess is the difference.
+6. Requests that failed on the server's side do not count as slow; they are a separate cause (``errors_retries``).
    Advisories have no share of the excess and are listed last.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +28,19 @@ from dataclasses import dataclass, field, replace
 from deployments.explain.causes import CAUSES, Cause
 from deployments.explain.chance import wait_by_chance_ms
 from deployments.explain.fixes import Fix, after_failures
+from deployments.explain.periods import Change, Judged, Period, change_of, differences, increases, is_longer, moment_of
 from deployments.explain.requests.capture import Capture, capture
-from deployments.explain.requests.parts import PARTS, Parts, first_token_parts_of, median, parts_of, percentile
-from deployments.explain.requests.pattern import distinguishing_traits
+from deployments.explain.requests.parts import (
+    PARTS,
+    Parts,
+    Usual,
+    first_token_parts_of,
+    median,
+    parts_of,
+    percentile,
+    usual_of,
+)
+from deployments.explain.requests.pattern import clock, distinguishing_traits
 from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import orders_during, scaled_late
 from deployments.explain.token_gaps import TokenGap, token_gaps
@@ -40,6 +56,8 @@ _EVIDENCE, _MIN_HIT = 3, 2
 _MAX_RUN_MS = 500.0
 """``batching.max_run_ms`` where the traces do not state it."""
 _MIN_GAIN = 0.1
+_DOUBT = 4.0
+"""In standard errors."""
 _CHANCE, _FEW = 1.25, 0.05
 """A wait is no chance if it is so much longer than what this share of the slow requests wait by chance."""
 
@@ -57,17 +75,6 @@ class Finding:
     """The 99th percentile now, and at best without this cause; None if the difference is small."""
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """An answered request that was read in full."""
-
-    request: Request
-    parts: Parts
-    weight: float
-    """The number of requests it represents."""
-    is_slow: bool
-
-
 @dataclass(slots=True)
 class Verdict:
     capture: Capture
@@ -78,6 +85,12 @@ class Verdict:
     findings: list[Finding] = field(default_factory=list)
     note: str = ""
     """Why no cause is named, if none is."""
+    change: Change | None = None
+    """If requests take longer from some moment on."""
+    against: Period | None = None
+    """The period that this one is compared with, if it is not compared within itself."""
+    differences: tuple[str, ...] = ()
+    """What else is different from ``against``."""
     first_token: Verdict | None = None
     """The same for the times to the first token, if there are generations."""
     token_gaps: list[TokenGap] = field(default_factory=list)
@@ -89,29 +102,48 @@ class Verdict:
         return sum(max(0.0, ms) for ms in self.excess_ms.values())
 
 
-def examine(source: Source, slowest: float, since_ns: int = 0) -> Verdict:
-    """Judge the slowest share (0 to 1) of a source's requests that ended at ``since_ns`` or later."""
-    chosen = survey(source.roots(since_ns), slowest, since_ns)
+def examine(
+    source: Source,
+    slowest: float,
+    since_ns: int = 0,
+    against: tuple[Source, int, float] | None = None,
+) -> Verdict:
+    """Judge the slowest share (0 to 1) of a source's requests that ended at ``since_ns`` or later.
+
+    With ``against``, a source and the Unix nanoseconds from and until which its requests ended, judge instead what
+    requests take longer for than those.
+    """
+    found = _read(source, slowest, since_ns)
+    then = _read(against[0], slowest, *against[1:]) if against is not None else None
+    return judge(found, then)
+
+
+def _read(source: Source, slowest: float, since_ns: int, until_ns: float = float("inf")) -> Capture:
+    chosen = survey(source.roots(since_ns), slowest, since_ns, until_ns)
     found = capture(source.spans(chosen), chosen)
     found.lost = source.lost
-    return judge(found)
+    return found
 
 
-def judge(found: Capture) -> Verdict:
+def judge(found: Capture, then: Capture | None = None) -> Verdict:
+    """Judge the requests of a capture, compared with each other or with those of another."""
     counted = found.survey
-    answered = [
-        Judged(request, parts, found.weight(request), request.key in counted.slow)
-        for request, parts in zip(found.requests, parts_of(found), strict=True)
-        if not request.error
-    ]
-    answered.sort(key=lambda one: one.request.latency_ns)
-    verdict = Verdict(found, answered, dict.fromkeys(PARTS, 0.0))
-    if len(counted.latencies_ms) < MIN_REQUESTS:
-        verdict.note = (
-            f"{len(counted.latencies_ms)} answered requests are too few to tell slow from ordinary; {MIN_REQUESTS} are "
-            "needed"
-        )
+    moment_ns = moment_of(counted) if then is None else None
+    usual = usual_of(found if then is None else then, moment_ns or float("inf"))
+    parts = parts_of(found, usual)
+    answered = _judged(found, parts)
+    verdict = Verdict(found, sorted(answered, key=lambda one: one.request.latency_ns), dict.fromkeys(PARTS, 0.0))
+    if then is not None:
+        verdict.against = Period(then, _judged(then, parts_of(then, usual)))
+        verdict.differences = differences(verdict.against, Period(found, answered))
+    few = min(len(one.survey.latencies_ms) for one in (found, then or found))
+    if few < MIN_REQUESTS:
+        verdict.note = f"{few} answered requests are too few to tell slow from ordinary; {MIN_REQUESTS} are needed"
+    elif verdict.against is not None:
+        _compare_with(verdict.against, Period(found, answered), verdict)
     else:
+        if moment_ns is not None:
+            verdict.change = _change(found, answered, moment_ns)
         _compare(verdict)
     for finding in _failures(verdict):
         same = next((one for one in verdict.findings if one.cause == finding.cause), None)
@@ -123,9 +155,25 @@ def judge(found: Capture) -> Verdict:
     if not verdict.findings and not verdict.note:
         verdict.note = "nothing is unusual: the slowest requests spent their time the same way as the others"
     verdict.findings += _advisories(found)
-    verdict.first_token = _of_first_tokens(verdict)
+    if then is None:
+        verdict.first_token = _of_first_tokens(verdict, parts, usual)
     verdict.token_gaps = _token_gaps(verdict)
     return verdict
+
+
+def _judged(found: Capture, parts: Sequence[Parts]) -> list[Judged]:
+    """The answered requests, by start time."""
+    return [
+        Judged(request, of_it, found.weight(request), request.key in found.survey.slow)
+        for request, of_it in zip(found.requests, parts, strict=True)
+        if not request.error
+    ]
+
+
+def _change(found: Capture, answered: Sequence[Judged], moment_ns: int) -> Change | None:
+    before = [one for one in answered if one.request.started_ns < moment_ns]
+    after = [one for one in answered if one.request.started_ns >= moment_ns]
+    return change_of(moment_ns, Period(found, before), Period(found, after))
 
 
 def _token_gaps(verdict: Verdict) -> list[TokenGap]:
@@ -139,15 +187,14 @@ def _token_gaps(verdict: Verdict) -> list[TokenGap]:
     return sorted(worst, key=lambda gap: -gap.more_ms)[:_EVIDENCE]
 
 
-def _of_first_tokens(whole: Verdict) -> Verdict | None:
+def _of_first_tokens(whole: Verdict, every: Sequence[Parts], usual: Usual) -> Verdict | None:
     """Judge the times to the first token: as many of them are slow as latencies are."""
     found = whole.capture
     answered = {one.request.key: one for one in whole.answered}
-    every = [answered[request.key].parts if request.key in answered else {} for request in found.requests]
     pairs = [
         (answered[request.key], parts)
-        for request, parts in zip(found.requests, first_token_parts_of(found, every), strict=True)
-        if parts is not None
+        for request, parts in zip(found.requests, first_token_parts_of(found, every, usual.steps), strict=True)
+        if parts is not None and request.key in answered
     ]
     if not pairs:
         return None
@@ -162,7 +209,13 @@ def _of_first_tokens(whole: Verdict) -> Verdict | None:
 
 
 def _compare(verdict: Verdict) -> None:
-    ordinary = [one for one in verdict.answered if not one.is_slow]
+    change = verdict.change
+    ordinary = [
+        one
+        for one in verdict.answered
+        if not one.is_slow and (change is None or one.request.started_ns < change.moment_ns)
+    ]
+    lasting = change.increases if change is not None else {}
     routes = {one.request.route for one in ordinary}
     usual = {route: _usual([one.parts for one in ordinary if one.request.route == route]) for route in routes}
     of_all = _usual([one.parts for one in ordinary])
@@ -184,16 +237,46 @@ def _compare(verdict: Verdict) -> None:
     by_chance = _by_chance(verdict.capture, len(slow) / max(1, len(verdict.capture.survey.latencies_ms)))
     for cause in CAUSES:
         amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
-        if cause.name == "device_queue":
+        if cause.name == "device_queue" and cause.name not in lasting:
             amounts = [ms if ms > by_chance else 0.0 for ms in amounts]
         hit = sum(ms >= max(_MIN_MS, cause.least_of_useful * useful) for ms in amounts)
         needed = max(_MIN_REQUESTS * len(slow), 1 if cause.is_stated else _MIN_HIT)
         ruled = sum(ms > all_of_it / 2 for all_of_it, ms in zip(of_each, amounts, strict=True))
         matters = sum(amounts) >= _MIN_SHARE * whole or ruled >= max(_MIN_HIT, _MIN_RULED * len(slow))
-        if hit >= needed and matters:
+        if (hit >= needed or cause.name in lasting) and matters and max(amounts) >= _MIN_MS:
             of_everybody = [sum(more[part] for part in cause.parts) for more in excess]
             gain = _gain(verdict.answered, of_everybody)
             verdict.findings.append(_finding(cause, verdict, [one.request for one, _ in slow], amounts, whole, gain))
+
+
+def _compare_with(then: Period, now: Period, verdict: Verdict) -> None:
+    """Name what requests lose more time to than they did in another period."""
+    if not is_longer(then, now):
+        verdict.note = "nothing takes longer than in the period that this one is compared with"
+        return
+    weight = sum(one.weight for one in now.judged)
+    for part in PARTS:
+        verdict.excess_ms[part] = weight * (now.mean_ms([part]) - then.mean_ms([part]))
+    whole = verdict.whole_excess_ms
+    for cause in CAUSES:
+        more = increases(then, now).get(cause.name, 0.0)
+        if more * weight < _MIN_SHARE * whole:
+            continue
+        before = then.mean_ms(cause.parts)
+        hit = [(one, sum(one.parts[part] for part in cause.parts) - before) for one in now.judged]
+        hit = sorted((pair for pair in hit if pair[1] >= more / 2), key=lambda pair: -pair[1])
+        concerned = [one.request for one, _ in hit]
+        count = round(sum(one.weight for one, _ in hit))
+        summary = (
+            f"requests spend {more:.1f} ms more on average ({before:.1f} -> {before + more:.1f} ms) {cause.what}; "
+            f"{count} of {round(weight)} spend at least half of that more{_traits(now.capture, concerned, cause.stage)}"
+        )
+        evidence = tuple((one.request.trace_id, ms) for one, ms in hit[:_EVIDENCE])
+        fix = _after(verdict.differences, cause, cause.fix(now.capture, concerned))
+        share = min(1.0, more * weight / whole)
+        verdict.findings.append(Finding(cause.name, share, count, summary, fix, evidence))
+    if not verdict.findings:
+        verdict.note = "requests take longer than in the other period, but no single cause stands out"
 
 
 def _by_chance(found: Capture, share: float) -> float:
@@ -240,14 +323,27 @@ def _finding(
         f"{len(hit)} of {len(slow)} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
         f"{cause.what}{_traits(verdict.capture, concerned, cause.stage)}{_behind(cause, verdict, concerned)}"
     )
+    if verdict.change is not None and cause.name in verdict.change.increases:
+        summary += (
+            f"; since {clock(verdict.change.moment_ns)} every request spends "
+            f"{verdict.change.increases[cause.name]:.1f} ms more on it, on average"
+        )
     if cause.is_for_want_of_replicas:
         loads = verdict.capture.loads
         orders = orders_during(verdict.capture.scalings, concerned, cause.stage.capitalize(), loads)
         summary += scaled_late(orders, loads, verdict.capture.survey.window_ns[1])
     evidence = tuple((request.trace_id, ms) for request, ms in hit[:_EVIDENCE])
     share = sum(amounts) / whole_ms
-    fix = cause.fix(verdict.capture, concerned)
+    different = verdict.change.differences if verdict.change is not None else ()
+    fix = _after(different, cause, cause.fix(verdict.capture, concerned))
     return Finding(cause.name, min(1.0, share), len(hit), summary, fix, evidence, gain)
+
+
+def _after(differences: Sequence[str], cause: Cause, fix: Fix) -> Fix:
+    """Where the same work takes longer, what is different is the first to look at."""
+    if cause.name != "device_contention" or not differences:
+        return fix
+    return Fix(f"if what is different explains it ({'; '.join(differences)}), take that back; else ", *fix.pieces)
 
 
 def _behind(cause: Cause, verdict: Verdict, concerned: Sequence[Request]) -> str:
@@ -270,7 +366,7 @@ def _traits(capture: Capture, concerned: Sequence[Request], stage: str) -> str:
 def _failures(verdict: Verdict) -> Iterator[Finding]:
     counted = verdict.capture.survey
     kinds = {kind: count for kind, count in counted.errors.items() if kind not in NOT_OURS}
-    if not kinds:
+    if not kinds or (verdict.against is not None and not _fail_more_often(verdict)):
         return
     excess_ms = verdict.whole_excess_ms
     count = sum(kinds.values())
@@ -291,6 +387,17 @@ def _failures(verdict: Verdict) -> Iterator[Finding]:
         ),
         tuple((request.trace_id, request.latency_ns / 1e6) for request in worst),
     )
+
+
+def _fail_more_often(verdict: Verdict) -> bool:
+    """Whether a larger share of requests fails than did in the other period, by more than chance (two proportions)."""
+    assert verdict.against is not None
+    then, now = verdict.against.capture.survey, verdict.capture.survey
+    failed = [sum(n for kind, n in one.errors.items() if kind not in NOT_OURS) for one in (then, now)]
+    requests = [max(1, one.requests) for one in (then, now)]
+    share = sum(failed) / sum(requests)
+    error = math.sqrt(share * (1 - share) * (1 / requests[0] + 1 / requests[1]))
+    return failed[1] / requests[1] - failed[0] / requests[0] > _DOUBT * error
 
 
 def _both(failed: Finding, delayed: Finding) -> Finding:

@@ -29,6 +29,7 @@ LAYERS = [
     {"explain.token_gaps", "explain.chance"},
     {"explain.fixes"},
     {"explain.causes"},
+    {"explain.periods"},
     {"explain.verdict"},
     {"explain", "autoscaling", "transport", "http"},
     {"stages", "page"},

@@ -16,14 +16,15 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-from deployments.explain.render.text import fix_text, headline, percentiles, rows, share_of
+from deployments.explain.periods import Judged
+from deployments.explain.render.text import comparison, fix_text, headline, percentiles, rows, share_of
 from deployments.explain.render.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
 from deployments.explain.requests.capture import BINS, Run, bin_ns
 from deployments.explain.requests.parts import fit_runs, median
 from deployments.explain.requests.request import Request
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.survey import Key
-from deployments.explain.verdict import Finding, Judged, Verdict
+from deployments.explain.verdict import Finding, Verdict
 
 _POINTS = 250
 """Maximum number of ordinary, and of slow, requests in a scatter plot."""
@@ -93,8 +94,9 @@ def _asset(name: str) -> str:
 
 
 def _findings(verdict: Verdict) -> str:
-    note = f'<div class="finding none"><p>{html.escape(verdict.note)}</p></div>' if verdict.note else ""
-    return note + "".join(map(_finding, verdict.findings))
+    notes = [*comparison(verdict), *([verdict.note] if verdict.note else [])]
+    said = "".join(f'<div class="finding none"><p>{html.escape(note)}</p></div>' for note in notes)
+    return said + "".join(map(_finding, verdict.findings))
 
 
 def _finding(finding: Finding) -> str:

@@ -33,6 +33,7 @@ def as_json(verdict: Verdict) -> str:
         "incomplete": verdict.capture.incomplete,
         "errors": survey.errors,
         "latency_ms": percentiles(survey.latencies_ms),
+        **_compared(verdict),
         "stages": parts,
         "findings": _findings(verdict),
         "unaccounted_share": unaccounted,
@@ -42,6 +43,28 @@ def as_json(verdict: Verdict) -> str:
         document["first_token"] = {"latency_ms": percentiles(_latencies(first)), "findings": _findings(first)}
         document["slow_tokens"] = [_token_gap(gap) for gap in verdict.token_gaps]
     return json.dumps(document, indent=2)
+
+
+def _compared(verdict: Verdict) -> dict[str, Any]:
+    """What the window is compared with, or since when it is different."""
+    found: dict[str, Any] = {}
+    if verdict.against is not None:
+        other = verdict.against.capture.survey
+        found["against"] = {
+            "from": _time(other.window_ns[0]),
+            "to": _time(other.window_ns[1]),
+            "requests": other.requests,
+            "latency_ms": percentiles(other.latencies_ms),
+            "differences": list(verdict.differences),
+        }
+    if verdict.change is not None:
+        before, after = verdict.change.p50_ms
+        found["change"] = {
+            "at": _time(verdict.change.moment_ns),
+            "p50_ms": {"before": round(before, 3), "after": round(after, 3)},
+            "differences": list(verdict.change.differences),
+        }
+    return found
 
 
 def _findings(verdict: Verdict) -> list[dict[str, Any]]:
@@ -83,6 +106,8 @@ def _text(verdict: Verdict) -> Iterator[RenderableType]:
     if verdict.capture.survey.latencies_ms:
         shown = percentiles(verdict.capture.survey.latencies_ms)
         yield Text("latency: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in shown.items()))
+    for line in comparison(verdict):
+        yield Text(line)
     if verdict.note:
         yield Text()
         yield Text(verdict.note, style="green")
@@ -121,6 +146,23 @@ def headline(verdict: Verdict) -> str:
         + (f", {failed} failed" if failed else "")
         + (f", {incomplete} with spans missing" if incomplete else "")
     )
+
+
+def comparison(verdict: Verdict) -> Iterator[str]:
+    """Yield lines that say what the window is compared with, or since when requests take longer."""
+    if verdict.against is not None:
+        other = verdict.against.capture.survey
+        shown = ", ".join(f"{name} {ms:.0f} ms" for name, ms in percentiles(other.latencies_ms).items())
+        begun, ended = map(_time, other.window_ns)
+        yield f"compared with {other.requests} requests, {begun} to {ended}: {shown}"
+        if verdict.differences:
+            yield f"what else is different: {'; '.join(verdict.differences)}"
+    if verdict.change is not None:
+        before, after = verdict.change.p50_ms
+        since = clock(verdict.change.moment_ns)
+        yield f"since {since} requests take longer: p50 {before:.0f} -> {after:.0f} ms"
+        if verdict.change.differences:
+            yield f"what else is different since: {'; '.join(verdict.change.differences)}"
 
 
 def _finding(number: int, finding: Finding) -> Iterator[RenderableType]:

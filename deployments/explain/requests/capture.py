@@ -29,6 +29,7 @@ from deployments.telemetry import names, span_specs
 _EXPORT_NS = 5 * 10**9
 """How long after its end a span may still be written."""
 _OF_THE_INGRESS = {spec.name for spec in span_specs.SPANS if spec.service == "ingress"}
+_VERSION = "service.version"
 BINS = 60
 """Number of equal time bins in the window."""
 
@@ -101,7 +102,9 @@ class Capture:
     busy_ns: dict[str, list[int]] = field(default_factory=dict)
     """By model replica: how long its device ran batches in each bin of the window."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """The configuration that the processes report (``slowlens.*``), by key; the last value wins."""
+    """The configuration that the processes report (``slowlens.*``), by key: of those that served last."""
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By instance: its version and settings."""
     lost: int = 0
     """Spans and records that the processes report as lost."""
     incomplete: int = 0
@@ -154,6 +157,7 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
         lost += _add_requests(trace, found, complete_until_ns)
     found.incomplete += round(lost)
     found.requests.sort(key=lambda request: request.started_ns)
+    found.settings = _newest_settings(found)
     ahead = _clocks(found.requests)
     used = {key for request in found.requests for key in request.runs}
     found.runs = {key: _set_back(run, ahead) for key, run in runs.items() if key in used}
@@ -182,16 +186,26 @@ def _add_requests(trace: dict[str, Span], found: Capture, complete_until_ns: int
         found.requests.append(request)
         found.spans[root.key] = spans
         for span in spans:
-            _note_settings(span.resource, found.settings)
+            if span.instance not in found.facts:
+                found.facts[span.instance] = _facts(span.resource)
         if (has_gaps or lacks_a_stage(request, spans)) and root.end_ns <= complete_until_ns:
             lost += found.weight(request)
     return lost
 
 
-def _note_settings(resource: Mapping[str, Any], settings: dict[str, Any]) -> None:
-    for key, value in resource.items():
-        if key.startswith(names.SETTING):
-            settings[key.removeprefix(names.SETTING)] = value
+def _facts(resource: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {key.removeprefix(names.SETTING): v for key, v in resource.items() if key.startswith(names.SETTING)}
+    version = {_VERSION: resource[_VERSION]} if _VERSION in resource else {}
+    return version | {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
+
+
+def _newest_settings(found: Capture) -> dict[str, Any]:
+    last = {instance: number for number, one in enumerate(found.requests) for instance in one.replicas.values()}
+    settings: dict[str, Any] = {}
+    for instance in sorted(found.facts, key=lambda instance: last.get(instance, -1)):
+        settings |= found.facts[instance]
+    settings.pop(_VERSION, None)
+    return settings
 
 
 # --- runs and loads --------------------------------------------------------------------------------------------------

@@ -95,11 +95,37 @@ class RunFit:
         return self.run_ms + self.token_ms * padded_tokens
 
 
-def parts_of(capture: Capture) -> list[Parts]:
+@dataclass(frozen=True, slots=True)
+class InputSizes:
+    """Tokens of an input."""
+
+    usual: float
+    long: float
+    """From here on it is far longer than usual."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """What work costs, and how much of it is usual: what is beyond is padding, contention, long."""
+
+    runs: RunFit | None
+    steps: StepFit | None
+    sizes: InputSizes
+
+
+def usual_of(capture: Capture, until_ns: float = float("inf")) -> Usual:
+    """What is usual in a capture, or in that part of it that began before ``until_ns``."""
+    return Usual(
+        fit_runs(run for run in capture.runs.values() if run.started_ns < until_ns),
+        fit_steps(segment for segment in capture.segments.values() if segment.started_ns < until_ns),
+        input_sizes(capture, until_ns),
+    )
+
+
+def parts_of(capture: Capture, usual: Usual) -> list[Parts]:
     """Return the parts of each request of the capture, in its order."""
-    fit, step_fit = fit_runs(capture.runs.values()), fit_steps(capture.segments.values())
+    fit, step_fit, sizes = usual.runs, usual.steps, usual.sizes
     quickest = quickest_of(call for request in capture.requests for call in request.calls)
-    sizes = input_sizes(capture)
     found = []
     for request in capture.requests:
         found.append(parts := _parts(request, capture.runs, fit, quickest))
@@ -111,14 +137,14 @@ def parts_of(capture: Capture) -> list[Parts]:
     return found
 
 
-def first_token_parts_of(capture: Capture, every: Sequence[Parts]) -> list[Parts | None]:
+def first_token_parts_of(capture: Capture, every: Sequence[Parts], fit: StepFit | None) -> list[Parts | None]:
     """Return the parts of each request's time to its first token; None where there is no generation or no token.
 
     Args:
         capture: the requests.
         every: the parts of their latencies, as ``parts_of`` returns them.
+        fit: what steps cost.
     """
-    fit = fit_steps(capture.segments.values())
     return [_first_token_parts(*both, capture.segments, fit) for both in zip(capture.requests, every, strict=True)]
 
 
@@ -153,18 +179,13 @@ def _split_steps(request: Request, parts: Parts, segments: Mapping[Key, Segment]
     parts["contention"] += prefill.contention + decode.contention
 
 
-@dataclass(frozen=True, slots=True)
-class InputSizes:
-    """Tokens of an input."""
-
-    usual: float
-    long: float
-    """From here on it is far longer than usual."""
-
-
-def input_sizes(capture: Capture) -> InputSizes:
-    """What is usual in these requests; an input of most lengths is long nowhere."""
-    each = sorted((request.tokens / max(1, request.inputs), capture.weight(request)) for request in capture.requests)
+def input_sizes(capture: Capture, until_ns: float = float("inf")) -> InputSizes:
+    """What is usual in the requests that began before ``until_ns``; an input of most lengths is long nowhere."""
+    each = sorted(
+        (request.tokens / max(1, request.inputs), capture.weight(request))
+        for request in capture.requests
+        if request.started_ns < until_ns
+    )
     usual, most = percentile(each, 0.5), percentile(each, 0.75)
     return InputSizes(usual, max(_LONG_OF_MOST * most, _LONG_OF_USUAL * usual, 1.0))
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -41,11 +42,13 @@ class Root:
     latency_ns: int
     error: str
     """``error.type``; empty if there was none."""
+    route: str = ""
 
     @classmethod
     def of(cls, span: Span) -> Root:
         error = str(span.attributes.get(names.ERROR_TYPE) or ("error" if span.failed else ""))
-        return cls(span.key, span.start_ns, max(0, span.end_ns - span.start_ns), error)
+        route = sys.intern(str(span.attributes.get(names.HTTP_ROUTE, "")))
+        return cls(span.key, span.start_ns, max(0, span.end_ns - span.start_ns), error, route)
 
     @property
     def ended_ns(self) -> int:
@@ -61,6 +64,9 @@ class Survey:
     """Time spent by all requests that failed on the server's side."""
     latencies_ms: list[float] = field(default_factory=list)
     """Of all answered requests, ascending."""
+    starts_ns: list[int] = field(default_factory=list)
+    routes: list[str] = field(default_factory=list)
+    """When and where the requests of ``latencies_ms`` came in, in its order."""
     window_ns: tuple[int, int] = (0, 0)
     """From the first request's start to the last one's end, in Unix nanoseconds; zeros if there are none."""
     since_ns: int = 0
@@ -81,9 +87,9 @@ class Survey:
         return trace_id in self.trace_ids_to_read or (trace_id not in self.known and name in OF_A_REQUEST)
 
 
-def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0) -> Survey:
-    """Survey all requests that ended at ``since_ns`` or later; ``slowest`` (0 to 1) is the share that is slow."""
-    every = list({root.key: root for root in roots if root.ended_ns >= since_ns}.values())
+def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: float = float("inf")) -> Survey:
+    """Survey all requests that ended from ``since_ns`` until ``until_ns``; ``slowest`` (0 to 1) is the slow share."""
+    every = list({root.key: root for root in roots if since_ns <= root.ended_ns < until_ns}.values())
     answered = sorted((root for root in every if not root.error), key=lambda root: (root.latency_ns, root.key))
     failed = sorted(
         (root for root in every if root.error and root.error not in NOT_OURS), key=lambda root: -root.latency_ns
@@ -95,6 +101,8 @@ def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0) -> Survey:
         errors=dict(Counter(root.error for root in every if root.error)),
         failed_ms=sum(root.latency_ns for root in failed) / 1e6,
         latencies_ms=[root.latency_ns / 1e6 for root in answered],
+        starts_ns=[root.started_ns for root in answered],
+        routes=[root.route for root in answered],
         since_ns=since_ns,
         slow={root.key for root in answered[ordinary:]},
         ordinary={root.key for root in read},

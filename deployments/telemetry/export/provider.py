@@ -47,8 +47,12 @@ _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
     "ingress": (("limits", "max_input_chars"),),
     "tokenizer": (("tokenizer", "cache_entries"),),
     "model": (
+        ("model", "source"),
+        ("model", "revision"),
         ("model", "dtype"),
         ("model", "quantization"),
+        ("model", "compile"),
+        ("model", "threads"),
         ("batching", "max_batch_size"),
         ("batching", "max_batch_tokens"),
         ("batching", "max_run_ms"),

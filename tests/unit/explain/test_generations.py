@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deployments.explain.render.text import as_json
 from deployments.explain.render.waterfall import waterfall
 from deployments.explain.requests.capture import segment_of
-from deployments.explain.requests.parts import parts_of
+from deployments.explain.requests.parts import parts_of, usual_of
 from deployments.explain.requests.steps import fit_steps
 from deployments.explain.token_gaps import token_gaps
 from deployments.explain.traces.otlp import Span
@@ -51,7 +51,7 @@ def test_nothing_is_found_where_all_is_as_usual(every_ms: float) -> None:
 @pytest.mark.parametrize("cause", CASES)
 def test_the_parts_add_up_to_the_latency(cause: str) -> None:
     found = read(CASES[cause]())
-    for request, parts in zip(found.requests, parts_of(found), strict=True):
+    for request, parts in zip(found.requests, parts_of(found, usual_of(found)), strict=True):
         assert sum(parts.values()) == pytest.approx(request.latency_ns / 1e6, abs=1e-6)
         assert min(parts.values()) > -1e-6
         assert parts["unaccounted"] < 1e-3
@@ -67,7 +67,7 @@ def test_the_cost_of_a_step_is_found_in_the_segments() -> None:
 
 def test_the_account_of_one_request() -> None:
     found = read(simulate([Asked(0.0, prompt=10, output=41), Asked(50.0, prompt=400, output=2)]))
-    parts = parts_of(found)[0]
+    parts = parts_of(found, usual_of(found))[0]
     assert parts["own_prefill"] == pytest.approx(STEP_MS + 10 * PREFILL_MS)
     assert parts["others_prefill"] == pytest.approx(400 * PREFILL_MS)
     assert parts["decode"] == pytest.approx(40 * (STEP_MS + DECODE_MS))
@@ -178,7 +178,7 @@ def test_the_parts_add_up_even_where_spans_are_missing(cause: str, seed: int, lo
     chance = random.Random(seed)
     spans = [one for one in made(cause) if one.name == names.PREDICT or chance.random() >= lost]
     found = read(spans)
-    for request, parts in zip(found.requests, parts_of(found), strict=True):
+    for request, parts in zip(found.requests, parts_of(found, usual_of(found)), strict=True):
         assert sum(parts.values()) == pytest.approx(request.latency_ns / 1e6, abs=1e-6)
         assert min(parts.values()) > -1e-6
     verdict(spans)

@@ -15,7 +15,7 @@ import pytest
 from deployments.cli.main import main
 from deployments.explain.render.text import fix_text
 from deployments.explain.requests.capture import Capture, capture
-from deployments.explain.requests.parts import PARTS, RunFit, fit_runs, parts_of
+from deployments.explain.requests.parts import PARTS, RunFit, fit_runs, parts_of, usual_of
 from deployments.explain.requests.pattern import clock
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.survey import Root, survey
@@ -371,7 +371,7 @@ def test_retried_failures_are_identified_by_their_request_id() -> None:
 
 def test_the_parts_add_up_to_the_latency() -> None:
     found = read(window(CASES["padding"] | CASES["transit"]))
-    for one, parts in zip(found.requests, parts_of(found), strict=True):
+    for one, parts in zip(found.requests, parts_of(found, usual_of(found)), strict=True):
         assert sum(parts.values()) == pytest.approx(one.latency_ns / 1e6)
         assert set(parts) == set(PARTS)
         assert all(ms > -1e-9 for ms in parts.values())
