@@ -67,13 +67,15 @@ class Load:
         ask: makes the request with a number.
         clients: how many send the next request when they have their answer; or
         per_s: requests sent a second, whatever becomes of them.
+        seed: if given, they are sent at random times, the same for the same seed and earlier with a higher rate.
 
     Attributes:
         answers: of every request, in order of their ends.
     """
 
-    def __init__(self, ask: Ask, *, clients: int = 0, per_s: float = 0.0) -> None:
+    def __init__(self, ask: Ask, *, clients: int = 0, per_s: float = 0.0, seed: int | None = None) -> None:
         self._ask, self._clients, self._per_s = ask, clients, per_s
+        self._chance = random.Random(seed) if seed is not None else None
         self.answers: list[Answered] = []
         self._number = 0
         self._ends = False
@@ -94,12 +96,12 @@ class Load:
             if self._clients:
                 await asyncio.gather(*(self._client(session) for _ in range(self._clients)))
                 return
-            begun, sent, under_way = time.monotonic(), 0, set()
+            begun, at, under_way = time.monotonic(), 0.0, set()
             while not self._ends:
-                await asyncio.sleep(max(0.0, begun + sent / self._per_s - time.monotonic()))
+                await asyncio.sleep(max(0.0, begun + at / self._per_s - time.monotonic()))
                 under_way.add(task := asyncio.create_task(self._one(session)))
                 task.add_done_callback(under_way.discard)
-                sent += 1
+                at += self._chance.expovariate(1.0) if self._chance is not None else 1.0
             await asyncio.gather(*under_way)
 
     async def _client(self, session: aiohttp.ClientSession) -> None:

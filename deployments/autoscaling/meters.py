@@ -49,10 +49,16 @@ class EventLoopMeter:
     Args:
         started_s: when the stage's constructor began, by ``clock``.
         clock: monotonic seconds.
+        cpu_s: CPU time of the loop's thread, in seconds.
     """
 
-    def __init__(self, started_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        started_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_s: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._clock, self._cpu_s = clock, cpu_s
         self._start_ms = (clock() - started_s) * 1e3
         self._requests = DecayingRate(clock)
         self._work_s, self._work_now_s = DecayingRate(clock), DecayingRate(clock, _NOW_S)
@@ -98,7 +104,7 @@ class EventLoopMeter:
 
     def share(self) -> float:
         """Seconds of work per second, in the loop's thread and in the threads beside it."""
-        loop_s = time.thread_time()
+        loop_s = self._cpu_s()
         if self._loop_s is not None:
             self._worked(loop_s - self._loop_s)
         self._loop_s = loop_s
@@ -133,8 +139,14 @@ class BatchQueueMeter:
     more, and how busy it is says little. Arriving work is therefore compared with the rate of full batches.
     """
 
-    def __init__(self, gate: AdmissionGate[Any], started_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._gate, self._loop = gate, EventLoopMeter(started_s, clock)
+    def __init__(
+        self,
+        gate: AdmissionGate[Any],
+        started_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        cpu_s: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._gate, self._loop = gate, EventLoopMeter(started_s, clock, cpu_s)
         self._tokens = DecayingRate(clock)
         self._tokens_now = DecayingRate(clock, _NOW_S)
 

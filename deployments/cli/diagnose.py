@@ -40,11 +40,11 @@ def why(
     where: str, since_ns: int, slowest: float, form: Format, output: Path | None, against: Against | None = None
 ) -> None:
     """Raises NothingToShow."""
-    with contextlib.ExitStack() as opened:
-        source = opened.enter_context(_opened(where))
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(opened(where))
         then = None
         if against is not None:
-            other = opened.enter_context(_opened(against.source)) if against.source is not None else source
+            other = stack.enter_context(opened(against.source)) if against.source is not None else source
             then = other, against.since_ns, against.until_ns
         verdict = examine(source, slowest, since_ns, then)
     if not verdict.capture.survey.requests:
@@ -65,7 +65,7 @@ def why(
 def _write(verdict: Verdict, form: Format, file: IO[str]) -> None:
     match form:
         case "text":
-            _print(as_text(verdict), file)
+            print_rich(as_text(verdict), file)
         case "json":
             print(as_json(verdict), file=file)
         case "html":
@@ -74,7 +74,7 @@ def _write(verdict: Verdict, form: Format, file: IO[str]) -> None:
 
 def trace(trace_id: str | None, where: str) -> None:
     """Raises NothingToShow."""
-    with _opened(where) as source:
+    with opened(where) as source:
         try:
             spans = source.trace(trace_id.lower() if trace_id is not None else source.newest())
         except LookupError as error:
@@ -99,7 +99,7 @@ def live(where: str, since_s: int, slowest: float, every_s: float) -> None:
             if console.is_terminal:
                 shown.update(newest, refresh=True)
             else:
-                _print(newest, sys.stdout)
+                print_rich(newest, sys.stdout)
                 sys.stdout.flush()
             # Reading a large store must not take up a whole CPU that the server needs.
             time.sleep(max(every_s, 3 * (time.monotonic() - begun)))
@@ -123,7 +123,7 @@ def _now(where: str, since_s: int, slowest: float) -> RenderableType:
 
 
 @contextlib.contextmanager
-def _opened(where: str) -> Iterator[Source]:
+def opened(where: str) -> Iterator[Source]:
     """Open the source, with a progress bar on a terminal while a long file is read. Raises NothingToShow."""
     console = Console(stderr=True)
     columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), DownloadColumn())
@@ -140,7 +140,7 @@ def _opened(where: str) -> Iterator[Source]:
         raise NothingToShow(f"{error} (looked in {without_password(where)})") from None
 
 
-def _print(content: RenderableType, file: IO[str]) -> None:
+def print_rich(content: RenderableType, file: IO[str]) -> None:
     console = _console(file)
     if console.is_terminal:
         console.print(content)

@@ -14,7 +14,7 @@ from deployments import __version__
 from deployments.cli.diagnose import NothingToShow, live, trace, why
 from deployments.config import TelemetryConfig
 from deployments.errors import ConfigError
-from deployments.explain.options import against, duration_s, share
+from deployments.explain.options import Against, against, duration_s, factor, share, target_s
 
 Value = TypeVar("Value")
 
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _ask(options, where)
         sys.stdout.flush()
-    except ValueError as error:
-        commands.error(f"argument --against: {error}")
+    except ConfigError as error:
+        commands.error(str(error))
     except NothingToShow as error:
         print(f"slowlens: {error}", file=sys.stderr)  # noqa: T201
         return 1
@@ -49,14 +49,35 @@ def _ask(options: argparse.Namespace, where: str) -> None:
         case "why":
             now_ns = time.time_ns()
             since_ns = now_ns - options.since_s * 10**9 if options.since_s is not None else 0
-            then = against(options.against, options.since_s, now_ns) if options.against is not None else None
+            then = _against(options, now_ns)
             if then is not None and then.source is None and options.since_s is None:
                 since_ns = int(then.until_ns)
             why(where, since_ns, options.slowest, options.format, options.output, then)
+        case "what-if":
+            _what_if(options, where)
         case "trace":
             trace(options.trace_id, where)
         case "live":
             live(where, options.since_s, options.slowest, options.every_s)
+
+
+def _against(options: argparse.Namespace, now_ns: int) -> Against | None:
+    """Raises ConfigError."""
+    if options.against is None:
+        return None
+    try:
+        return against(options.against, options.since_s, now_ns)
+    except ValueError as error:
+        raise ConfigError(f"argument --against: {error}") from None
+
+
+def _what_if(options: argparse.Namespace, where: str) -> None:
+    # Imported only here, for it imports Ray.
+    from deployments.cli.predict import Asked, predict
+
+    since_ns = time.time_ns() - options.since_s * 10**9 if options.since_s is not None else 0
+    asked = Asked(tuple(options.changes), tuple(options.replicas), options.rate, options.search, options.target_p99_s)
+    predict(where, since_ns, asked, options.format)
 
 
 def _serve(config: Path, rest: Sequence[str]) -> int:
@@ -103,13 +124,38 @@ def parser() -> argparse.ArgumentParser:
         "--against",
         metavar="WINDOW|PATH|URL",
         help="say what takes longer than in another period: `1d`, the same period a day earlier, "
-        "`2026-11-25T10:00Z..2026-11-25T11:00Z` (without --since: all that came after it), or everything of another source",
+        "`2026-11-25T10:00Z..2026-11-25T11:00Z` (without --since: with all that came after it), or everything of "
+        "another source",
     )
     verdict.add_argument("--format", choices=("text", "json", "html"), default="text")
     verdict.add_argument("-o", dest="output", type=Path, metavar="FILE", help="output file; default: standard output")
     one = commands.add_parser("trace", help="show one request as a waterfall, with its batch")
     one.add_argument("trace_id", nargs="?", help="in hex, as in the traceresponse header; default: the newest request")
     _add_source(one)
+    other = commands.add_parser(
+        "what-if",
+        help="predict what other settings would have done",
+        description="Serves the recorded requests again, in virtual time, through the real queue, planner and "
+        "autoscaling policy, with other settings.",
+    )
+    other.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="such as batching.max_batch_size=64")
+    other.add_argument(
+        "--replicas", action="append", default=[], metavar="DEPLOYMENT=N", help="a fixed number of them: Model=3"
+    )
+    other.add_argument("--rate", type=_argument(factor), default=1.0, metavar="X", help="so many times the requests/s")
+    other.add_argument(
+        "--search", action="store_true", help="look for the settings that keep --target-p99 at the least cost"
+    )
+    other.add_argument("--target-p99", dest="target_p99_s", type=_argument(target_s), metavar="300ms")
+    _add_source(other)
+    other.add_argument(
+        "--since",
+        dest="since_s",
+        type=_argument(duration_s),
+        metavar="15m",
+        help="only requests that ended within this period; default: all (from a server: the last hour)",
+    )
+    other.add_argument("--format", choices=("text", "json"), default="text")
     again = commands.add_parser("live", help="repeat `why` while the server runs")
     _add_source(again)
     _add_window(again, 300)

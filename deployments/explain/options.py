@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
@@ -23,6 +24,29 @@ def duration_s(text: str) -> int:
     if len(number) > _DIGITS or seconds > _LONGEST_DAYS * 86400:
         raise ValueError(f"{text!r} is longer than {_LONGEST_DAYS}d")
     return seconds
+
+
+def target_s(text: str) -> float:
+    """Parse ``300ms`` or ``1.5s`` into seconds. Raises ValueError."""
+    unit = 1e3 if text.endswith("ms") else 1.0
+    try:
+        seconds = float(text.removesuffix("ms").removesuffix("s")) / unit
+    except ValueError:
+        seconds = math.nan
+    if not (text.endswith("s") and 0 < seconds < _LONGEST_DAYS * 86400):
+        raise ValueError(f"{text!r} must be a time above 0 followed by ms or s, such as 300ms")
+    return seconds
+
+
+def factor(text: str) -> float:
+    """Parse ``1.5``. Raises ValueError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.01 <= number <= 100:
+        raise ValueError(f"{text!r} must be a number from 0.01 to 100")
+    return number
 
 
 def share(text: str) -> float:

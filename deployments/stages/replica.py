@@ -124,6 +124,9 @@ def _scheduling(context: ReplicaContext) -> Iterator[tuple[str, float]]:
         "autoscaling_config.min_replicas": getattr(autoscaling, "min_replicas", None),
         "autoscaling_config.max_replicas": getattr(autoscaling, "max_replicas", None),
     }
+    policy = getattr(autoscaling, "policy", None)
+    if policy is not None and policy.policy_function == POLICY:
+        known |= {f"autoscaling_config.policy.policy_kwargs.{key}": v for key, v in policy.policy_kwargs.items()}
     for key, value in known.items():
         if isinstance(value, int | float):
             yield f"deployments.{context.deployment}.{key}", value

@@ -19,9 +19,9 @@ import logging
 import math
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from deployments.errors import DeadlinePassed, NoReplicaReady
 from deployments.messages import Reply
@@ -36,6 +36,7 @@ _RETRY_FIRST_S, _RETRY_LAST_S, _RETRY_REFUSED_S = 0.1, 2.0, 10.0
 _WAKE_AGAIN_S = 1.0
 _GIVE_UP_S = 2.0
 _MAX_RETRY_AFTER_S = 60
+_CHANCE = random.Random()
 _logger = logging.getLogger("slowlens.transport")
 
 
@@ -45,6 +46,30 @@ class _Waiting:
 
     send: Callable[[Connection], SentCall]
     sent: asyncio.Future[SentCall]
+
+
+class Candidate(Protocol):
+    """A replica as a caller sees it."""
+
+    @property
+    def has_room(self) -> bool: ...
+    def hangs(self, now_s: float) -> bool: ...
+    def work(self, now_s: float) -> float: ...
+
+
+Chosen = TypeVar("Chosen", bound=Candidate)
+
+
+def least_work(replicas: Sequence[Chosen], now_s: float, chance: random.Random = _CHANCE) -> Chosen | None:
+    """Return the replica with the least work of those that have room, any of several; None if there is none.
+
+    One that hangs is chosen only if there is no other.
+    """
+    best, least = None, (True, float("inf"))
+    for replica in chance.sample(replicas, len(replicas)):
+        if replica.has_room and (rank := (replica.hangs(now_s), replica.work(now_s))) < least:
+            best, least = replica, rank
+    return best
 
 
 class ReplicaSet:
@@ -153,13 +178,7 @@ class ReplicaSet:
         if len(connections) > _SAMPLED:
             sampled = random.sample(connections, _SAMPLED)
             connections = sampled if any(one.has_room for one in sampled) else connections
-        now_s = asyncio.get_running_loop().time()
-        best, least = None, (True, float("inf"))
-        random.shuffle(connections)
-        for connection in connections:
-            if connection.has_room and (rank := (connection.hangs(now_s), connection.work(now_s))) < least:
-                best, least = connection, rank
-        return best
+        return least_work(connections, asyncio.get_running_loop().time())
 
     def _send_waiting(self) -> None:
         """Called when a replica has room that had none."""

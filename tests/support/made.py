@@ -93,6 +93,7 @@ def request(number: int, at_ms: float, **slow: Any) -> Iterator[Span]:
     began = hop(
         "hm", names.HOP_MODEL, "model", wait + forward, d["there"] + d["cold"] + d["waited"],
         ai__model__load_type="cold" if d["cold"] else "warm", ai__batch__timeout_ms=200.0,
+        ai__batch__wait_time_ms=wait,
         **({"ai__cpu__run_delay_ms": d["starved"]} if d["starved"] else {}),
     )  # fmt: skip
     if d["waited"]:

@@ -32,7 +32,7 @@ LAYERS = [
     {"explain.periods"},
     {"explain.verdict"},
     {"explain", "autoscaling", "transport", "http"},
-    {"stages", "page"},
+    {"stages", "simulate", "page"},
     {"app", "cli"},
 ]
 ONLY_IN = {

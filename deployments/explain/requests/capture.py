@@ -128,7 +128,7 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
         if span.name == names.BATCH_FORWARD:
             if hash(span.key) not in seen:
                 seen.add(hash(span.key))
-                run = _run(span)
+                run = run_of(span)
                 devices[run.replica].add(run.started_ns, run.took_ns, run.tokens, run.padded_tokens, run.size)
                 # If the links of a run were lost, its requests are unknown.
                 if not span.links or any(trace_id in survey.trace_ids_to_read for trace_id, _ in span.links):
@@ -187,13 +187,14 @@ def _add_requests(trace: dict[str, Span], found: Capture, complete_until_ns: int
         found.spans[root.key] = spans
         for span in spans:
             if span.instance not in found.facts:
-                found.facts[span.instance] = _facts(span.resource)
+                found.facts[span.instance] = facts_of(span.resource)
         if (has_gaps or lacks_a_stage(request, spans)) and root.end_ns <= complete_until_ns:
             lost += found.weight(request)
     return lost
 
 
-def _facts(resource: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(resource: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the version and the settings that a process reports."""
     settings = {key.removeprefix(names.SETTING): v for key, v in resource.items() if key.startswith(names.SETTING)}
     version = {_VERSION: resource[_VERSION]} if _VERSION in resource else {}
     return version | {key: value for key, value in settings.items() if isinstance(value, str | int | float)}
@@ -211,7 +212,8 @@ def _newest_settings(found: Capture) -> dict[str, Any]:
 # --- runs and loads --------------------------------------------------------------------------------------------------
 
 
-def _run(span: Span) -> Run:
+def run_of(span: Span) -> Run:
+    """Read an ``ai.inference.batch_forward`` span."""
     seen = [span.attributes.get(f"ai.gpu.utilization_{when}") for when in ("pre", "post")]
     gpu = [float(percent) for percent in seen if isinstance(percent, int | float)]
     return Run(

@@ -44,7 +44,7 @@ _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 _DEFAULT_QUEUE, _DEFAULT_DELAY_MS = 16_384, 1_000.0
 _FLUSH_S = 5.0
 _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
-    "ingress": (("limits", "max_input_chars"),),
+    "ingress": (("limits", "max_input_chars"), ("limits", "default_timeout_ms")),
     "tokenizer": (("tokenizer", "cache_entries"),),
     "model": (
         ("model", "source"),
@@ -53,12 +53,14 @@ _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
         ("model", "quantization"),
         ("model", "compile"),
         ("model", "threads"),
+        ("model", "max_length"),
         ("batching", "max_batch_size"),
         ("batching", "max_batch_tokens"),
         ("batching", "max_run_ms"),
         ("batching", "max_wait_ms"),
         ("batching", "grouping_window"),
         ("batching", "max_queue"),
+        ("batching", "max_queue_tokens"),
         ("generation", "max_sequences"),
         ("generation", "max_batch_tokens"),
         ("generation", "max_step_ms"),
@@ -220,7 +222,7 @@ def make_resource(service: Service, config: AppConfig, identity: ReplicaIdentity
 
 
 def _settings(service: Service, config: AppConfig, identity: ReplicaIdentity) -> Iterator[tuple[str, str | float]]:
-    """Yield the current values of the settings that ``slowlens why`` may propose to change."""
+    """Yield the values of the settings that ``slowlens why`` and ``what-if`` may propose to change, or tell apart."""
     for section, key in _SETTINGS[service]:
         value = getattr(getattr(config, section), key)
         if value is not None:

@@ -1,0 +1,248 @@
+"""What is known of the requests of a window: when they came, how large they were, and where their time went.
+
+Every request is read, but only a few numbers of it are kept. Of a request that never reached the model, its size is
+that of another; what a client did wrong is left out. Times beside the model are taken as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+from deployments.explain.requests.capture import Run, facts_of, run_of
+from deployments.explain.requests.parts import RunFit, fit_runs
+from deployments.explain.requests.request import number, whole
+from deployments.explain.requests.scaling import Scaling
+from deployments.explain.traces.files import Source
+from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.survey import NOT_OURS, Key, Survey
+from deployments.telemetry import names
+
+_DEFAULT_TIMEOUT_MS = 60_000.0
+_NEEDED = {
+    names.PREDICT,
+    names.VALIDATE,
+    names.PREPROCESS,
+    names.HOP_MODEL,
+    names.BATCHED_PREDICT,
+    names.POSTPROCESS,
+    names.BATCH_FORWARD,
+    names.GENERATE,
+    names.MODEL_LOAD,
+    names.SCALING_DECISION,
+}
+_FEW_RUNS = 20
+REFUSED = ("queue_full", "deadline_passed")
+
+
+class NotReplayable(Exception):
+    """The traces do not have what a replay needs; the message says what is missing."""
+
+
+class Recorded(NamedTuple):
+    """One request. Times are nanoseconds; ``at_ns`` is Unix time."""
+
+    at_ns: int
+    latency_ns: int
+    error: str
+    inputs: int
+    tokens: int
+    chars: int
+    timeout_ns: int
+    tenant: str
+    before_ns: int
+    """Until it was ready to be sent to the model."""
+    after_ns: int
+    """After the model's reply, and what the call took on the way."""
+    validate_ns: int
+    tokenize_ns: int
+    postprocess_ns: int
+    replica_wait_ns: int
+    queue_ns: int
+    forward_ns: int
+
+
+@dataclass(slots=True)
+class Recording:
+    requests: list[Recorded]
+    """By arrival."""
+    runs: list[Run]
+    """By start time."""
+    fit: RunFit
+    settings: dict[str, Any]
+    replicas: int
+    """Model replicas that served."""
+    ingresses: int
+    load_s: float
+    """How long a model replica took to start; 0 if none did."""
+    scalings: list[Scaling] = field(default_factory=list)
+
+    @property
+    def window_ns(self) -> tuple[int, int]:
+        return self.requests[0].at_ns, max(one.at_ns + one.latency_ns for one in self.requests)
+
+    @property
+    def answered(self) -> list[Recorded]:
+        return [one for one in self.requests if not one.error]
+
+    @property
+    def lived_ns(self) -> int:
+        """How much longer than its run a request's forward pass is, which ends when its result is delivered."""
+        lived = [one.forward_ns for one in self.requests if one.forward_ns]
+        took = [run.took_ns for run in self.runs for _ in range(run.size)]
+        return max(0, round(median(lived) - median(took))) if lived and took else 0
+
+    @property
+    def handover_ns(self) -> int:
+        """How long a device is idle between two runs although inputs wait."""
+        last: dict[str, Run] = {}
+        gaps = []
+        for run in self.runs:
+            if (before := last.get(run.replica)) is not None and before.queue_behind:
+                gaps.append(run.started_ns - before.started_ns - before.took_ns)
+            last[run.replica] = run
+        return max(0, round(median(gaps))) if gaps else 0
+
+
+class _Wanted(Survey):
+    """The spans of all requests, as far as they are needed."""
+
+    def wants(self, name: str, trace_id: str) -> bool:  # noqa: ARG002
+        return name in _NEEDED
+
+
+def record(source: Source, since_ns: int = 0) -> Recording:
+    """Read the requests that ended at ``since_ns`` or later. Raises NotReplayable."""
+    roots = [root for root in source.roots(since_ns) if root.ended_ns >= since_ns]
+    if not roots:
+        raise NotReplayable("there is no request in these traces")
+    wanted = _Wanted(since_ns=since_ns, known={root.key[0] for root in roots}, trace_ids_to_read=set())
+    wanted.trace_ids_to_read = wanted.known
+    wanted.window_ns = min(root.started_ns for root in roots), max(root.ended_ns for root in roots)
+    return recording_of(source.spans(wanted), since_ns)
+
+
+def recording_of(spans: Iterable[Span], since_ns: int = 0) -> Recording:
+    """Collect what a replay needs. Raises NotReplayable."""
+    roots: dict[Key, Span] = {}
+    hops: dict[Key, Span] = {}
+    served: dict[Key, Span] = {}
+    tokenized: dict[str, int] = {}
+    postprocessed: dict[str, int] = {}
+    validated: dict[Key, int] = {}
+    runs: dict[Key, Run] = {}
+    facts: dict[str, tuple[int, dict[str, Any]]] = {}
+    loads, scalings = [], []
+    for span in spans:
+        if span.end_ns > facts.get(span.instance, (0,))[0]:
+            known = facts[span.instance][1] if span.instance in facts else facts_of(span.resource)
+            facts[span.instance] = span.end_ns, known
+        match span.name:
+            case names.PREDICT if span.end_ns >= since_ns:
+                roots[span.key] = span
+            case names.VALIDATE:
+                validated[span.trace_id, span.parent_id] = span.end_ns - span.start_ns
+            case names.PREPROCESS:
+                tokenized[span.trace_id] = span.end_ns - span.start_ns
+            case names.HOP_MODEL:
+                # Of two attempts the one that was answered.
+                if not span.failed or (span.trace_id, span.parent_id) not in hops:
+                    hops[span.trace_id, span.parent_id] = span
+            case names.BATCHED_PREDICT:
+                served[span.trace_id, span.parent_id] = span
+            case names.POSTPROCESS:
+                postprocessed[span.trace_id] = span.end_ns - span.start_ns
+            case names.BATCH_FORWARD:
+                runs[span.key] = run_of(span)
+            case names.GENERATE:
+                raise NotReplayable("these are generations; what-if replays encoders only")
+            case names.MODEL_LOAD:
+                loads.append(span.end_ns - span.start_ns)
+            case names.SCALING_DECISION:
+                scalings.append(Scaling.of(span))
+    settings: dict[str, Any] = {}
+    for _, known in sorted(facts.values(), key=lambda pair: pair[0]):
+        settings |= known
+    made = [
+        _recorded(
+            root, hops.get(key), served, validated.get(key, 0), tokenized, postprocessed,
+            float(settings.get("limits.default_timeout_ms", _DEFAULT_TIMEOUT_MS)),
+        )
+        for key, root in roots.items()
+    ]  # fmt: skip
+    requests = sorted(one for one in made if one is not None)
+    ran = sorted((run for run in runs.values() if run.took_ns > 0 and not run.failed), key=lambda run: run.started_ns)
+    fit = fit_runs(ran)
+    if not any(not one.error for one in requests):
+        raise NotReplayable("no request in these traces was answered")
+    if fit is None or len(ran) < _FEW_RUNS:
+        raise NotReplayable(f"what a run costs cannot be learned from {len(ran)} runs; {_FEW_RUNS} are needed")
+    return Recording(
+        list(_with_sizes(requests)),
+        ran,
+        fit,
+        settings,
+        replicas=len({run.replica for run in ran}),
+        ingresses=len({root.instance for root in roots.values()}),
+        load_s=max(loads, default=0) / 1e9,
+        scalings=sorted(scalings, key=lambda one: one.decided_ns),
+    )
+
+
+def _recorded(
+    root: Span,
+    hop: Span | None,
+    served: dict[Key, Span],
+    validate_ns: int,
+    tokenized: dict[str, int],
+    postprocessed: dict[str, int],
+    default_timeout_ms: float,
+) -> Recorded | None:
+    """None if the client is to blame, or if the spans of a request that was answered are missing."""
+    error = str(root.attributes.get(names.ERROR_TYPE) or ("error" if root.failed else ""))
+    if error in NOT_OURS:
+        return None
+    latency_ns = max(0, root.end_ns - root.start_ns)
+    ran = served.get((root.trace_id, hop.span_id)) if hop is not None else None
+    if ran is None and not error:
+        return None
+    before_ns = hop.start_ns - root.start_ns if hop is not None else min(latency_ns, validate_ns)
+    waited_ns = round(number(hop, names.AI_HOP_WAIT_MS) * 1e6) if hop is not None else 0
+    held_ns = max(0, ran.end_ns - ran.start_ns) if ran is not None else 0
+    queue_ns = min(held_ns, round(number(ran, names.AI_BATCH_WAIT_TIME_MS) * 1e6)) if ran is not None else 0
+    return Recorded(
+        root.start_ns,
+        latency_ns,
+        error,
+        inputs=max(1, whole(root, names.AI_INPUT_COUNT)),
+        tokens=whole(root, names.GEN_AI_USAGE_INPUT_TOKENS),
+        chars=whole(root, names.AI_INPUT_LENGTH),
+        timeout_ns=round((number(root, names.AI_TIMEOUT_MS) or default_timeout_ms) * 1e6),
+        tenant=str(root.attributes.get(names.AI_TENANT, "")),
+        before_ns=max(0, before_ns),
+        after_ns=max(0, latency_ns - before_ns - waited_ns - held_ns) if not error else 0,
+        validate_ns=validate_ns,
+        tokenize_ns=tokenized.get(root.trace_id, 0),
+        postprocess_ns=postprocessed.get(root.trace_id, 0),
+        replica_wait_ns=waited_ns,
+        queue_ns=queue_ns,
+        forward_ns=held_ns - queue_ns,
+    )
+
+
+def _with_sizes(requests: Sequence[Recorded]) -> Iterator[Recorded]:
+    """Give those of which only the arrival is known the size, and the time beside the model, of the one before."""
+    usual = next(one for one in requests if not one.error)
+    for one in requests:
+        if not one.error:
+            usual = one
+            yield one
+        else:
+            yield one._replace(
+                inputs=usual.inputs if not one.tokens else one.inputs,
+                tokens=one.tokens or usual.tokens,
+                before_ns=one.before_ns or usual.before_ns,
+                after_ns=usual.after_ns,
+            )
