@@ -238,6 +238,24 @@ class TransportConfig(Section):
         return self
 
 
+class SamplingConfig(Section):
+    mode: Literal["head", "retroactive"] = Field(
+        "head",
+        description="`head`: OTEL_TRACES_SAMPLER decides when a request arrives (by default all are kept). "
+        "`retroactive`: it is decided when a request has ended; kept are those that were slow, failed, waited for a "
+        "load or were sampled by their caller, with all that shared their runs, and one in `one_in` of the others.",
+    )
+    slowest_percent: Annotated[float, Field(gt=0, lt=100)] = Field(
+        5.0, description="Retroactive: percentage of the requests of each route that are slow, by the last minutes."
+    )
+    one_in: Positive = Field(
+        100, description="Retroactive: of so many requests that were nothing special, one is kept."
+    )
+    hold_s: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="Retroactive: how long records wait for the decision: longer than any request takes."
+    )
+
+
 class TelemetryConfig(Section):
     environment: str | None = Field(
         None,
@@ -260,6 +278,7 @@ class TelemetryConfig(Section):
     gpu_sample_interval_s: Annotated[float, Field(gt=0)] = Field(
         0.25, description="Interval between NVML readings, taken in the background."
     )
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="Which requests' traces are kept.")
     capture_text: bool = Field(
         False, description="Record input text on the root span (the first 1,000 characters of each input)."
     )

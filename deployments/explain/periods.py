@@ -21,7 +21,7 @@ from typing import Any
 
 from deployments.explain.causes import CAUSES
 from deployments.explain.requests.capture import Capture
-from deployments.explain.requests.parts import Parts
+from deployments.explain.requests.parts import Parts, percentile
 from deployments.explain.requests.request import Request, window_of
 from deployments.explain.traces.survey import Survey
 
@@ -80,19 +80,20 @@ def moment_of(found: Survey) -> int | None:
     count = len(found.latencies_ms)
     if count < _LEAST_REQUESTS:
         return None
+    every = sorted(zip(found.starts_ns, found.routes, found.latencies_ms, found.latency_weights, strict=True))
     by_route = defaultdict(list)
-    for route, ms in zip(found.routes, found.latencies_ms, strict=True):
-        by_route[route].append(ms)
-    usual = {route: max(1e-6, median(values)) for route, values in by_route.items()}
-    every = sorted(zip(found.starts_ns, found.routes, found.latencies_ms, strict=True))
+    for _, route, ms, weight in every:
+        by_route[route].append((ms, weight))
+    usual = {route: max(1e-6, _median(values)) for route, values in by_route.items()}
     bins = min(_BINS, count // _OF_A_BIN)
     edges = [number * count // bins for number in range(bins + 1)]
     cut = [every[begin:end] for begin, end in pairwise(edges)]
-    medians = [median(ms / usual[route] for _, route, ms in one) for one in cut]
-    at = _split(medians)
+    at = _split([_median([(ms / usual[route], weight) for _, route, ms, weight in one]) for one in cut])
     if at is None:
         return None
-    before, after = (median(ms for one in side for _, _, ms in one) for side in (cut[:at], cut[at:]))
+    before, after = (
+        _median([(ms, weight) for one in side for _, _, ms, weight in one]) for side in (cut[:at], cut[at:])
+    )
     return cut[at][0][0] if after - before >= _LEAST_MS else None
 
 
@@ -117,7 +118,9 @@ def change_of(moment_ns: int, before: Period, after: Period) -> Change | None:
     """Describe what happened at a moment; None if too few requests were read before or after."""
     if min(len(before.judged), len(after.judged)) < _LEAST_BLOCKS * _OF_A_BLOCK:
         return None
-    medians = [_weighted_median(period.judged) for period in (before, after)]
+    medians = [
+        _median([(one.request.latency_ns / 1e6, one.weight) for one in period.judged]) for period in (before, after)
+    ]
     return Change(moment_ns, (medians[0], medians[1]), differences(before, after), increases(before, after))
 
 
@@ -165,14 +168,9 @@ def _t(blocks: Sequence[Sequence[float]]) -> float:
     return (fmean(now) - fmean(then)) / max(error, 1e-9)
 
 
-def _weighted_median(judged: Sequence[Judged]) -> float:
-    each = sorted((one.request.latency_ns / 1e6, one.weight) for one in judged)
-    half = sum(weight for _, weight in each) / 2
-    for ms, weight in each:
-        half -= weight
-        if half <= 0:
-            return ms
-    return 0.0
+def _median(weighted: Sequence[tuple[float, float]]) -> float:
+    """Of values with their weights."""
+    return percentile(sorted(weighted), 0.5)
 
 
 # --- what else is different ------------------------------------------------------------------------------------------

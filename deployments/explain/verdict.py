@@ -234,7 +234,9 @@ def _compare(verdict: Verdict) -> None:
     whole = verdict.whole_excess_ms
     # What a generation decodes is as long as its answer: waiting is compared with the time to its first token.
     useful = sum(ms for part, ms in of_all.items() if part not in ("decode", "decode_neighbours"))
-    by_chance = _by_chance(verdict.capture, len(slow) / max(1, len(verdict.capture.survey.latencies_ms)))
+    by_chance = _by_chance(
+        verdict.capture, sum(one.weight for one, _ in slow) / max(1.0, verdict.capture.survey.answered)
+    )
     for cause in CAUSES:
         amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
         if cause.name == "device_queue" and cause.name not in lasting:

@@ -140,6 +140,8 @@ def recording_of(spans: Iterable[Span], since_ns: int = 0) -> Recording:
             known = facts[span.instance][1] if span.instance in facts else facts_of(span.resource)
             facts[span.instance] = span.end_ns, known
         match span.name:
+            case names.PREDICT if span.attributes.get(names.AI_SAMPLING_WEIGHT, 1) != 1:
+                raise NotReplayable("these traces are a sample of the requests; what came beside them is not known")
             case names.PREDICT if span.end_ns >= since_ns:
                 roots[span.key] = span
             case names.VALIDATE:

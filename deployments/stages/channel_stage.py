@@ -15,6 +15,7 @@ from deployments.messages import Reply
 from deployments.stages.replica import Placement, Stoppable, tune_garbage_collector
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import StageRecord
+from deployments.transport.connection import LINGER_S
 from deployments.transport.discovery import Address
 from deployments.transport.handshake import new_secret
 from deployments.transport.server import ChannelServer, Handler, QueueState
@@ -44,6 +45,7 @@ class ChannelStage(Stoppable):
     ) -> None:
         self._telemetry, self._placement, self._ports = telemetry, placement, config.transport.ports
         self._channel = ChannelServer(handler, request, new_secret(), placement.max_ongoing_requests, queue)
+        self._channel.on_keep = telemetry.keep
         self._is_open = True
 
     async def record_replica_metadata(self) -> dict[str, Any]:
@@ -55,6 +57,7 @@ class ChannelStage(Stoppable):
         """Listen for callers. Raises OSError if no port of ``transport.ports`` is free."""
         assert self._channel is not None
         self._telemetry.watch_loop()
+        self._telemetry.tell(self._channel.keep)
         host = self._placement.host
         port = await self._channel.listen(host, *self._ports)
         return Address(self._placement.identity.replica_id, host, port, self._channel.secret)
@@ -66,6 +69,9 @@ class ChannelStage(Stoppable):
         """Take no new call, finish those that are here, and stop."""
         assert self._channel is not None
         await self._channel.drain()
+        if self._telemetry.is_retroactive:
+            # Which traces of the last calls are kept is known a moment after their replies.
+            await asyncio.sleep(LINGER_S)
         await self._channel.close()
         self._release()
         self._telemetry.close()

@@ -42,6 +42,7 @@ from deployments.telemetry.carrier import traceparent
 from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import RequestRecord
+from deployments.telemetry.retroactive.retention import Keep
 from deployments.transport.discovery import Directory, ServeDirectory
 from deployments.transport.stage_client import StageClient
 
@@ -95,6 +96,7 @@ class IngressStage(Stoppable):
             "postprocessor": self._postprocessor.replicas,
         }
         for replicas in self._replica_sets.values():
+            replicas.on_keep = self._telemetry.keep
             replicas.start()
         self._is_open = True
 
@@ -250,11 +252,20 @@ class IngressStage(Stoppable):
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Called by Serve once, when the replica is ready. Nobody needs to know anything of it."""
         self._telemetry.watch_loop()
+        self._telemetry.tell(self._keep)
         tune_garbage_collector()
         return {}
 
+    def _keep(self, kept: Sequence[Keep]) -> None:
+        for replicas in self._replica_sets.values():
+            replicas.keep(kept)
+
     async def _stop(self) -> None:
         """End the connections to the other stages, and stop. Serve has waited for the last request."""
+        if self._telemetry.is_retroactive:
+            # The last decisions have to reach the stages.
+            self._telemetry.flush()
+            await asyncio.sleep(0)
         for replicas in self._replica_sets.values():
             await replicas.close()
         self._telemetry.close()

@@ -7,9 +7,10 @@ queued; a thread turns it into spans and measurements later. An unsampled reques
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -47,6 +48,8 @@ from deployments.telemetry.records import (
     StageRecord,
     translate_cancellation,
 )
+from deployments.telemetry.retroactive.retention import Keep, Retention
+from deployments.telemetry.retroactive.rule import KeepRule
 from deployments.telemetry.spans import SpanFactory
 
 Stage = TypeVar("Stage", bound=StageRecord)
@@ -85,6 +88,11 @@ class Telemetry:
         show_process(self._measures)
         show_run_delay(self._measures, self._run_delay)
         show_gpus(self._measures, self.gpu)
+        sampling = config.telemetry.sampling
+        rule = KeepRule(sampling.slowest_percent / 100, sampling.one_in) if service == "ingress" else None
+        is_retroactive = sampling.mode == "retroactive" and self._provider.sink.wants_spans
+        self._retention = Retention(sampling.hold_s, rule) if is_retroactive else None
+        self._tell: Callable[[Sequence[Keep]], None] = lambda _: None
         self._unwritten = 0
         self._drain = Drain(self._export, max_records)
 
@@ -95,6 +103,27 @@ class Telemetry:
     def watch_loop(self) -> None:
         """Notice when the running event loop, on which requests are handled, stalls."""
         self._stalls.watch(asyncio.get_running_loop())
+
+    @property
+    def is_retroactive(self) -> bool:
+        """Whether it is decided afterwards which traces are kept."""
+        return self._retention is not None
+
+    def keep(self, kept: Iterable[tuple[int, bool]]) -> None:
+        """Keep these traces, as another process has told, and those that shared the runs of some."""
+        if self._retention is not None:
+            self._retention.ask(Keep(*each) for each in kept)
+
+    def tell(self, others: Callable[[Sequence[Keep]], None]) -> None:
+        """Call ``others`` on the running event loop with the traces that this process keeps."""
+        loop = asyncio.get_running_loop()
+
+        def told(kept: Sequence[Keep]) -> None:
+            # The loop may have ended by now, and then nobody listens.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(others, kept)
+
+        self._tell = told
 
     def close(self) -> None:
         """Hand everything recorded so far to the exporters and stop."""
@@ -178,6 +207,10 @@ class Telemetry:
     def _root_context(self, parent: SpanContext | None) -> SpanContext:
         trace_id = parent.trace_id if parent is not None else self._ids.generate_trace_id()
         ambient = set_span_in_context(NonRecordingSpan(parent), Context()) if parent is not None else Context()
+        if self._retention is not None:
+            # Everything is recorded; what is kept is decided when it has ended.
+            state = parent.trace_state if parent is not None else None
+            return SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED), state)
         decision = self._provider.sampler.should_sample(ambient, trace_id, names.PREDICT, SpanKind.SERVER, {}, ())
         flags = TraceFlags(
             TraceFlags.SAMPLED if decision.decision is Decision.RECORD_AND_SAMPLE else TraceFlags.DEFAULT
@@ -333,6 +366,8 @@ class Telemetry:
         )
         for record in records:
             self._export_one(record, factory)
+        if self._retention is not None:
+            self._settle(self._retention, factory)
         self._provider.sink.tick()
         unwritten = self._provider.sink.unwritten
         if unwritten > self._unwritten:
@@ -344,10 +379,26 @@ class Telemetry:
 
     def _export_one(self, record: object, factory: SpanFactory) -> None:
         try:
-            if self._provider.sink.wants_spans:
-                for span in factory.spans(record):
-                    self._provider.sink.take(span)
+            if self._retention is not None:
+                for kept in self._retention.take(record):
+                    self._write(kept, factory)
+            elif self._provider.sink.wants_spans:
+                self._write(record, factory)
             self._measures.measure(record)
         except Exception:
             _logger.exception("a %s could not be exported", type(record).__name__)
             self._drain.lose()
+
+    def _write(self, record: object, factory: SpanFactory) -> None:
+        for span in factory.spans(record):
+            self._provider.sink.take(span)
+
+    def _settle(self, retention: Retention, factory: SpanFactory) -> None:
+        """Write what others keep, and tell them what this process keeps."""
+        for record in retention.settle():
+            self._write(record, factory)
+        if told := retention.told():
+            self._tell(told)
+        if retention.let_go:
+            self._measures.count(metrics.DROPPED_RECORDS, retention.let_go)
+            retention.let_go = 0

@@ -297,6 +297,8 @@ class RequestRecord:
     outcome: str = "ok"
     fault: Fault | None = None
     generation: GenerationFacts | None = None
+    weight: int | None = None
+    """For how many requests it stands, if it is sampled retroactively."""
 
     @property
     def caller(self) -> str:

@@ -37,6 +37,7 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_REQUEST_ID,
             names.AI_TENANT,
             names.AI_TIMEOUT_MS,
+            names.AI_SAMPLING_WEIGHT,
             names.AI_INPUT_COUNT,
             names.AI_INPUT_LENGTH,
             names.AI_INPUT_TEXT,

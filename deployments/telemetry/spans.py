@@ -217,6 +217,7 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_REQUEST_ID: record.request_id,
         names.AI_TENANT: record.tenant or None,
         names.AI_TIMEOUT_MS: _ms(record.deadline_ns - record.started_ns) if record.deadline_ns else None,
+        names.AI_SAMPLING_WEIGHT: record.weight,
         names.AI_INPUT_COUNT: record.input_count,
         names.AI_INPUT_LENGTH: record.input_length,
         names.AI_INPUT_TEXT: [text[:_TEXT_LIMIT] for text in record.texts] if record.texts is not None else None,

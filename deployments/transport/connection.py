@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from deployments.transport import codec, handshake
@@ -19,8 +19,11 @@ from deployments.transport.frames import (
     enough_frame,
     frame,
     grant_frame,
+    keep_frames,
+    keeps,
     reply_parts,
 )
+from deployments.transport.handshake import SINCE_KEEP
 from deployments.transport.peer import PING_S, Peer
 
 _MAX_NUMBER = 2**32 - 1
@@ -30,6 +33,8 @@ _FULL_S = 0.3
 """How long it counts that a replica was full: replies and answers to pings tell anew."""
 _SILENT_S, _STUCK_S = 1.0, 1.0
 """How long nothing may be heard of a replica that has calls, and how long it counts that it was stuck."""
+LINGER_S = 0.5
+"""How long the connection to a replica that leaves stays after the last reply."""
 _END = object()
 
 
@@ -140,6 +145,7 @@ class Connection(Peer):
     Args:
         secret: what the replica and this caller prove to each other that they know.
         decoder: decodes replies.
+        on_keep: called with the traces that the replica keeps.
         changed: called when calls may be sent that could not before, when the connection has ended, and again and again
             while nothing is heard of the replica.
 
@@ -153,10 +159,11 @@ class Connection(Peer):
         decoder: codec.Decoder[Any],
         changed: Callable[[], None],
         versions: tuple[int, ...] = handshake.VERSIONS,
+        on_keep: Callable[[list[tuple[int, bool]]], None] = lambda _: None,
     ) -> None:
         super().__init__()
         self._handshake = handshake.Caller(secret, versions)
-        self._decoder, self._changed = decoder, changed
+        self._decoder, self._changed, self._on_keep = decoder, changed, on_keep
         self.ready: asyncio.Future[None] = self._loop.create_future()
         self._is_proven = False
         self._calls: dict[int, SentCall] = {}
@@ -247,13 +254,19 @@ class Connection(Peer):
         if sent.number in self._calls:
             self.send(enough_frame(sent.number, part))
 
+    def keep(self, kept: Sequence[tuple[int, bool]]) -> None:
+        """Tell the replica which traces are kept, and whether each is for its own sake."""
+        if self.ready.done() and not self.is_lost and self._handshake.version >= SINCE_KEEP:
+            for each in keep_frames(kept):
+                self.send(each)
+
     def _forget(self, number: int) -> SentCall | None:
         sent = self._calls.pop(number, None)
         if sent is None:
             return None
         self._own_work -= sent.work
         if self.is_leaving and not self._calls:
-            self.close()
+            self._close_soon()
         elif not self._is_busy and len(self._calls) == self._max_ongoing - 1:
             self._loop.call_soon(self._changed)
         return sent
@@ -307,6 +320,8 @@ class Connection(Peer):
             self._changed()
         elif kind == Kind.LEAVING:
             self.leave()
+        elif kind == Kind.KEEP:
+            self._on_keep(keeps(frame.payload))
         elif kind == Kind.PONG:
             self._hear(reply_parts(frame.payload)[0])
         else:
@@ -319,7 +334,11 @@ class Connection(Peer):
         self.is_leaving = True
         self.send(frame(Kind.LEFT))
         if not self._calls:
-            self.close()
+            self._close_soon()
+
+    def _close_soon(self) -> None:
+        """Which traces of the last calls are kept is known a moment after their replies."""
+        self._loop.call_later(LINGER_S, self.close)
 
     def lost(self, reason: str) -> None:
         self.why_lost = reason

@@ -8,7 +8,7 @@ The payload of some kinds begins with fields of fixed size, which are written wh
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ _HEADER = struct.Struct("!IBI")
 _CALL = struct.Struct("!QQ")
 _REPLY = struct.Struct("!IIB")
 _COUNT = struct.Struct("!I")
+_KEEP = struct.Struct("!16sB")
+_KEEPS_AT_ONCE = 1000
 _MAX_U32, _MAX_U64 = 2**32 - 1, 2**64 - 1
 
 
@@ -45,6 +47,8 @@ class Kind(IntEnum):
     """Asks for a PONG. (A lost node is noticed before, because its kernel does not acknowledge it.)"""
     ENOUGH = 21
     """The caller needs nothing more of one part of a call, whose number follows."""
+    KEEP = 22
+    """The caller keeps the traces that follow. From version 2 on, in both directions."""
     # From the replica.
     REPLY = 32
     CHUNK = 33
@@ -116,6 +120,19 @@ def grant_frame(number: int, chunks: int) -> bytes:
 
 def enough_frame(number: int, part: int) -> bytes:
     return _HEADER.pack(_COUNT.size, Kind.ENOUGH, number) + _COUNT.pack(part)
+
+
+def keep_frames(kept: Iterable[tuple[int, bool]]) -> Iterator[bytes]:
+    """Frames that tell of traces that are kept: their ids, and whether each is for its own sake."""
+    entries = [_KEEP.pack(trace_id.to_bytes(16), is_cause) for trace_id, is_cause in kept]
+    for begin in range(0, len(entries), _KEEPS_AT_ONCE):
+        yield frame(Kind.KEEP, 0, b"".join(entries[begin : begin + _KEEPS_AT_ONCE]))
+
+
+def keeps(payload: memoryview) -> list[tuple[int, bool]]:
+    if len(payload) % _KEEP.size:
+        raise FrameError(f"a payload of {len(payload)} bytes is no list of traces")
+    return [(int.from_bytes(trace_id), bool(is_cause)) for trace_id, is_cause in _KEEP.iter_unpack(payload)]
 
 
 def call_parts(payload: memoryview) -> tuple[CallFields, memoryview]:

@@ -20,8 +20,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-VERSIONS = (1,)
-"""Versions of the protocol that this code speaks: of the frames and of the schema of ``messages``."""
+VERSIONS = (1, 2)
+"""Versions of the protocol that this code speaks: of the frames and of the schema of ``messages``. Since 2 there is
+KEEP."""
+SINCE_KEEP = 2
 _NONCE_BYTES = 16
 _MAGIC = "slowlens"
 Part = TypeVar("Part", bound=msgspec.Struct)
@@ -62,6 +64,8 @@ class Caller:
     def __init__(self, secret: str, versions: tuple[int, ...] = VERSIONS) -> None:
         self._secret, self._versions = secret, versions
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
+        self.version = 0
+        """The one that was chosen; 0 before."""
 
     def hello(self) -> bytes:
         return msgspec.msgpack.encode(Hello(_MAGIC, self._versions, self._nonce))
@@ -73,6 +77,7 @@ class Caller:
             raise HandshakeError(f"the replica chose version {asked.version}, which this caller does not speak")
         if not hmac.compare_digest(asked.proof, _mac(self._secret, "replica", self._nonce, asked.nonce)):
             raise HandshakeError("the replica does not know the secret that Serve announced for it")
+        self.version = asked.version
         return msgspec.msgpack.encode(Proof(_mac(self._secret, "caller", self._nonce, asked.nonce)))
 
 
@@ -83,6 +88,8 @@ class Replica:
         self._secret, self._versions = secret, versions
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._callers_nonce = b""
+        self.version = 0
+        """The one that was chosen; 0 before."""
 
     def challenge(self, hello: bytes | memoryview) -> bytes:
         """Answer a caller's hello. Raises HandshakeError if they have no version in common."""
@@ -95,9 +102,9 @@ class Replica:
                 f"the caller speaks the versions {sorted(said.versions)} of the protocol, this replica "
                 f"{sorted(self._versions)}"
             )
-        self._callers_nonce = said.nonce
+        self._callers_nonce, self.version = said.nonce, max(common)
         proof = _mac(self._secret, "replica", self._callers_nonce, self._nonce)
-        return msgspec.msgpack.encode(Challenge(max(common), self._nonce, proof))
+        return msgspec.msgpack.encode(Challenge(self.version, self._nonce, proof))
 
     def check(self, proof: bytes | memoryview) -> None:
         """Check the caller's proof. Raises HandshakeError."""

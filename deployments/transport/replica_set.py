@@ -91,6 +91,8 @@ class ReplicaSet:
         self._waiting: deque[_Waiting] = deque()
         self._waking: asyncio.Task[None] | None = None
         self._problems: dict[str, str] = {}
+        self.on_keep: Callable[[list[tuple[int, bool]]], None] = lambda _: None
+        """Called with the traces that a replica keeps."""
 
     def start(self) -> None:
         """Connect to the replicas that there are, and to those that come."""
@@ -104,6 +106,11 @@ class ReplicaSet:
         for connection in tuple(self._connections.values()):
             connection.close()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def keep(self, kept: Sequence[tuple[int, bool]]) -> None:
+        """Tell all replicas which traces are kept, and whether each is for its own sake."""
+        for connection in self._connections.values():
+            connection.keep(kept)
 
     # --- what a caller asks ---
 
@@ -255,7 +262,7 @@ class ReplicaSet:
                 self._give_up_if_silent(connection)
             self._send_waiting()
 
-        connection = Connection(address.secret, self._decoder, changed)
+        connection = Connection(address.secret, self._decoder, changed, on_keep=self.on_keep)
         async with asyncio.timeout(_CONNECT_S):
             await loop.create_connection(lambda: connection, address.host, address.port)
             try:

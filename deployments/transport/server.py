@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 from deployments.errors import Failure, InternalError
@@ -21,9 +21,12 @@ from deployments.transport.frames import (
     call_parts,
     counted,
     frame,
+    keep_frames,
+    keeps,
     pong_frame,
     reply_frame,
 )
+from deployments.transport.handshake import SINCE_KEEP
 from deployments.transport.peer import Peer
 
 STREAM_WINDOW = 64
@@ -112,6 +115,8 @@ class ChannelServer:
         self.max_ongoing_requests = max_ongoing_requests
         self.decoder: codec.Decoder[Call[Any]] = codec.Decoder(Call[request])  # type: ignore[valid-type]
         self.is_leaving = False
+        self.on_keep: Callable[[list[tuple[int, bool]]], None] = lambda _: None
+        """Called with the traces that a caller keeps."""
         self.work = self.ongoing = 0
         self._queue = queue
         self._seen, self._looked_ns = QueueState(), -_LOOK_NS - 1
@@ -159,6 +164,12 @@ class ChannelServer:
                 while not condition():
                     self._changed.clear()
                     await self._changed.wait()
+
+    def keep(self, kept: Sequence[tuple[int, bool]]) -> None:
+        """Tell all callers which traces are kept, and whether each is for its own sake."""
+        for each in keep_frames(kept):
+            for caller in self._callers:
+                caller.keep(each)
 
     @property
     def callers(self) -> int:
@@ -236,6 +247,10 @@ class _Caller(Peer):
         self._server.join(self)
         self._timeout = self._loop.call_later(_HANDSHAKE_S, self.abort, "the handshake was not finished")
 
+    def keep(self, told: bytes) -> None:
+        if self.is_known and self._handshake.version >= SINCE_KEEP:
+            self.send(told)
+
     def leave(self) -> None:
         if self.is_known:
             self.send(frame(Kind.LEAVING))
@@ -268,6 +283,8 @@ class _Caller(Peer):
         elif frame.kind == Kind.LEFT:
             self._has_left = True
             self._server.changed()
+        elif frame.kind == Kind.KEEP:
+            self._server.on_keep(keeps(frame.payload))
         elif frame.kind == Kind.PING:
             self.send(lambda: pong_frame(self._server.state()))
         else:

@@ -20,6 +20,7 @@ LAYERS = [
     {"telemetry.carrier", "telemetry.records"},
     {"telemetry.generation.records"},
     {"telemetry.measures", "telemetry.export"},
+    {"telemetry.retroactive"},
     {"telemetry.gauges", "telemetry.spans"},
     {"telemetry.generation.spans"},
     {"telemetry", "engine"},

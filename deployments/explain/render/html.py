@@ -58,7 +58,9 @@ def as_html(verdict: Verdict) -> str:
         "headline": html.escape(headline(verdict)),
         "figures": "".join(
             f"<li><b>{ms:.0f} ms</b><span>{name}</span></li>"
-            for name, ms in percentiles(verdict.capture.survey.latencies_ms).items()
+            for name, ms in percentiles(
+                verdict.capture.survey.latencies_ms, verdict.capture.survey.latency_weights
+            ).items()
         ),
         "findings": _findings(verdict),
         "stages": "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells, _ in rows(verdict)),

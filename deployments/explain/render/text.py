@@ -32,7 +32,7 @@ def as_json(verdict: Verdict) -> str:
         "requests": survey.requests,
         "incomplete": verdict.capture.incomplete,
         "errors": survey.errors,
-        "latency_ms": percentiles(survey.latencies_ms),
+        "latency_ms": percentiles(survey.latencies_ms, survey.latency_weights),
         **_compared(verdict),
         "stages": parts,
         "findings": _findings(verdict),
@@ -54,7 +54,7 @@ def _compared(verdict: Verdict) -> dict[str, Any]:
             "from": _time(other.window_ns[0]),
             "to": _time(other.window_ns[1]),
             "requests": other.requests,
-            "latency_ms": percentiles(other.latencies_ms),
+            "latency_ms": percentiles(other.latencies_ms, other.latency_weights),
             "differences": list(verdict.differences),
         }
     if verdict.change is not None:
@@ -104,7 +104,8 @@ def as_text(verdict: Verdict) -> RenderableType:
 def _text(verdict: Verdict) -> Iterator[RenderableType]:
     yield Text(headline(verdict), style="bold")
     if verdict.capture.survey.latencies_ms:
-        shown = percentiles(verdict.capture.survey.latencies_ms)
+        survey = verdict.capture.survey
+        shown = percentiles(survey.latencies_ms, survey.latency_weights)
         yield Text("latency: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in shown.items()))
     for line in comparison(verdict):
         yield Text(line)
@@ -145,6 +146,7 @@ def headline(verdict: Verdict) -> str:
         f"{survey.requests} requests in {(ended - begun) / 1e9:.0f} s, {clock(begun)} to {clock(ended)}"
         + (f", {failed} failed" if failed else "")
         + (f", {incomplete} with spans missing" if incomplete else "")
+        + (f" (a sample: the traces of {survey.read} were kept)" if survey.is_sample else "")
     )
 
 
@@ -152,7 +154,8 @@ def comparison(verdict: Verdict) -> Iterator[str]:
     """Yield lines that say what the window is compared with, or since when requests take longer."""
     if verdict.against is not None:
         other = verdict.against.capture.survey
-        shown = ", ".join(f"{name} {ms:.0f} ms" for name, ms in percentiles(other.latencies_ms).items())
+        found = percentiles(other.latencies_ms, other.latency_weights)
+        shown = ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.items())
         begun, ended = map(_time, other.window_ns)
         yield f"compared with {other.requests} requests, {begun} to {ended}: {shown}"
         if verdict.differences:
@@ -236,9 +239,10 @@ def stages(verdict: Verdict) -> list[dict[str, Any]]:
     return made
 
 
-def percentiles(ascending: Sequence[float]) -> dict[str, float]:
+def percentiles(ascending: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, float]:
+    """The percentiles that are shown, of values that stand for one each or for as many as their weights say."""
     wanted = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
-    pairs = [(ms, 1.0) for ms in ascending]
+    pairs = list(zip(ascending, weights or [1.0] * len(ascending), strict=True))
     return {name: round(percentile(pairs, share), 3) for name, share in wanted.items()}
 
 

@@ -112,7 +112,7 @@ class Capture:
 
     def weight(self, request: Request) -> float:
         """Return the number of requests that this one represents."""
-        return self.survey.weight if request.key in self.survey.ordinary else 1.0
+        return self.survey.weights.get(request.key, 1.0)
 
 
 def capture(spans: Iterable[Span], survey: Survey) -> Capture:

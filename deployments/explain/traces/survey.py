@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from deployments.explain.traces.otlp import Span
@@ -23,6 +23,7 @@ Key = tuple[str, str]
 ORDINARY, FAILED = 5_000, 500
 """How many ordinary requests, and how many that failed on the server's side, are read in full."""
 _MIN_SLOW = 5
+_MOST_WEIGHT = 1e9
 NOT_OURS = frozenset({"cancelled", "invalid_json", "invalid_field", "too_large", "model_not_found"})
 """``error.type`` of requests whose failure is not the server's fault."""
 OF_A_REQUEST = {spec.name for spec in span_specs.SPANS if spec.parent != "none"} - {
@@ -43,12 +44,18 @@ class Root:
     error: str
     """``error.type``; empty if there was none."""
     route: str = ""
+    weight: float = 1.0
+    """For how many requests it stands (``ai.sampling.weight``); 0 if it was kept for the sake of another."""
 
     @classmethod
     def of(cls, span: Span) -> Root:
+        weight = span.attributes.get(names.AI_SAMPLING_WEIGHT, 1)
+        counts = isinstance(weight, int | float) and 0 <= weight <= _MOST_WEIGHT
         error = str(span.attributes.get(names.ERROR_TYPE) or ("error" if span.failed else ""))
         route = sys.intern(str(span.attributes.get(names.HTTP_ROUTE, "")))
-        return cls(span.key, span.start_ns, max(0, span.end_ns - span.start_ns), error, route)
+        return cls(
+            span.key, span.start_ns, max(0, span.end_ns - span.start_ns), error, route, float(weight) if counts else 1.0
+        )
 
     @property
     def ended_ns(self) -> int:
@@ -64,9 +71,12 @@ class Survey:
     """Time spent by all requests that failed on the server's side."""
     latencies_ms: list[float] = field(default_factory=list)
     """Of all answered requests, ascending."""
+    latency_weights: list[float] = field(default_factory=list)
     starts_ns: list[int] = field(default_factory=list)
     routes: list[str] = field(default_factory=list)
-    """When and where the requests of ``latencies_ms`` came in, in its order."""
+    """For how many each of ``latencies_ms`` stands, and when and where it came in, in its order."""
+    read: int = 0
+    """Requests whose traces were kept; ``requests`` is what they stand for."""
     window_ns: tuple[int, int] = (0, 0)
     """From the first request's start to the last one's end, in Unix nanoseconds; zeros if there are none."""
     since_ns: int = 0
@@ -74,11 +84,21 @@ class Survey:
     ordinary: set[Key] = field(default_factory=set)
     failed: set[Key] = field(default_factory=set)
     """The longest of those that failed on the server's side."""
-    weight: float = 1.0
-    """The number of ordinary requests that each one that is read represents."""
+    weights: dict[Key, float] = field(default_factory=dict)
+    """The number of requests that each one that is read in full represents, if it is not one."""
     trace_ids_to_read: set[str] = field(default_factory=set)
     known: set[str] = field(default_factory=set)
     """The traces of all requests."""
+
+    @property
+    def answered(self) -> float:
+        """How many requests ``latencies_ms`` stand for."""
+        return sum(self.latency_weights)
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether only some of the requests' traces were kept."""
+        return self.read != self.requests or any(weight != 1 for weight in self.latency_weights)
 
     def wants(self, name: str, trace_id: str) -> bool:
         """Whether to read this span. Spans of a request without a root are read, so that it counts as incomplete."""
@@ -90,27 +110,48 @@ class Survey:
 def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: float = float("inf")) -> Survey:
     """Survey all requests that ended from ``since_ns`` until ``until_ns``; ``slowest`` (0 to 1) is the slow share."""
     every = list({root.key: root for root in roots if since_ns <= root.ended_ns < until_ns}.values())
-    answered = sorted((root for root in every if not root.error), key=lambda root: (root.latency_ns, root.key))
+    counted = [root for root in every if root.weight]
+    answered = sorted((root for root in counted if not root.error), key=lambda root: (root.latency_ns, root.key))
     failed = sorted(
-        (root for root in every if root.error and root.error not in NOT_OURS), key=lambda root: -root.latency_ns
+        (root for root in counted if root.error and root.error not in NOT_OURS), key=lambda root: -root.latency_ns
     )
-    ordinary = len(answered) - min(max(0, len(answered) - 1), max(_MIN_SLOW, round(len(answered) * slowest)))
-    read = random.Random(0).sample(answered[:ordinary], min(ORDINARY, ordinary))
+    ordinary = answered[: len(answered) - _slow_of(answered, slowest)]
+    sample = random.Random(0).sample(ordinary, min(ORDINARY, len(ordinary)))
+    stands_for = sum(root.weight for root in ordinary) / sum(root.weight for root in sample) if sample else 1.0
+    slow = answered[len(ordinary) :]
+    errors: Counter[str] = Counter()
+    for root in counted:
+        if root.error:
+            errors[root.error] += round(root.weight)
     found = Survey(
-        requests=len(every),
-        errors=dict(Counter(root.error for root in every if root.error)),
-        failed_ms=sum(root.latency_ns for root in failed) / 1e6,
+        requests=round(sum(root.weight for root in counted)),
+        errors=dict(errors),
+        failed_ms=sum(root.latency_ns * root.weight for root in failed) / 1e6,
         latencies_ms=[root.latency_ns / 1e6 for root in answered],
+        latency_weights=[root.weight for root in answered],
         starts_ns=[root.started_ns for root in answered],
         routes=[root.route for root in answered],
+        read=len(every),
         since_ns=since_ns,
-        slow={root.key for root in answered[ordinary:]},
-        ordinary={root.key for root in read},
+        slow={root.key for root in slow},
+        ordinary={root.key for root in sample},
         failed={root.key for root in failed[:FAILED]},
-        weight=ordinary / len(read) if read else 1.0,
+        weights={root.key: root.weight * stands_for for root in sample}
+        | {root.key: root.weight for root in (*slow, *failed[:FAILED]) if root.weight != 1},
         known={root.key[0] for root in every},
     )
     if every:
         found.window_ns = min(root.started_ns for root in every), max(root.ended_ns for root in every)
     found.trace_ids_to_read = {trace_id for trace_id, _ in found.slow | found.ordinary | found.failed}
     return found
+
+
+def _slow_of(answered: Sequence[Root], slowest: float) -> int:
+    """How many of them, ascending by latency, are the slowest share of all that they stand for; never all."""
+    wanted, count = slowest * sum(root.weight for root in answered), 0
+    for root in reversed(answered):
+        if wanted < root.weight / 2:
+            break
+        wanted -= root.weight
+        count += 1
+    return min(max(0, len(answered) - 1), max(_MIN_SLOW, count))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from opentelemetry.metrics import Meter
-from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
 from opentelemetry.sdk.metrics.export import (
     ConsoleMetricExporter,
     MetricExporter,
@@ -146,7 +146,10 @@ class Provider:
         environment_says = "OTEL_METRIC_EXPORT_INTERVAL" in os.environ
         interval_ms = None if environment_says else self._config.metric_interval_s * 1000
         readers = [PeriodicExportingMetricReader(exporter, interval_ms)] if exporter is not None else []
-        return MeterProvider(readers, self.resource, shutdown_on_exit=False)
+        # Who is measured is not known to be kept then, and an exemplar must lead to a trace.
+        is_retroactive = self._config.sampling.mode == "retroactive"
+        exemplars = AlwaysOffExemplarFilter() if is_retroactive else None
+        return MeterProvider(readers, self.resource, exemplar_filter=exemplars, shutdown_on_exit=False)
 
     def _metric_exporter(self) -> MetricExporter | None:
         match destination("metrics"):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
+from deployments.explain.render.text import percentiles
 from deployments.explain.traces.survey import FAILED, ORDINARY, Root, survey
 from deployments.telemetry import names
 
@@ -16,7 +21,7 @@ def test_all_requests_are_counted_and_a_sample_is_read_in_full() -> None:
     assert found.requests == 40_000
     assert len(found.latencies_ms) == 40_000
     assert found.latencies_ms == sorted(found.latencies_ms)
-    assert (len(found.slow), len(found.ordinary), found.weight) == (2_000, ORDINARY, 38_000 / ORDINARY)
+    assert (len(found.slow), len(found.ordinary), set(found.weights.values())) == (2_000, ORDINARY, {38_000 / ORDINARY})
     assert not found.slow & found.ordinary
     assert {latency_ns(key) for key in found.slow} == {n * 1000 for n in range(38_000, 40_000)}
     assert found.window_ns == (0, max(root.ended_ns for root in roots(40_000)))
@@ -29,7 +34,7 @@ def latency_ns(key: tuple[str, str]) -> int:
 
 def test_few_requests_are_all_read_in_full() -> None:
     found = survey(roots(30), 0.05)
-    assert (len(found.slow), len(found.ordinary), found.weight) == (5, 25, 1.0)
+    assert (len(found.slow), len(found.ordinary), set(found.weights.values())) == (5, 25, {1.0})
     assert survey([], 0.05).window_ns == (0, 0)
 
 
@@ -50,3 +55,26 @@ def test_which_spans_are_wanted() -> None:
     # A span of a request without a root is wanted, so that its root is missed; a foreign span is not.
     assert found.wants(names.QUEUE, old)
     assert not found.wants("GET /", old)
+
+
+def test_a_sample_stands_for_all_requests_by_its_weights() -> None:
+    """Of 10,000 requests the slowest twentieth is kept, and one in a hundred of the others, with neighbours."""
+    every = sorted(roots(10_000), key=lambda root: root.latency_ns)
+    slow = every[9_500:]
+    drawn = [replace(root, weight=100.0) for root in every[:9_500:100]]
+    beside = [replace(root, weight=0.0) for root in every[50:9_500:100]]
+    whole, found = survey(every, 0.05), survey([*slow, *drawn, *beside], 0.05)
+
+    assert (found.requests, found.read, found.is_sample, whole.is_sample) == (10_000, 690, True, False)
+    assert found.slow == whole.slow
+    assert found.ordinary == {root.key for root in drawn}
+    for name, ms in percentiles(found.latencies_ms, found.latency_weights).items():
+        assert ms == pytest.approx(percentiles(whole.latencies_ms)[name], rel=0.02)
+    assert sum(found.weights.get(key, 1.0) for key in found.slow | found.ordinary) == 10_000
+
+
+def test_failures_count_for_as_many_as_they_stand_for() -> None:
+    failed = [
+        replace(root, weight=weight) for root, weight in zip(roots(3, "model_failed"), (1.0, 100.0, 0.0), strict=True)
+    ]
+    assert survey([*roots(30), *failed], 0.05).errors == {"model_failed": 101}

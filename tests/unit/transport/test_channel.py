@@ -436,3 +436,35 @@ async def test_a_caller_that_stops_reading_is_given_up(monkeypatch: pytest.Monke
     await until(lambda: stage.server.callers == 1)
     assert (await ask(connection, "word")).result == "WORD"
     await ended(writer)
+
+
+# --- traces that are kept ---
+
+
+@on_both_loops
+async def test_each_end_tells_the_other_which_traces_are_kept() -> None:
+    stage = await Stage().listen()
+    heard: list[list[tuple[int, bool]]] = []
+    connection = await open_connection(stage.port, on_keep=heard.append)
+    told: list[list[tuple[int, bool]]] = []
+    stage.server.on_keep = told.append
+    many = [(2**128 - 1 - number, number % 2 == 0) for number in range(2500)]
+
+    connection.keep([(1, True), (2, False)])
+    stage.server.keep(many)
+    await ask(connection, "word")
+    await until(lambda: len(heard) == 3)
+
+    assert told == [[(1, True), (2, False)]]
+    assert [each for part in heard for each in part] == many
+
+
+@on_both_loops
+async def test_a_peer_of_the_first_version_is_told_nothing() -> None:
+    stage = await Stage(versions=(1,)).listen()
+    heard: list[list[tuple[int, bool]]] = []
+    connection = await open_connection(stage.port, on_keep=heard.append)
+    connection.keep([(1, True)])
+    stage.server.keep([(1, True)])
+    assert (await ask(connection, "word")).result == "WORD"
+    assert heard == []

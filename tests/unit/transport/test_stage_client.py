@@ -539,4 +539,4 @@ async def test_a_replica_of_another_secret_or_version_is_not_used(
     with pytest.raises(NoReplicaReady, match="can be reached"):
         await caller.call("word")
     assert "the replica does not know the secret" in caplog.text
-    assert "the caller speaks the versions [1]" in caplog.text
+    assert "the caller speaks the versions [1, 2]" in caplog.text
