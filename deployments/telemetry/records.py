@@ -281,6 +281,8 @@ class RequestRecord:
     started_ns: int
     deadline_ns: int = 0
     """On this process's monotonic clock."""
+    timeout_ms: float | None = None
+    """If it set another than the default."""
     ended_ns: int = 0
     intervals: list[Interval] = field(default_factory=list)
     input_count: int = 0

@@ -216,7 +216,7 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
     attributes: Attributes = {
         names.AI_REQUEST_ID: record.request_id,
         names.AI_TENANT: record.tenant or None,
-        names.AI_TIMEOUT_MS: _ms(record.deadline_ns - record.started_ns) if record.deadline_ns else None,
+        names.AI_TIMEOUT_MS: record.timeout_ms,
         names.AI_SAMPLING_WEIGHT: record.weight,
         names.AI_INPUT_COUNT: record.input_count,
         names.AI_INPUT_LENGTH: record.input_length,

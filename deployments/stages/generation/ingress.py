@@ -160,7 +160,9 @@ class GenerationIngressStage(IngressStage):
         self, http: Request, route: GenerationRoute, record: RequestRecord, reply: _Reply, body: Body
     ) -> None:
         with self._telemetry.interval(record, "validate"):
-            record.deadline_ns = record.started_ns + int(timeout_ms(http.headers, self._limits) * 1e6)
+            timeout = timeout_ms(http.headers, self._limits)
+            record.deadline_ns = record.started_ns + int(timeout * 1e6)
+            record.timeout_ms = timeout if timeout != self._limits.default_timeout_ms else None
             record.operation = route.operation
             share = self._keys.share_of(http.headers)
             record.tenant = share.tenant
