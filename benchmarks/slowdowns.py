@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from collector import Collector
 
 HERE = Path(__file__).parent
@@ -110,6 +111,18 @@ def at_random(per_s: float, odd: Work = short, share: float = 0.0) -> None:
     chance, at, begin, sent = random.Random(3), 0.0, time.monotonic(), []
     while (at := at + chance.expovariate(per_s)) < SECONDS:
         sent.append(threading.Thread(target=odd if chance.random() < share else short))
+        time.sleep(max(0.0, begin + at - time.monotonic()))
+        sent[-1].start()
+    for thread in sent:
+        thread.join()
+
+
+def rate_rises(before_s: float, after_s: float) -> None:
+    """Send requests at random times, at another rate from the middle on."""
+    chance, at, begin, sent = random.Random(3), 0.0, time.monotonic(), []
+    while at < SECONDS:
+        at += chance.expovariate(before_s if at < SECONDS / 2 else after_s)
+        sent.append(threading.Thread(target=short))
         time.sleep(max(0.0, begin + at - time.monotonic()))
         sent[-1].start()
     for thread in sent:
@@ -210,6 +223,22 @@ def kill_model() -> None:
         with contextlib.suppress(OSError):
             if b"ServeReplica:slowlens:Model" in path.read_bytes():
                 os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def release(folder: Path, **sections: dict[str, Any]) -> Work:
+    """Deploy the application anew, with other settings, in the middle."""
+
+    def run() -> None:
+        time.sleep(SECONDS / 2)
+        config = folder / "config.yaml"
+        document = yaml.safe_load(config.read_text())
+        for section, settings in sections.items():
+            document["applications"][0]["args"].setdefault(section, {}).update(settings)
+        config.write_text(yaml.safe_dump(document))
+        program = str(Path(sys.executable).with_name("serve"))
+        subprocess.run([program, "deploy", str(config)], check=True, capture_output=True)
+
+    return run
 
 
 def messages_late(folder: Path) -> Work:
@@ -391,6 +420,22 @@ SLOWDOWNS = {
         lambda _: chats(lambda: chat(8, 8000, read_s=20), tokens=8000),
         fast_language_model,
         warm_up=chat,
+    ),
+    "rate_rises": Slowdown(
+        ("device_queue",),
+        "random arrivals whose rate rises in the middle to more than the device can do",
+        lambda _: rate_rises(8, 90),
+        with_args(batching={"max_batch_size": 1}),
+    ),
+    "slower_release": Slowdown(
+        ("batch_fill",),
+        "deployed anew in the middle, with batching.max_wait_ms: 60",
+        lambda folder: together(lambda: at_random(15), release(folder, batching={"max_wait_ms": 60})),
+    ),
+    "three_at_once": Slowdown(
+        ("slow_upload", "long_input", "tokenization"),
+        "every 15th request has 250 words, pauses 0.4 s in its body, or has 190,000 characters, in turn",
+        lambda _: steady(odd=(long, slow_upload, lambda: post("\ufdfa " * 95_000))),
     ),
     "two_at_once": Slowdown(
         ("slow_upload", "long_input"),

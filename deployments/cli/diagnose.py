@@ -47,6 +47,11 @@ def why(
             other = stack.enter_context(opened(against.source)) if against.source is not None else source
             then = other, against.since_ns, against.until_ns
         verdict = examine(source, slowest, since_ns, then)
+        if then is None and any(finding.fix.changes for finding in verdict.findings):
+            # Imported only here so that a verdict without a setting to change does not wait for it.
+            from deployments.simulate.fixes import predict_fixes
+
+            predict_fixes(verdict, source, since_ns)
     if not verdict.capture.survey.requests:
         raise NothingToShow(f"there is no request in these traces (looked in {without_password(where)})")
     if verdict.against is not None and not verdict.against.capture.survey.requests:

@@ -72,7 +72,7 @@ def _against(options: argparse.Namespace, now_ns: int) -> Against | None:
 
 
 def _what_if(options: argparse.Namespace, where: str) -> None:
-    # Imported only here, for it imports Ray.
+    # Imported only here so that the other commands do not wait for it.
     from deployments.cli.predict import Asked, predict
 
     since_ns = time.time_ns() - options.since_s * 10**9 if options.since_s is not None else 0

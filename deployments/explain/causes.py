@@ -158,9 +158,9 @@ CAUSES = (
     ),
     Cause(
         "transit",
-        ("transit", "response"),
+        ("transit", "response", "front"),
         False,
-        "between the actors",
+        "between the actors, or before the ingress",
         advice(
             "a slow network between hosts, or processes too busy to forward calls: start with `slowlens serve`, "
             "reserve CPUs for the stages (num_cpus), keep them on one host"

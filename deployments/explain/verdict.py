@@ -20,14 +20,13 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from deployments.explain.causes import CAUSES, Cause
 from deployments.explain.chance import wait_by_chance_ms
-from deployments.explain.fixes import Fix, after_failures
+from deployments.explain.findings import EVIDENCE, Finding, advisories, both, failures, traits
+from deployments.explain.fixes import Fix
 from deployments.explain.periods import Change, Judged, Period, change_of, differences, increases, is_longer, moment_of
 from deployments.explain.requests.capture import Capture, capture
 from deployments.explain.requests.parts import (
@@ -40,39 +39,22 @@ from deployments.explain.requests.parts import (
     percentile,
     usual_of,
 )
-from deployments.explain.requests.pattern import clock, distinguishing_traits
+from deployments.explain.requests.pattern import clock
 from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import orders_during, scaled_late
 from deployments.explain.token_gaps import TokenGap, token_gaps
 from deployments.explain.traces.files import Source
-from deployments.explain.traces.survey import NOT_OURS, survey
+from deployments.explain.traces.survey import survey
 
 MIN_REQUESTS = 20
 """Minimum number of answered requests for distinguishing slow from ordinary ones."""
 _MIN_REQUESTS, _MIN_SHARE, _MIN_MS = 0.1, 1 / 7, 5.0
 _MIN_RULED = 0.25
 """Share of the slow requests for which a cause makes up most of the excess."""
-_EVIDENCE, _MIN_HIT = 3, 2
-_MAX_RUN_MS = 500.0
-"""``batching.max_run_ms`` where the traces do not state it."""
+_MIN_HIT = 2
 _MIN_GAIN = 0.1
-_DOUBT = 4.0
-"""In standard errors."""
 _CHANCE, _FEW = 1.25, 0.05
 """A wait is no chance if it is so much longer than what this share of the slow requests wait by chance."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    cause: str
-    share_of_excess: float
-    requests: int
-    summary: str
-    fix: Fix
-    evidence: tuple[tuple[str, float], ...]
-    """``(trace id, milliseconds)``, strongest first."""
-    p99_ms: tuple[float, float] | None = None
-    """The 99th percentile now, and at best without this cause; None if the difference is small."""
 
 
 @dataclass(slots=True)
@@ -145,16 +127,16 @@ def judge(found: Capture, then: Capture | None = None) -> Verdict:
         if moment_ns is not None:
             verdict.change = _change(found, answered, moment_ns)
         _compare(verdict)
-    for finding in _failures(verdict):
+    for finding in failures(found, verdict.whole_excess_ms, then):
         same = next((one for one in verdict.findings if one.cause == finding.cause), None)
         if same is None:
             verdict.findings.append(finding)
         else:
-            verdict.findings[verdict.findings.index(same)] = _both(finding, same)
+            verdict.findings[verdict.findings.index(same)] = both(finding, same)
     verdict.findings.sort(key=lambda finding: -finding.share_of_excess)
     if not verdict.findings and not verdict.note:
         verdict.note = "nothing is unusual: the slowest requests spent their time the same way as the others"
-    verdict.findings += _advisories(found)
+    verdict.findings += advisories(found)
     if then is None:
         verdict.first_token = _of_first_tokens(verdict, parts, usual)
     verdict.token_gaps = _token_gaps(verdict)
@@ -184,7 +166,7 @@ def _token_gaps(verdict: Verdict) -> list[TokenGap]:
         if one.is_slow and one.request.generation is not None:
             gaps = token_gaps(found.spans[one.request.key], found.segments)
             worst += sorted(gaps, key=lambda gap: -gap.more_ms)[:1]
-    return sorted(worst, key=lambda gap: -gap.more_ms)[:_EVIDENCE]
+    return sorted(worst, key=lambda gap: -gap.more_ms)[:EVIDENCE]
 
 
 def _of_first_tokens(whole: Verdict, every: Sequence[Parts], usual: Usual) -> Verdict | None:
@@ -271,9 +253,9 @@ def _compare_with(then: Period, now: Period, verdict: Verdict) -> None:
         count = round(sum(one.weight for one, _ in hit))
         summary = (
             f"requests spend {more:.1f} ms more on average ({before:.1f} -> {before + more:.1f} ms) {cause.what}; "
-            f"{count} of {round(weight)} spend at least half of that more{_traits(now.capture, concerned, cause.stage)}"
+            f"{count} of {round(weight)} spend at least half of that more{traits(now.capture, concerned, cause.stage)}"
         )
-        evidence = tuple((one.request.trace_id, ms) for one, ms in hit[:_EVIDENCE])
+        evidence = tuple((one.request.trace_id, ms) for one, ms in hit[:EVIDENCE])
         fix = _after(verdict.differences, cause, cause.fix(now.capture, concerned))
         share = min(1.0, more * weight / whole)
         verdict.findings.append(Finding(cause.name, share, count, summary, fix, evidence))
@@ -323,7 +305,7 @@ def _finding(
     middle, worst = median([ms for _, ms in hit]), hit[0][1]
     summary = (
         f"{len(hit)} of {len(slow)} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
-        f"{cause.what}{_traits(verdict.capture, concerned, cause.stage)}{_behind(cause, verdict, concerned)}"
+        f"{cause.what}{traits(verdict.capture, concerned, cause.stage)}{_behind(cause, verdict, concerned)}"
     )
     if verdict.change is not None and cause.name in verdict.change.increases:
         summary += (
@@ -334,7 +316,7 @@ def _finding(
         loads = verdict.capture.loads
         orders = orders_during(verdict.capture.scalings, concerned, cause.stage.capitalize(), loads)
         summary += scaled_late(orders, loads, verdict.capture.survey.window_ns[1])
-    evidence = tuple((request.trace_id, ms) for request, ms in hit[:_EVIDENCE])
+    evidence = tuple((request.trace_id, ms) for request, ms in hit[:EVIDENCE])
     share = sum(amounts) / whole_ms
     different = verdict.change.differences if verdict.change is not None else ()
     fix = _after(different, cause, cause.fix(verdict.capture, concerned))
@@ -359,90 +341,3 @@ def _behind(cause: Cause, verdict: Verdict, concerned: Sequence[Request]) -> str
         if one.request.key in keys
     )
     return f"; {count} of {len(concerned)} waited behind the inputs of others" if count else ""
-
-
-def _traits(capture: Capture, concerned: Sequence[Request], stage: str) -> str:
-    return distinguishing_traits(concerned, capture.requests, capture.survey.window_ns, stage)
-
-
-def _failures(verdict: Verdict) -> Iterator[Finding]:
-    counted = verdict.capture.survey
-    kinds = {kind: count for kind, count in counted.errors.items() if kind not in NOT_OURS}
-    if not kinds or (verdict.against is not None and not _fail_more_often(verdict)):
-        return
-    excess_ms = verdict.whole_excess_ms
-    count = sum(kinds.values())
-    listed = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items(), key=lambda pair: -pair[1]))
-    read = [request for request in verdict.capture.requests if request.key in counted.failed]
-    worst = sorted(read, key=lambda request: -request.latency_ns)[:_EVIDENCE]
-    times = Counter(request.request_id for request in verdict.capture.requests if request.request_id)
-    again = sum(times[request.request_id] > 1 for request in read)
-    tried = f", {again} of them were sent more than once (same X-Request-ID)" if again else ""
-    yield Finding(
-        "errors_retries",
-        counted.failed_ms / (counted.failed_ms + excess_ms) if counted.failed_ms + excess_ms else 0.0,
-        count,
-        f"{count} of {counted.requests} requests failed ({listed}){tried}{_traits(verdict.capture, read, 'model')}",
-        Fix(
-            *after_failures(verdict.capture, max(kinds, key=kinds.__getitem__)).pieces,
-            "; callers that retry add load",
-        ),
-        tuple((request.trace_id, request.latency_ns / 1e6) for request in worst),
-    )
-
-
-def _fail_more_often(verdict: Verdict) -> bool:
-    """Whether a larger share of requests fails than did in the other period, by more than chance (two proportions)."""
-    assert verdict.against is not None
-    then, now = verdict.against.capture.survey, verdict.capture.survey
-    failed = [sum(n for kind, n in one.errors.items() if kind not in NOT_OURS) for one in (then, now)]
-    requests = [max(1, one.requests) for one in (then, now)]
-    share = sum(failed) / sum(requests)
-    error = math.sqrt(share * (1 - share) * (1 / requests[0] + 1 / requests[1]))
-    return failed[1] / requests[1] - failed[0] / requests[0] > _DOUBT * error
-
-
-def _both(failed: Finding, delayed: Finding) -> Finding:
-    """Requests that failed and requests that were answered at the second attempt, as one finding."""
-    return replace(
-        failed,
-        share_of_excess=min(1.0, failed.share_of_excess + delayed.share_of_excess),
-        requests=failed.requests + delayed.requests,
-        summary=f"{failed.summary}; {delayed.summary}",
-        evidence=(failed.evidence + delayed.evidence)[:_EVIDENCE],
-    )
-
-
-def _advisories(read: Capture) -> list[Finding]:
-    found = []
-    counted = read.survey
-    runs = [run for run in read.runs.values() if run.size]
-    # A run that takes long has few inputs for that reason.
-    longest_ns = float(read.settings.get("batching.max_run_ms", _MAX_RUN_MS)) / 2 * 1e6
-    wasteful = [run for run in runs if run.queue_behind >= run.size and run.size <= 4 and run.took_ns < longest_ns]
-    if len(runs) >= MIN_REQUESTS and len(wasteful) > len(runs) / 2:
-        summary = f"{len(wasteful)} of {len(runs)} runs had at most 4 inputs while at least as many were waiting"
-        current = [read.settings.get(f"batching.{key}", "?") for key in ("max_batch_size", "max_batch_tokens")]
-        fix = Fix(
-            f"batching.max_batch_size ({current[0]}) or batching.max_batch_tokens ({current[1]}) may be too low for "
-            "these inputs"
-        )
-        found.append(Finding("small_batches", 0.0, sum(run.size for run in wasteful), summary, fix, ()))
-    truncated = [request for request in read.requests if request.truncated]
-    count = round(sum(map(read.weight, truncated)))
-    if count > counted.requests / 20:
-        summary = f"{count} of {counted.requests} requests had inputs truncated to the model's maximum length"
-        fix = Fix("send shorter inputs, or set `truncate: false` to have them rejected")
-        evidence = tuple((request.trace_id, 0.0) for request in truncated[:_EVIDENCE])
-        found.append(Finding("truncation", 0.0, count, summary, fix, evidence))
-    if read.lost or read.incomplete > (counted.requests + read.incomplete) / 100:
-        said = [f"the processes report {read.lost} lost spans"] if read.lost else []
-        if read.incomplete:
-            said.append(f"spans are missing from {read.incomplete} requests, so the time they cover is unaccounted")
-        summary = "; ".join(said)
-        fix = Fix(
-            "was the collector unavailable or slow? See otel.sdk.exporter.span.exported (error.type), "
-            "ai.telemetry.dropped_records and ai.telemetry.unwritten_spans, and the collector's own losses"
-        )
-        found.append(Finding("telemetry_loss", 0.0, read.incomplete, summary, fix, ()))
-    return found

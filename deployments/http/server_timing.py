@@ -13,8 +13,8 @@ def server_timing(record: RequestRecord) -> str:
     """Milliseconds by stage; they add up to ``total``, except for the microseconds that framing the response takes.
 
     ``queue`` and ``forward`` are the model replica's time, ``transit`` the cost of the hops beyond the stages' own
-    time, lost attempts included. For a request that failed in the model replica, its time there is reported under
-    ``queue``.
+    time, lost attempts included, and what came before the ingress, if that is known. For a request that failed in the
+    model replica, its time there is reported under ``queue``.
     """
     hops = record.hops
     held = {name: hop.held_ns for name, hop in hops.items()}
@@ -25,7 +25,7 @@ def server_timing(record: RequestRecord) -> str:
         "queue": held.get("model", 0) - record.forward_ns,
         "forward": record.forward_ns,
         "postprocess": held.get("postprocessor", 0),
-        "transit": sum(one.transit_ns for one in record.intervals if isinstance(one, HopRecord)),
+        "transit": _front_ns(record) + sum(one.transit_ns for one in record.intervals if isinstance(one, HopRecord)),
         "total": record.boundary_ns - record.started_ns,
     }
     return _header(parts)
@@ -52,11 +52,17 @@ def generation_timing(
         "tokenize": tokenizer.held_ns if tokenizer else 0,
         "queue": queue_ns,
         "prefill": prefill_ns,
-        "transit": (tokenizer.transit_ns if tokenizer else 0) + max(0, to_token_ns - queue_ns - prefill_ns),
+        "transit": _front_ns(record)
+        + (tokenizer.transit_ns if tokenizer else 0)
+        + max(0, to_token_ns - queue_ns - prefill_ns),
     }
     if is_over:
         parts |= {"decode": now_ns - first_ns, "total": now_ns - record.started_ns}
     return _header(parts)
+
+
+def _front_ns(record: RequestRecord) -> int:
+    return sum(one.ended_ns - one.started_ns for one in record.intervals if one.name == "front")
 
 
 def _header(parts: Mapping[str, int]) -> str:

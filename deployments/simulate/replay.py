@@ -33,7 +33,7 @@ from deployments.messages import Share
 from deployments.simulate.recording import Recorded, Recording
 from deployments.simulate.settings import Settings
 from deployments.simulate.virtual_time import VirtualLoop, now_ns
-from deployments.transport.replica_set import least_work
+from deployments.transport.connection import least_work
 
 _REPORT_S = 0.5
 _SETTLE_S = 5.0

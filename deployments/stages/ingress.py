@@ -23,6 +23,7 @@ from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ApiError, ModelNotFound, NoReplicaReady
 from deployments.http.bodies import Body, BodyBudget
+from deployments.http.front import Front
 from deployments.http.headers import client_address, request_id_of, timeout_ms
 from deployments.http.keys import ApiKeys
 from deployments.http.routes import ROUTES, Route, body_schema
@@ -84,7 +85,7 @@ class IngressStage(Stoppable):
         self._created_unix_s = created_unix_s
         self._telemetry = Telemetry("ingress", config, self._card.name, placement.identity)
         self._meter = EventLoopMeter(started_s)
-        self._advice = RetryAdvice()
+        self._advice, self._front = RetryAdvice(), Front()
         self._bodies, self._keys = BodyBudget(config.limits), ApiKeys(config.security.api_keys)
         self._tokenizer, self._model, self._postprocessor = (
             StageClient[Any, Any](stage, directory(handle), result, self._telemetry, config.limits.no_replica_wait_ms)
@@ -127,6 +128,7 @@ class IngressStage(Stoppable):
             client=client_address(http),
             request_id=request_id_of(http.headers),
             headers=http.headers,
+            front_ns=self._front.elapsed_ns(http.headers),
         )
 
     async def _infer(self, http: Request, route: Route, record: RequestRecord, body: Body) -> bytes:

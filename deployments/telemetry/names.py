@@ -16,6 +16,7 @@ Service = Literal["ingress", "tokenizer", "model", "postprocessor", "autoscaler"
 # --- spans -----------------------------------------------------------------------------------------------------------
 
 PREDICT = "ai.inference.predict"
+FRONT = "ai.inference.front"
 VALIDATE = "ai.inference.validate"
 HOP_TOKENIZER = "ai.hop.tokenizer"
 HOP_MODEL = "ai.hop.model"

@@ -144,10 +144,14 @@ class Telemetry:
         client: str,
         request_id: str,
         headers: Mapping[str, str],
+        front_ns: int = 0,
     ) -> Iterator[RequestRecord]:
-        """Record the root span. The block must set ``status``; the caller must turn an ApiError into a response."""
+        """Record the root span. The block must set ``status``; the caller must turn an ApiError into a response.
+
+        With ``front_ns``, the request began so long ago, and was in what stands before the ingress until now.
+        """
         self.watch_thread()
-        parent = from_headers(headers)
+        parent, arrived_ns = from_headers(headers), time.monotonic_ns()
         record = RequestRecord(
             context=self._root_context(parent),
             parent=parent,
@@ -157,8 +161,10 @@ class Telemetry:
             scheme=scheme,
             route=route,
             client=client,
-            started_ns=time.monotonic_ns(),
+            started_ns=arrived_ns - front_ns,
         )
+        if front_ns:
+            record.intervals.append(Interval("front", record.started_ns, arrived_ns))
         try:
             yield record
         finally:

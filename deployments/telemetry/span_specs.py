@@ -70,6 +70,7 @@ SPANS: tuple[SpanSpec, ...] = (
             names.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS,
         ),
     ),
+    SpanSpec(names.FRONT, "INTERNAL", "ingress", names.PREDICT, ()),
     SpanSpec(names.VALIDATE, "INTERNAL", "ingress", names.PREDICT, ()),
     SpanSpec(names.HOP_TOKENIZER, "CLIENT", "ingress", names.PREDICT, _HOP_ATTRIBUTES),
     SpanSpec(

@@ -34,6 +34,7 @@ from deployments.telemetry.records import (
 _TEXT_LIMIT = 1000
 _LEAST_RUN_DELAY_NS = 1_000_000
 _INTERVAL_SPANS = {
+    "front": names.FRONT,
     "validate": names.VALIDATE,
     "tokenizer": names.HOP_TOKENIZER,
     "model": names.HOP_MODEL,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from deployments.transport import codec, handshake
 from deployments.transport.frames import (
@@ -36,6 +37,31 @@ _SILENT_S, _STUCK_S = 1.0, 1.0
 LINGER_S = 0.5
 """How long the connection to a replica that leaves stays after the last reply."""
 _END = object()
+_CHANCE = random.Random()
+
+
+class Candidate(Protocol):
+    """A replica as a caller sees it."""
+
+    @property
+    def has_room(self) -> bool: ...
+    def hangs(self, now_s: float) -> bool: ...
+    def work(self, now_s: float) -> float: ...
+
+
+Chosen = TypeVar("Chosen", bound=Candidate)
+
+
+def least_work(replicas: Sequence[Chosen], now_s: float, chance: random.Random = _CHANCE) -> Chosen | None:
+    """Return the replica with the least work of those that have room, any of several; None if there is none.
+
+    One that hangs is chosen only if there is no other.
+    """
+    best, least = None, (True, float("inf"))
+    for replica in chance.sample(replicas, len(replicas)):
+        if replica.has_room and (rank := (replica.hangs(now_s), replica.work(now_s))) < least:
+            best, least = replica, rank
+    return best
 
 
 class ConnectionRefused(Exception):

@@ -21,13 +21,13 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from deployments.errors import DeadlinePassed, NoReplicaReady
 from deployments.messages import Reply
 from deployments.telemetry.names import Service
 from deployments.transport import codec
-from deployments.transport.connection import Connection, ConnectionRefused, ReplicaLost, SentCall
+from deployments.transport.connection import Connection, ConnectionRefused, ReplicaLost, SentCall, least_work
 from deployments.transport.discovery import Address, Addresses, DeploymentFailed, Directory
 
 _SAMPLED = 8
@@ -36,7 +36,6 @@ _RETRY_FIRST_S, _RETRY_LAST_S, _RETRY_REFUSED_S = 0.1, 2.0, 10.0
 _WAKE_AGAIN_S = 1.0
 _GIVE_UP_S = 2.0
 _MAX_RETRY_AFTER_S = 60
-_CHANCE = random.Random()
 _logger = logging.getLogger("slowlens.transport")
 
 
@@ -46,30 +45,6 @@ class _Waiting:
 
     send: Callable[[Connection], SentCall]
     sent: asyncio.Future[SentCall]
-
-
-class Candidate(Protocol):
-    """A replica as a caller sees it."""
-
-    @property
-    def has_room(self) -> bool: ...
-    def hangs(self, now_s: float) -> bool: ...
-    def work(self, now_s: float) -> float: ...
-
-
-Chosen = TypeVar("Chosen", bound=Candidate)
-
-
-def least_work(replicas: Sequence[Chosen], now_s: float, chance: random.Random = _CHANCE) -> Chosen | None:
-    """Return the replica with the least work of those that have room, any of several; None if there is none.
-
-    One that hangs is chosen only if there is no other.
-    """
-    best, least = None, (True, float("inf"))
-    for replica in chance.sample(replicas, len(replicas)):
-        if replica.has_room and (rank := (replica.hangs(now_s), replica.work(now_s))) < least:
-            best, least = replica, rank
-    return best
 
 
 class ReplicaSet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -55,6 +56,23 @@ def held(hold_path: Path, port: int, receiver: OtlpReceiver) -> Iterator[Callabl
 
 def embed(port: int, text: str | list[Any], **headers: str) -> Answer:
     return call(port, "POST", "/v1/embeddings", {"input": text}, headers)
+
+
+def test_what_came_before_the_ingress_is_part_of_the_request(port: int, receiver: OtlpReceiver) -> None:
+    traceparent, trace_id, _ = new_traceparent()
+    began = time.time() - 0.3
+    answer = embed(port, "four five six", traceparent=traceparent, **{"X-Request-Start": f"t={began:.6f}"})
+    spans = receiver.trace(trace_id, names=WHOLE_TRACE | {names.FRONT})
+    root, front = one(spans, names.PREDICT), one(spans, names.FRONT)
+
+    assert (front.start, front.parent_id) == (root.start, root.span_id)
+    assert front.ms == pytest.approx(300, abs=200)
+    assert front.start / 1e9 == pytest.approx(began, abs=0.05)
+    assert root.ms >= 300
+    assert children_cover(spans, root) == pytest.approx(1.0, abs=0.001)
+    timing = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+    assert float(timing["transit"]) >= front.ms
+    assert sum(map(float, timing.values())) == pytest.approx(2 * float(timing["total"]), rel=0.05)
 
 
 def test_one_request_produces_one_complete_trace(port: int, receiver: OtlpReceiver) -> None:

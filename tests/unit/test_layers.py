@@ -29,7 +29,7 @@ LAYERS = [
     {"explain.requests"},
     {"explain.token_gaps", "explain.chance"},
     {"explain.fixes"},
-    {"explain.causes"},
+    {"explain.causes", "explain.findings"},
     {"explain.periods"},
     {"explain.verdict"},
     {"explain", "autoscaling", "transport", "http"},

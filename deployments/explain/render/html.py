@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
+from deployments.explain.findings import Finding
 from deployments.explain.periods import Judged
 from deployments.explain.render.text import comparison, fix_text, headline, percentiles, rows, share_of
 from deployments.explain.render.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
@@ -24,7 +25,7 @@ from deployments.explain.requests.parts import fit_runs, median
 from deployments.explain.requests.request import Request
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.survey import Key
-from deployments.explain.verdict import Finding, Verdict
+from deployments.explain.verdict import Verdict
 
 _POINTS = 250
 """Maximum number of ordinary, and of slow, requests in a scatter plot."""
@@ -49,6 +50,7 @@ _GROUPS = {
     "slow reader": ("slow_reader",),
     "lost attempts": ("lost_attempt",),
     "transit": ("transit", "response"),
+    "before the ingress": ("front",),
     "unaccounted": ("unaccounted",),
 }
 

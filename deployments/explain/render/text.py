@@ -12,11 +12,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from deployments.explain.findings import Finding
 from deployments.explain.fixes import Change
 from deployments.explain.requests.parts import PARTS, percentile
 from deployments.explain.requests.pattern import clock
 from deployments.explain.token_gaps import TokenGap
-from deployments.explain.verdict import Finding, Verdict
+from deployments.explain.verdict import Verdict
 
 _WIDTH = 30
 
@@ -181,6 +182,9 @@ def _finding(number: int, finding: Finding) -> Iterator[RenderableType]:
 def fix_text(finding: Finding) -> str:
     """``smaller batches: batching.max_batch_tokens: 8192 -> 4096; at best p99 810 -> 443 ms``."""
     text = "".join(_change(piece) if isinstance(piece, Change) else piece for piece in finding.fix.pieces)
+    if finding.predicted_p99_ms is not None:
+        before, after = finding.predicted_p99_ms
+        return f"{text}; predicted p99 {before:.0f} -> {after:.0f} ms"
     if finding.p99_ms is not None:
         before, after = finding.p99_ms
         text += f"; at best p99 {before:.0f} -> {after:.0f} ms"

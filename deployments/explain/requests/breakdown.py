@@ -27,6 +27,8 @@ from deployments.telemetry import names
 class Breakdown:
     """Nanoseconds of one request, by part. ``latency_ns`` is their sum."""
 
+    front: int = 0
+    """In what stands before the ingress: ``X-Request-Start``."""
     validation: int = 0
     """Reading the body, however slowly it arrives, and validating it."""
     tokenization: int = 0
@@ -87,6 +89,10 @@ def break_down(trace: Sequence[Span]) -> Breakdown:
         _SHARES[span.name](result, took, span, spans)
     result.unaccounted += latency - result.latency_ns
     return result
+
+
+def _front(result: Breakdown, took: int, *_: object) -> None:
+    result.front += took
 
 
 def _validation(result: Breakdown, took: int, *_: object) -> None:
@@ -178,6 +184,7 @@ def _model(result: Breakdown, took: int, hop: Span, spans: Sequence[Span]) -> No
 
 
 _SHARES: dict[str, Callable[[Breakdown, int, Span, Sequence[Span]], None]] = {
+    names.FRONT: _front,
     names.VALIDATE: _validation,
     names.HOP_TOKENIZER: _tokenizer,
     names.HOP_MODEL: _model,

@@ -27,6 +27,7 @@ from deployments.explain.traces.survey import Key
 Parts = dict[str, float]
 """Milliseconds by part."""
 PARTS = (
+    "front",
     "validation",
     "tokenization",
     "replica_wait",
@@ -53,6 +54,7 @@ PARTS = (
     "unaccounted",
 )
 _BEFORE_THE_FIRST_STEP = (
+    "front",
     "validation",
     "tokenization",
     "replica_wait",

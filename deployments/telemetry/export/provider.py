@@ -33,6 +33,7 @@ from deployments import __version__
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
 from deployments.telemetry import names
+from deployments.telemetry.export.failures import say_failures_once
 from deployments.telemetry.export.sinks import NoSink, SdkSink, SpanSink, StoreSink
 from deployments.telemetry.export.store import JsonLines, JsonLinesMetricExporter
 from deployments.telemetry.names import Service
@@ -87,6 +88,7 @@ class Provider:
     """Owns the SDK objects of one process. ``close`` flushes what is left, within a few seconds."""
 
     def __init__(self, service: Service, config: AppConfig, identity: ReplicaIdentity) -> None:
+        say_failures_once()
         self._config, self._identity = config.telemetry, identity
         self.resource = make_resource(service, config, identity)
         # The SDK counts what its queues drop and what its exporters fail to deliver (otel.sdk.*), if enabled.

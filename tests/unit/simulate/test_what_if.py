@@ -334,3 +334,23 @@ def test_an_invalid_call_is_refused_with_the_rule(
         main(["what-if", "--source", str(source), *arguments])
     assert ended.value.code == 2
     assert rule in capsys.readouterr().err
+
+
+def test_why_says_what_its_fix_is_predicted_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A queue behind runs of one input each, which larger batches would shorten, and another replica too."""
+    source = tmp_path / "traces.jsonl"
+    busy = at_random(1.3 * PER_S, 600, 4)
+    spans = queued([*at_random(20.0, 400, 1), *(20_000 + at for at in busy)], [10] * 1000)
+    source.write_text(otlp(spans))
+
+    assert main(["why", "--source", str(source), "--format", "json"]) == 0
+    (first, *_) = json.loads(capsys.readouterr().out)["findings"]
+    assert first["cause"] == "device_queue"
+    text, _, predicted = first["fix"].partition("; predicted p99 ")
+    before, after = (float(number) for number in predicted.removesuffix(" ms").split(" -> "))
+    assert "deployments.Model.num_replicas: 1 -> 2" in text
+    assert main(["what-if", "--source", str(source), "--replicas", "Model=2", "--format", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert before == pytest.approx(told["measured"]["p99"], abs=1)
+    assert after == pytest.approx(told["predicted"]["p99"], rel=0.05)
+    assert after < before / 2

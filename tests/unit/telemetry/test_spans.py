@@ -9,6 +9,7 @@ import pytest
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import SpanContext, TraceFlags
 
+import deployments.telemetry.generation.spans  # noqa: F401 (registers them)
 from deployments.errors import InternalError
 from deployments.messages import Carrier, Envelope
 from deployments.telemetry import names
@@ -51,6 +52,7 @@ def batch(member: Membership) -> BatchRecord:
 def a_request() -> RequestRecord:
     request = RequestRecord(CONTEXT, None, "id", "POST", "/p", "http", "/p", "10.0.0.9", 0, ended_ns=30)
     request.intervals = [
+        Interval("front", 0, 0),
         Interval("validate", 0, 1),
         HopRecord("tokenizer", 1, 2, span_id=7),
         HopRecord("model", 2, 20, span_id=8),
