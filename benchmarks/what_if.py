@@ -80,14 +80,19 @@ def served(change: Change, model: dict[str, Any], seconds: float, keep: Path) ->
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         args = {"model": model, "batching": {**BASE["batching"], **change.settings}}
-        fixed = {"autoscaling_config": {"min_replicas": change.replicas, "max_replicas": change.replicas}}
+        fixed = {
+            "autoscaling_config": {"min_replicas": change.replicas, "max_replicas": change.replicas},
+            # Two of them must find room on two cores.
+            "ray_actor_options": {"num_cpus": 0.5},
+        }
         config = folder / "config.yaml"
         config.write_text(changed((HERE.parent / "serve_config.yaml").read_text(), Setup(args, {"Model": fixed})))
         command = [str(PROGRAMS / "serve"), "run", str(config)]
         server = Server("slowlens", command, 8000, {"RAY_USAGE_STATS_ENABLED": "0"}, HERE.parent)
         with running(server, folder / "log", until_healthy):
             with Load(asked, per_s=5.0):
-                time.sleep(WARM_UP_S)
+                # Until its second replica is there, too.
+                time.sleep(WARM_UP_S * change.replicas**2)
             begun = time.time()
             with Load(asked, per_s=RATE * change.rate, seed=SEED):
                 time.sleep(seconds / change.rate)

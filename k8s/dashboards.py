@@ -268,11 +268,12 @@ CAPACITY_DASHBOARD = (
     Panel(
         "Processes",
         "CPU time of each replica as a fraction of its machine, the share of the time in which its threads got no CPU, "
-        "and resident memory (right).",
+        "and in which its container's limit held it back, and resident memory (right).",
         "percentunit",
         (
             Query(f"max by (job, instance) ({series(metrics.PROCESS_CPU)})", "{{job}} {{instance}}"),
             Query(f"max by (job, instance) ({series(metrics.CPU_RUN_DELAY)})", "{{job}} {{instance}} waits for a CPU"),
+            Query(f"max by (job, instance) ({series(metrics.CPU_THROTTLED)})", "{{job}} {{instance}} is throttled"),
             Query(f"sum by (job) ({series(metrics.PROCESS_MEMORY)})", "{{job}}", on_the_right=True),
         ),
         right_unit="bytes",

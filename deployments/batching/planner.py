@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from deployments.batching.cost import RunCost
 from deployments.batching.entry import Batch, BatchEntry, DispatchReason, Payload
 from deployments.batching.grouping import fifo_prefix, group_with_oldest
+from deployments.config import BatchingConfig
 
 _LEAST_OF_FIXED = 4
 """What the tokens of a run may always cost, in times of the run's fixed cost."""
@@ -32,6 +33,20 @@ class GateLimits:
     grouping_window: int = 1
     pad_to_multiple_of: int = 1
     max_run_ms: float = float("inf")
+
+
+def limits_of(config: BatchingConfig, pad_to_multiple_of: int = 1) -> GateLimits:
+    """The limits that the configuration sets."""
+    return GateLimits(
+        config.max_batch_size,
+        config.max_batch_tokens,
+        config.max_wait_ms,
+        config.max_queue,
+        config.max_queue_tokens,
+        config.grouping_window,
+        pad_to_multiple_of,
+        config.max_run_ms,
+    )
 
 
 class BatchPlanner:

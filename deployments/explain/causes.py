@@ -139,10 +139,7 @@ CAUSES = (
         ("cpu_starved",),
         True,
         "waiting for a CPU: threads of the application could run and did not",
-        advice(
-            "other processes use the CPUs, or a limit of the container is reached: see what else runs on the host "
-            "(ai.cpu.run_delay_ratio of each process), raise the limit, and give each stage CPUs of its own (num_cpus)"
-        ),
+        fixes.more_cpu,
         least_of_useful=3.0,
     ),
     Cause(

@@ -15,6 +15,7 @@ from deployments.explain.requests.capture import BINS, Capture, bin_ns
 from deployments.explain.requests.parts import input_sizes, median
 from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import orders_during
+from deployments.telemetry import names
 
 _ALL_AT_ONCE = 4000
 """``max_ongoing_requests`` high enough that requests wait in the model's own queue."""
@@ -199,6 +200,19 @@ def larger_cache(capture: Capture, slow: Sequence[Request]) -> Fix:
         "model replicas (",
         more,
         ")",
+    )
+
+
+def more_cpu(_: Capture, slow: Sequence[Request]) -> Fix:
+    held_back = sum(names.AI_CPU_THROTTLED_MS in request.hindered for request in slow)
+    if 2 * held_back >= len(slow):
+        return Fix(
+            "a CPU limit of the container is reached (ai.cpu.throttled_ratio): raise or remove it (resources.limits "
+            "of its pod), or use less CPU in it (fewer replicas in one pod, model.threads)"
+        )
+    return Fix(
+        "other processes use the CPUs: see what else runs on the host (ai.cpu.run_delay_ratio of each process), and "
+        "give each stage CPUs of its own (num_cpus)"
     )
 
 

@@ -39,7 +39,7 @@ from deployments.explain.requests.parts import (
     percentile,
     usual_of,
 )
-from deployments.explain.requests.pattern import clock
+from deployments.explain.requests.pattern import clock, what_hindered
 from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import orders_during, scaled_late
 from deployments.explain.token_gaps import TokenGap, token_gaps
@@ -307,6 +307,7 @@ def _finding(
         f"{len(hit)} of {len(slow)} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
         f"{cause.what}{traits(verdict.capture, concerned, cause.stage)}{_behind(cause, verdict, concerned)}"
     )
+    summary += what_hindered(concerned, [ms for _, ms in hit])
     if verdict.change is not None and cause.name in verdict.change.increases:
         summary += (
             f"; since {clock(verdict.change.moment_ns)} every request spends "

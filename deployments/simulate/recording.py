@@ -7,14 +7,13 @@ that of another; what a client did wrong is left out. Times beside the model are
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
 from deployments.explain.requests.capture import Run, facts_of, run_of
 from deployments.explain.requests.parts import RunFit, fit_runs
 from deployments.explain.requests.request import number, whole
-from deployments.explain.requests.scaling import Scaling
 from deployments.explain.traces.files import Source
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.survey import NOT_OURS, Key, Survey
@@ -74,10 +73,8 @@ class Recording:
     settings: dict[str, Any]
     replicas: int
     """Model replicas that served."""
-    ingresses: int
-    load_s: float
-    """How long a model replica took to start; 0 if none did."""
-    scalings: list[Scaling] = field(default_factory=list)
+    start_s: float
+    """How long a model replica takes to start; 0 if none did."""
 
     @property
     def window_ns(self) -> tuple[int, int]:
@@ -134,7 +131,7 @@ def recording_of(spans: Iterable[Span], since_ns: int = 0) -> Recording:
     validated: dict[Key, int] = {}
     runs: dict[Key, Run] = {}
     facts: dict[str, tuple[int, dict[str, Any]]] = {}
-    loads, scalings = [], []
+    starts: list[float] = []
     for span in spans:
         if span.end_ns > facts.get(span.instance, (0,))[0]:
             known = facts[span.instance][1] if span.instance in facts else facts_of(span.resource)
@@ -161,9 +158,10 @@ def recording_of(spans: Iterable[Span], since_ns: int = 0) -> Recording:
             case names.GENERATE:
                 raise NotReplayable("these are generations; what-if replays encoders only")
             case names.MODEL_LOAD:
-                loads.append(span.end_ns - span.start_ns)
+                starts.append((span.end_ns - span.start_ns) / 1e9)
             case names.SCALING_DECISION:
-                scalings.append(Scaling.of(span))
+                # With the start of its process, which the load does not have.
+                starts.append(number(span, names.AI_AUTOSCALING_START_MS) / 1e3)
     settings: dict[str, Any] = {}
     for _, known in sorted(facts.values(), key=lambda pair: pair[0]):
         settings |= known
@@ -187,9 +185,7 @@ def recording_of(spans: Iterable[Span], since_ns: int = 0) -> Recording:
         fit,
         settings,
         replicas=len({run.replica for run in ran}),
-        ingresses=len({root.instance for root in roots.values()}),
-        load_s=max(loads, default=0) / 1e9,
-        scalings=sorted(scalings, key=lambda one: one.decided_ns),
+        start_s=max(starts, default=0.0),
     )
 
 

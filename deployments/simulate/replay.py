@@ -27,7 +27,7 @@ from deployments.autoscaling.policy import QueueWaitPolicy
 from deployments.batching.cost import RunCost
 from deployments.batching.entry import BatchEntry
 from deployments.batching.gate import AdmissionGate
-from deployments.batching.planner import GateLimits
+from deployments.batching.planner import limits_of
 from deployments.errors import ApiError
 from deployments.messages import Share
 from deployments.simulate.recording import Recorded, Recording
@@ -76,19 +76,7 @@ class _Replica:
 
     def __init__(self, replay: _Replay, settings: Settings, started_s: float) -> None:
         self._replay, self._max_ongoing = replay, settings.max_ongoing_requests
-        limits = settings.config.batching
-        self.gate: AdmissionGate[None] = AdmissionGate(
-            GateLimits(
-                limits.max_batch_size,
-                limits.max_batch_tokens,
-                limits.max_wait_ms,
-                limits.max_queue,
-                limits.max_queue_tokens,
-                limits.grouping_window,
-                max_run_ms=limits.max_run_ms,
-            ),
-            now_ns,
-        )
+        self.gate: AdmissionGate[None] = AdmissionGate(limits_of(settings.config.batching), now_ns)
         fit = replay.recording.fit
         self.gate.planner.cost = RunCost(max(1_000.0, fit.run_ms * 1e6), max(1.0, fit.token_ms * 1e6))
         clock = asyncio.get_running_loop().time
@@ -322,7 +310,7 @@ class _Replay:
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
-        await asyncio.sleep(self.recording.load_s or _DEFAULT_START_S)
+        await asyncio.sleep(self.recording.start_s or _DEFAULT_START_S)
         task = asyncio.current_task()
         assert task is not None
         self._starting.remove(task)

@@ -113,9 +113,7 @@ def _last(recording: Recording, count: int) -> Recording:
         recording.fit,
         recording.settings,
         recording.replicas,
-        recording.ingresses,
-        recording.load_s,
-        recording.scalings,
+        recording.start_s,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from deployments.autoscaling.meters import BatchQueueMeter
 from deployments.batching.entry import NEVER, BatchEntry
 from deployments.batching.gate import AdmissionGate
-from deployments.batching.planner import GateLimits
+from deployments.batching.planner import limits_of
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.load import load_engine
@@ -47,18 +47,7 @@ class ModelStage(ChannelStage):
         self._telemetry = Telemetry("model", config, card.name, placement.identity, placement.gpus)
         self._engine = load_engine(config, card, has_gpu=bool(placement.gpus), cpus=placement.cpus)
         limits = config.batching
-        self._gate: AdmissionGate[RunInput] = AdmissionGate(
-            GateLimits(
-                limits.max_batch_size,
-                limits.max_batch_tokens,
-                limits.max_wait_ms,
-                limits.max_queue,
-                limits.max_queue_tokens,
-                limits.grouping_window,
-                self._engine.pad_to_multiple_of,
-                limits.max_run_ms,
-            )
-        )
+        self._gate: AdmissionGate[RunInput] = AdmissionGate(limits_of(limits, self._engine.pad_to_multiple_of))
         self._runner = BatchRunner(self._engine, self._gate, self._telemetry, limits.max_batch_size, batched)
         self._is_warm = False
         try:

@@ -286,6 +286,13 @@ CPU_RUN_DELAY = MetricSpec(
     "every",
     "Share of the time in which a thread that works on requests could run and got no CPU",
 )
+CPU_THROTTLED = MetricSpec(
+    "ai.cpu.throttled_ratio",
+    "gauge",
+    "1",
+    "every",
+    "Share of the time in which a CPU limit of the container held the process back; none where there is no limit",
+)
 LOOP_STALLS = MetricSpec(
     "ai.event_loop.stalls", "counter", "{stall}", "every", "Times in which the event loop ran nothing for a second"
 )

@@ -48,6 +48,8 @@ EVENT_LOOP_STALL = "event_loop_stall"
 # --- attributes -------------------------------------------------------------------------------------------------------
 
 AI_CPU_RUN_DELAY_MS = "ai.cpu.run_delay_ms"
+AI_CPU_THROTTLED_MS = "ai.cpu.throttled_ms"
+AI_GC_PAUSE_MS = "ai.gc.pause_ms"
 AI_EVENT_LOOP_STALL_MS = "ai.event_loop.stall_ms"
 AI_DECODE_MAX_GAP_MS = "ai.decode.max_gap_ms"
 AI_DECODE_USUAL_GAP_MS = "ai.decode.usual_gap_ms"

@@ -29,9 +29,11 @@ from deployments.telemetry.carrier import child_of, from_carrier, from_headers, 
 from deployments.telemetry.export.drain import MAX_RECORDS, Drain
 from deployments.telemetry.export.provider import Provider, ReplicaIdentity
 from deployments.telemetry.gauges.cpu import RunDelay
-from deployments.telemetry.gauges.instruments import show_gpus, show_process, show_run_delay
+from deployments.telemetry.gauges.garbage import GarbageWatch
+from deployments.telemetry.gauges.instruments import show_gpus, show_process, show_run_delay, show_throttling
 from deployments.telemetry.gauges.nvml import GpuReader
 from deployments.telemetry.gauges.stalls import StallWatch
+from deployments.telemetry.gauges.throttling import Throttling
 from deployments.telemetry.measures import Measures, Reading
 from deployments.telemetry.metrics import MetricSpec
 from deployments.telemetry.names import Service
@@ -83,10 +85,12 @@ class Telemetry:
         self._measures = Measures(self._provider.meter(), service, model)
         self._ids = RandomIdGenerator()
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
-        self._run_delay = RunDelay()
+        self._run_delay, self._throttling, self._garbage = RunDelay(), Throttling(), GarbageWatch()
+        self._garbage.watch()
         self._stalls = StallWatch(lambda: self._measures.count(metrics.LOOP_STALLS))
         show_process(self._measures)
         show_run_delay(self._measures, self._run_delay)
+        show_throttling(self._measures, self._throttling)
         show_gpus(self._measures, self.gpu)
         sampling = config.telemetry.sampling
         rule = KeepRule(sampling.slowest_percent / 100, sampling.one_in) if service == "ingress" else None
@@ -127,6 +131,7 @@ class Telemetry:
 
     def close(self) -> None:
         """Hand everything recorded so far to the exporters and stop."""
+        self._garbage.close()
         self._drain.close()
         self.gpu.close()
         self._provider.close()
@@ -360,6 +365,7 @@ class Telemetry:
 
     def _export(self, records: Iterator[object], lost: int) -> None:
         self._run_delay.look()
+        self._throttling.look()
         self._stalls.look()
         factory = SpanFactory(
             ids=self._ids,
@@ -368,6 +374,8 @@ class Telemetry:
             max_wait_ms=self._config.batching.max_wait_ms,
             wall_offset_ns=time.time_ns() - time.monotonic_ns(),
             run_delay_ns=self._run_delay.between_ns,
+            throttled_ns=self._throttling.between_ns,
+            garbage_ns=self._garbage.between_ns,
             stalls_between=self._stalls.between,
         )
         for record in records:

@@ -72,6 +72,8 @@ class SpanFactory:
         max_batch_size, max_wait_ms: settings that spans report.
         wall_offset_ns: offset to add to this process's monotonic clock to get Unix time.
         run_delay_ns: how long threads could run and did not between two times of that clock.
+        throttled_ns: how long a CPU limit held this process back between two times of that clock.
+        garbage_ns: how long collections of garbage took between two times of that clock.
         stalls_between: stalls of the event loop between two times of that clock.
     """
 
@@ -81,6 +83,8 @@ class SpanFactory:
     max_wait_ms: float
     wall_offset_ns: int
     run_delay_ns: Callable[[int, int], int] = lambda *_: 0
+    throttled_ns: Callable[[int, int], int] = lambda *_: 0
+    garbage_ns: Callable[[int, int], int] = lambda *_: 0
     stalls_between: Callable[[int, int], list[Stall]] = lambda *_: []
 
     def spans(self, record: object) -> Iterator[Span]:
@@ -167,12 +171,16 @@ class SpanFactory:
         )
 
     def hindrances(self, time: Timed) -> Attributes:
-        """How long threads of this process waited for a CPU meanwhile, and how long its event loop stalled."""
+        """How long this process was held up meanwhile: by others on its CPUs, a CPU limit, a stalled loop, garbage."""
         delay_ns = self.run_delay_ns(time.started_ns, time.ended_ns)
+        throttled_ns = self.throttled_ns(time.started_ns, time.ended_ns)
+        garbage_ns = self.garbage_ns(time.started_ns, time.ended_ns)
         stalled_ns = sum(stall.shared_ns(time.started_ns, time.ended_ns) for stall in self._stalls(time))
         return {
             names.AI_CPU_RUN_DELAY_MS: _ms(delay_ns) if delay_ns >= _LEAST_RUN_DELAY_NS else None,
+            names.AI_CPU_THROTTLED_MS: _ms(throttled_ns) if throttled_ns >= _LEAST_RUN_DELAY_NS else None,
             names.AI_EVENT_LOOP_STALL_MS: _ms(stalled_ns) if stalled_ns else None,
+            names.AI_GC_PAUSE_MS: _ms(garbage_ns) if garbage_ns else None,
         }
 
     def stalls(self, time: Timed) -> list[Event]:

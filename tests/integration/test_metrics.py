@@ -14,7 +14,14 @@ from tests.support.otlp import OtlpReceiver
 
 NEVER_WITHOUT_GPU = {m.name for m in METRICS if m.name.startswith(("ai.gpu.", "hw."))}
 ONLY_WHEN_SOMETHING_IS_WRONG = {
-    spec.name for spec in (metrics.DROPPED_RECORDS, metrics.UNWRITTEN_SPANS, metrics.OUT_OF_MEMORY, metrics.LOOP_STALLS)
+    spec.name
+    for spec in (
+        metrics.DROPPED_RECORDS,
+        metrics.UNWRITTEN_SPANS,
+        metrics.OUT_OF_MEMORY,
+        metrics.LOOP_STALLS,
+        metrics.CPU_THROTTLED,
+    )
 }
 OF_GENERATIONS = {m.name for m in METRICS if m.is_of_generations}
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from statistics import fmean, pstdev
 
 from deployments.explain.requests.request import Request, window_of
+from deployments.telemetry import names
 
 _NEARLY_ALL, _OFTEN = 0.9, 0.6
 """Minimum share of the requests concerned, and maximum share of all, that have a distinguishing value."""
@@ -29,6 +30,27 @@ def distinguishing_traits(
     if len(concerned) < _MIN_COUNT:
         return ""
     return "".join(f", {phrase}" for phrase in (*_where(concerned, everybody, stage), *_when(concerned, window_ns)))
+
+
+_HINDRANCES = {
+    names.AI_CPU_THROTTLED_MS: "a CPU limit of its container held the {} back",
+    names.AI_EVENT_LOOP_STALL_MS: "the event loop of the {} stalled (its stack is in the traces)",
+    names.AI_GC_PAUSE_MS: "garbage was collected in the {}",
+}
+
+
+def what_hindered(concerned: Sequence[Request], amounts_ms: Sequence[float]) -> str:
+    """``; in 12 of them garbage was collected in the model``: for half of what they lost, in half of them."""
+    said = ""
+    for key, phrase in _HINDRANCES.items():
+        hit = [
+            one.hindered[key][0]
+            for one, ms in zip(concerned, amounts_ms, strict=True)
+            if key in one.hindered and one.hindered[key][1] >= ms / 2
+        ]
+        if len(hit) * 2 >= len(concerned) and hit:
+            said += f"; in {len(hit)} of them {phrase.format(Counter(hit).most_common(1)[0][0])}"
+    return said
 
 
 def _where(concerned: Sequence[Request], everybody: Sequence[Request], stage: str) -> Iterator[str]:

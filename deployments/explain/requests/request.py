@@ -27,6 +27,7 @@ _STARVED = (
     ("model", names.BATCHED_PREDICT),
     ("postprocessor", names.POSTPROCESS),
 )
+HINDRANCES = (names.AI_CPU_THROTTLED_MS, names.AI_EVENT_LOOP_STALL_MS, names.AI_GC_PAUSE_MS)
 STAGE_OF = {hop: stage for _, hop, stage in _STAGES}
 """Maps the span name of a call to the span name of the stage that it calls."""
 
@@ -83,6 +84,8 @@ class Request:
     """Links of its forward passes; more than there are forward passes if a run was repeated."""
     starved_ms: Mapping[str, float]
     """By stage, how long threads of its process could run and did not meanwhile."""
+    hindered: Mapping[str, tuple[str, float]]
+    """By attribute, what hindered it: the stage where that took longest, and milliseconds there."""
     waits: tuple[Interval, ...]
     """When it waited in the model replica, on that replica's clock."""
     calls: tuple[Call, ...]
@@ -147,7 +150,12 @@ def request_of(spans: Sequence[Span]) -> Request:
         },
         host=_host(predicted.resource) if predicted is not None else "",
         runs=tuple(link for span in by_name[names.FORWARD_PASS] for link in span.links),
-        starved_ms=_starved(by_name, predicted),
+        starved_ms=_in_stages(by_name, predicted, names.AI_CPU_RUN_DELAY_MS),
+        hindered={
+            key: max(found.items(), key=lambda pair: pair[1])
+            for key in HINDRANCES
+            if (found := _in_stages(by_name, predicted, key))
+        },
         waits=tuple(without(_intervals(by_name[names.QUEUE]), _intervals(by_name[names.FORWARD_PASS]))),
         calls=tuple(_calls(by_name)),
         max_wait_ms=number(predicted, names.AI_BATCH_TIMEOUT_MS) if predicted is not None else 0.0,
@@ -155,12 +163,12 @@ def request_of(spans: Sequence[Span]) -> Request:
     )
 
 
-def _starved(by_name: Mapping[str, Sequence[Span]], predicted: Span | None) -> dict[str, float]:
-    """Of several choices of a generation, which overlap, the first counts."""
+def _in_stages(by_name: Mapping[str, Sequence[Span]], predicted: Span | None, key: str) -> dict[str, float]:
+    """A time by stage, where there was any. Of several choices of a generation, which overlap, the first counts."""
     spans = {stage: by_name.get(name, ()) for stage, name in _STARVED}
     spans["model"] = spans["model"] or ([predicted] if predicted is not None else [])
-    found = {stage: sum(number(one, names.AI_CPU_RUN_DELAY_MS) for one in ones) for stage, ones in spans.items()}
-    return {stage: delay for stage, delay in found.items() if delay > 0}
+    found = {stage: sum(number(one, key) for one in ones) for stage, ones in spans.items()}
+    return {stage: ms for stage, ms in found.items() if ms > 0}
 
 
 def _generation(root: Span, first: Span, by_name: Mapping[str, Sequence[Span]]) -> Generation:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
-_KEPT = 12_000
-"""Looks; ten a second are kept for ten to twenty minutes."""
+from deployments.telemetry.gauges.curve import Curve
 
 
 def kernel_run_delay_ns(thread: int) -> int | None:
@@ -41,9 +39,7 @@ class RunDelay:
         self._clock, self._read = clock, read
         self._seen: dict[int, int] = {}
         self._decisive: set[int] = set()
-        self._times: list[int] = []
-        self._sums: list[int] = []
-        self._shown = 0
+        self._curve = Curve()
 
     def watch(self, *, is_decisive: bool = False) -> None:
         """Count the calling thread, from now on.
@@ -72,31 +68,12 @@ class RunDelay:
             # A request is with one thread at a time: of those that waited, the longest wait counts.
             if not self._decisive or thread in self._decisive:
                 most = max(most, delay_ns - before)
-        now_ns = self._clock()
-        since_ns = self._times[-1] if self._times else now_ns
-        self._times.append(now_ns)
-        self._sums.append((self._sums[-1] if self._sums else 0) + min(most, now_ns - since_ns))
-        if len(self._times) > _KEPT:
-            del self._times[: _KEPT // 2], self._sums[: _KEPT // 2]
+        self._curve.add(self._clock(), most)
 
     def between_ns(self, started_ns: int, ended_ns: int) -> int:
         """The run delay between two times, as far as it was seen."""
-        return max(0, round(self._at(ended_ns) - self._at(started_ns)))
+        return self._curve.between_ns(started_ns, ended_ns)
 
     def ratio(self) -> float:
         """The share of the time since the last call that was run delay: 0 to 1."""
-        if not self._times:
-            return 0.0
-        since_ns, self._shown = self._shown or self._times[0], self._times[-1]
-        return self.between_ns(since_ns, self._shown) / max(1, self._shown - since_ns)
-
-    def _at(self, time_ns: int) -> float:
-        times, sums = self._times, self._sums
-        number = bisect_right(times, time_ns)
-        if number == 0 or not times:
-            return float(sums[0]) if sums else 0.0
-        if number == len(times):
-            return float(sums[-1])
-        before, after = times[number - 1], times[number]
-        share = (time_ns - before) / (after - before)
-        return sums[number - 1] + share * (sums[number] - sums[number - 1])
+        return self._curve.ratio()

@@ -8,6 +8,7 @@ from deployments.telemetry import metrics
 from deployments.telemetry.gauges.cpu import RunDelay
 from deployments.telemetry.gauges.nvml import GpuReader, GpuSample
 from deployments.telemetry.gauges.process import ProcessUsage, open_descriptors, resident_bytes
+from deployments.telemetry.gauges.throttling import Throttling
 from deployments.telemetry.measures import Measures, Reading
 
 Read = Callable[[GpuSample], float | None]
@@ -22,6 +23,12 @@ def show_process(measures: Measures) -> None:
 
 def show_run_delay(measures: Measures, run_delay: RunDelay) -> None:
     measures.gauge(metrics.CPU_RUN_DELAY, lambda: [(run_delay.ratio(), {})])
+
+
+def show_throttling(measures: Measures, throttling: Throttling) -> None:
+    """Nothing where the kernel does not count it: without control groups, or with none that has a quota."""
+    if throttling.is_known:
+        measures.gauge(metrics.CPU_THROTTLED, lambda: [(throttling.ratio(), {})])
 
 
 def show_gpus(measures: Measures, reader: GpuReader) -> None:

@@ -447,3 +447,36 @@ def test_an_invalid_argument_is_named(arguments: list[str], capsys: pytest.Captu
         main(["why", *arguments])
     assert stop.value.code == 2
     assert repr(arguments[1]) in capsys.readouterr().err
+
+
+def hindered(spans: Sequence[Span], **attributes: float) -> list[Span]:
+    """Every slow request was hindered so in its model replica."""
+    slow = {one.trace_id for one in spans if one.name == names.PREDICT and int(one.trace_id, 16) % 12 == 3}
+    return [
+        replace(one, attributes=one.attributes | {key.replace("__", "."): v for key, v in attributes.items()})
+        if one.name == names.BATCHED_PREDICT and one.trace_id in slow
+        else one
+        for one in spans
+    ]
+
+
+def test_a_limit_of_the_container_is_told_from_other_processes() -> None:
+    starved = window({"contention": 80.0, "starved": 80.0})
+    (among_others,) = verdict(starved).findings
+    (held_back,) = verdict(hindered(starved, ai__cpu__throttled_ms=75.0)).findings
+
+    assert among_others.cause == held_back.cause == "cpu_starvation"
+    assert "other processes use the CPUs" in fix_text(among_others)
+    assert "a CPU limit of the container is reached" in fix_text(held_back)
+    assert "in 12 of them a CPU limit of its container held the model back" in held_back.summary
+
+
+def test_stalls_and_collections_of_garbage_are_named() -> None:
+    spans = window({"contention": 80.0})
+    assert "in 12 of them garbage was collected in the model" in (
+        verdict(hindered(spans, ai__gc__pause_ms=60.0)).findings[0].summary
+    )
+    assert "the event loop of the model stalled" in (
+        verdict(hindered(spans, ai__event_loop__stall_ms=60.0)).findings[0].summary
+    )
+    assert "garbage" not in verdict(hindered(spans, ai__gc__pause_ms=5.0)).findings[0].summary

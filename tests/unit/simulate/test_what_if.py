@@ -52,7 +52,7 @@ def made(
     ]
     runs = [run_of(number, one.at_ns + 2 * MS, one.tokens) for number, one in enumerate(requests)]
     requests = [one._replace(**changed, forward_ns=run.took_ns) for one, run in zip(requests, runs, strict=True)]
-    return Recording(requests, runs, RunFit(4.0, 0.5), settings or {}, 1, 1, 8.0)
+    return Recording(requests, runs, RunFit(4.0, 0.5), settings or {}, 1, 8.0)
 
 
 def run_of(number: int, started_ns: int, tokens: int) -> Run:
