@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from collector import Collector
 
 HERE = Path(__file__).parent
@@ -82,6 +81,10 @@ def long() -> None:
     post(" ".join([SHORT] * 28))
 
 
+def longest() -> None:
+    ask("/v1/embeddings", {"input": [" ".join([SHORT] * 28)] * 4})
+
+
 def slow_upload() -> None:
     post(SHORT, 0.4)
 
@@ -94,11 +97,11 @@ def together(*works: Work) -> None:
         thread.join()
 
 
-def steady(usual: Work = short, odd: tuple[Work, ...] = ()) -> None:
-    """Send ``RATE`` requests/s, open loop; every 15th is an odd one, cycling through the kinds."""
+def steady(usual: Work = short, odd: tuple[Work, ...] = (), every: int = 15) -> None:
+    """Send ``RATE`` requests/s, open loop; every 15th or so is an odd one, cycling through the kinds."""
     begin, sent = time.monotonic(), []
     for number in range(int(SECONDS * RATE)):
-        work = odd[number // 15 % len(odd)] if odd and number % 15 == 14 else usual
+        work = odd[number // every % len(odd)] if odd and number % every == every - 1 else usual
         sent.append(threading.Thread(target=work))
         time.sleep(max(0.0, begin + number / RATE - time.monotonic()))
         sent[-1].start()
@@ -223,22 +226,6 @@ def kill_model() -> None:
         with contextlib.suppress(OSError):
             if b"ServeReplica:slowlens:Model" in path.read_bytes():
                 os.kill(int(path.parent.name), signal.SIGKILL)
-
-
-def release(folder: Path, **sections: dict[str, Any]) -> Work:
-    """Deploy the application anew, with other settings, in the middle."""
-
-    def run() -> None:
-        time.sleep(SECONDS / 2)
-        config = folder / "config.yaml"
-        document = yaml.safe_load(config.read_text())
-        for section, settings in sections.items():
-            document["applications"][0]["args"].setdefault(section, {}).update(settings)
-        config.write_text(yaml.safe_dump(document))
-        program = str(Path(sys.executable).with_name("serve"))
-        subprocess.run([program, "deploy", str(config)], check=True, capture_output=True)
-
-    return run
 
 
 def messages_late(folder: Path) -> Work:
@@ -427,15 +414,10 @@ SLOWDOWNS = {
         lambda _: rate_rises(8, 90),
         with_args(batching={"max_batch_size": 1}),
     ),
-    "slower_release": Slowdown(
-        ("batch_fill",),
-        "deployed anew in the middle, with batching.max_wait_ms: 60",
-        lambda folder: together(lambda: at_random(15), release(folder, batching={"max_wait_ms": 60})),
-    ),
     "three_at_once": Slowdown(
         ("slow_upload", "long_input", "tokenization"),
-        "every 15th request has 250 words, pauses 0.4 s in its body, or has 190,000 characters, in turn",
-        lambda _: steady(odd=(long, slow_upload, lambda: post("\ufdfa " * 95_000))),
+        "every 20th request has four texts of 250 words, pauses 0.4 s in its body, or has 190,000 characters, in turn",
+        lambda _: steady(odd=(longest, slow_upload, lambda: post("\ufdfa " * 95_000)), every=20),
     ),
     "two_at_once": Slowdown(
         ("slow_upload", "long_input"),

@@ -49,6 +49,7 @@ def tables() -> dict[str, str]:
         "scaling": (RESULTS.parent / "scaling.md").read_text().strip(),
         "scaling_real": (RESULTS.parent / "scaling_real.md").read_text().strip(),
         "size": (RESULTS.parent / "explain_size.md").read_text().strip(),
+        "what_if": (RESULTS.parent / "what_if.md").read_text().strip(),
         "errors": table(("status", "code", "type"), errors()),
         "spans": table(("span", "kind", "emitted by", "parent", "attributes"), spans()),
         "speed": table(("server", *SPEED), speed()),
