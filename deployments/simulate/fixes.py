@@ -14,7 +14,7 @@ from deployments.simulate.recording import NotReplayable, Recording, record
 from deployments.simulate.replay import Replayed, replay
 from deployments.simulate.settings import KEYS, settings_of
 
-_MOST_REQUESTS = 20_000
+_MOST_REQUESTS = 5_000
 """Of a window for which a replay takes seconds."""
 _FAITHFUL = 0.25
 """How far the 99th percentile of a replay without a change may be off for its predictions to be told."""
