@@ -166,6 +166,7 @@ class ReplicaSet:
         """Called when a replica has room that had none."""
         while self._waiting:
             if (connection := self._least_work()) is None:
+                self._wake()
                 return
             waiting = self._waiting.popleft()
             if not waiting.sent.done():
@@ -264,11 +265,12 @@ class ReplicaSet:
     # --- from zero ---
 
     def _wake(self) -> None:
-        if not self._connections and (self._waking is None or self._waking.done()):
+        # One that leaves takes no new call, however long it stays.
+        if not self.connected and (self._waking is None or self._waking.done()):
             self._waking = asyncio.ensure_future(self._wake_up())
 
     async def _wake_up(self) -> None:
-        while self._waiting and not self._connections:
+        while self._waiting and not self.connected:
             try:
                 await self._directory.wake()
             except DeploymentFailed:

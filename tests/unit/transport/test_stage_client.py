@@ -484,6 +484,23 @@ async def test_the_first_call_wakes_the_stage_and_waits(telemetry: Telemetry) ->
 
 
 @on_both_loops
+async def test_a_call_wakes_the_stage_while_its_last_replica_is_leaving(telemetry: Telemetry) -> None:
+    caller = Caller(telemetry)
+    await caller.with_stages(1)
+    held = asyncio.ensure_future(caller.call("hang 1"))
+    await until(lambda: caller.stages[0].waiting == 1)
+    caller.directory.list()
+    call = asyncio.ensure_future(caller.call("word"))
+    await until(lambda: caller.directory.wakes == 1)
+    newer = await Stage().listen()
+    caller.directory.list(newer.address("replica-2"))
+
+    assert await call == "WORD"
+    caller.stages[0].let_go.set()
+    assert await held == "HANG 1"
+
+
+@on_both_loops
 async def test_a_stage_that_stays_without_a_replica_is_503(telemetry: Telemetry) -> None:
     caller = Caller(telemetry, no_replica_wait_ms=20)
     with pytest.raises(NoReplicaReady, match="no replica of the model is ready"):
