@@ -17,6 +17,7 @@ import random
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ from deployments.errors import ApiError
 from deployments.messages import Share
 from deployments.simulate.recording import Recorded, Recording
 from deployments.simulate.settings import Settings
-from deployments.simulate.virtual_time import VirtualLoop, now_ns
+from deployments.simulate.virtual_time import now_ns, run
 from deployments.transport.connection import least_work
 
 _REPORT_S = 0.5
@@ -64,11 +65,9 @@ class Replayed:
 
 def replay(recording: Recording, settings: Settings, rate: float = 1.0) -> Replayed:
     """Serve the recorded requests with these settings, ``rate`` times as fast as they came."""
-    loop = VirtualLoop()
-    try:
-        return loop.run_until_complete(_Replay(recording, settings, rate).run())
-    finally:
-        loop.close()
+    # In a thread of its own: the caller's may have an event loop that runs.
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(lambda: run(_Replay(recording, settings, rate).run())).result()
 
 
 class _Replica:

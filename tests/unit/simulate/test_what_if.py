@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import Sequence
@@ -99,6 +100,15 @@ def test_what_was_slow_for_a_while_is_slow_then() -> None:
     # At twice the rate it comes twice as soon, for the same requests.
     again = [one.at_ns / S for one, outcome in served(recording, rate=2.0).answered if outcome.forward_ns > 30 * MS]
     assert [min(again), max(again)] == pytest.approx([5.0, 10.0], abs=0.6)
+
+
+def test_a_replay_can_be_asked_for_where_an_event_loop_runs() -> None:
+    recording = made([number / 10 for number in range(30)])
+
+    async def ask() -> Replayed:
+        return served(recording)
+
+    assert len(asyncio.run(ask()).answered) == 30
 
 
 # --- other settings --------------------------------------------------------------------------------------------------
