@@ -48,7 +48,7 @@ def _ask(options: argparse.Namespace, where: str) -> None:
     match options.command:
         case "why":
             now_ns = time.time_ns()
-            since_ns = now_ns - options.since_s * 10**9 if options.since_s is not None else 0
+            since_ns = _since_ns(options, now_ns)
             then = _against(options, now_ns)
             if then is not None and then.source is None and options.since_s is None:
                 since_ns = int(then.until_ns)
@@ -59,6 +59,10 @@ def _ask(options: argparse.Namespace, where: str) -> None:
             trace(options.trace_id, where)
         case "live":
             live(where, options.since_s, options.slowest, options.every_s)
+
+
+def _since_ns(options: argparse.Namespace, now_ns: int) -> int:
+    return now_ns - options.since_s * 10**9 if options.since_s is not None else 0
 
 
 def _against(options: argparse.Namespace, now_ns: int) -> Against | None:
@@ -75,9 +79,8 @@ def _what_if(options: argparse.Namespace, where: str) -> None:
     # Imported only here so that the other commands do not wait for it.
     from deployments.cli.predict import Asked, predict
 
-    since_ns = time.time_ns() - options.since_s * 10**9 if options.since_s is not None else 0
     asked = Asked(tuple(options.changes), tuple(options.replicas), options.rate, options.search, options.target_p99_s)
-    predict(where, since_ns, asked, options.format)
+    predict(where, _since_ns(options, time.time_ns()), asked, options.format)
 
 
 def _serve(config: Path, rest: Sequence[str]) -> int:
@@ -148,13 +151,7 @@ def parser() -> argparse.ArgumentParser:
     )
     other.add_argument("--target-p99", dest="target_p99_s", type=_argument(target_s), metavar="300ms")
     _add_source(other)
-    other.add_argument(
-        "--since",
-        dest="since_s",
-        type=_argument(duration_s),
-        metavar="15m",
-        help="only requests that ended within this period; default: all (from a server: the last hour)",
-    )
+    _add_since(other, None)
     other.add_argument("--format", choices=("text", "json"), default="text")
     again = commands.add_parser("live", help="repeat `why` while the server runs")
     _add_source(again)
@@ -174,7 +171,7 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_window(command: argparse.ArgumentParser, since_s: int | None) -> None:
+def _add_since(command: argparse.ArgumentParser, since_s: int | None) -> None:
     what = "all requests (from a server: the last hour)" if since_s is None else f"{since_s // 60}m"
     command.add_argument(
         "--since",
@@ -184,6 +181,10 @@ def _add_window(command: argparse.ArgumentParser, since_s: int | None) -> None:
         metavar="15m",
         help=f"only requests that ended within this period; default: {what}",
     )
+
+
+def _add_window(command: argparse.ArgumentParser, since_s: int | None) -> None:
+    _add_since(command, since_s)
     command.add_argument(
         "--slowest",
         type=_argument(share),

@@ -241,9 +241,9 @@ def _compare_with(then: Period, now: Period, verdict: Verdict) -> None:
     weight = sum(one.weight for one in now.judged)
     for part in PARTS:
         verdict.excess_ms[part] = weight * (now.mean_ms([part]) - then.mean_ms([part]))
-    whole = verdict.whole_excess_ms
+    whole, increased = verdict.whole_excess_ms, increases(then, now)
     for cause in CAUSES:
-        more = increases(then, now).get(cause.name, 0.0)
+        more = increased.get(cause.name, 0.0)
         if more * weight < _MIN_SHARE * whole:
             continue
         before = then.mean_ms(cause.parts)

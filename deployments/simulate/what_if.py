@@ -6,7 +6,6 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deployments.explain.render.text import percentiles
+from deployments.explain.render.text import iso_time, percentiles
 from deployments.simulate.recording import REFUSED, Recording
 from deployments.simulate.replay import Replayed, replay
 from deployments.simulate.settings import changed, settings_of
@@ -139,7 +138,7 @@ def document(found: WhatIf) -> dict[str, Any]:
     replayed, predicted = (_stages(done) for done in (found.replayed, found.predicted))
     return {
         "schema": 1,
-        "window": {"from": _time(begin), "to": _time(end)},
+        "window": {"from": iso_time(begin), "to": iso_time(end)},
         "requests": len(recording.requests),
         "change": change,
         "measured": _percentiles(sorted(one.latency_ns / 1e6 for one in recording.answered)),
@@ -217,7 +216,3 @@ def _fidelity(told: Mapping[str, Any]) -> str:
         if told["measured"][name]
     ]
     return f"fidelity: replayed without a change it differs in {', '.join(off)}; a prediction is not nearer than that"
-
-
-def _time(unix_ns: int) -> str:
-    return datetime.fromtimestamp(unix_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

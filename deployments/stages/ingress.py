@@ -133,9 +133,7 @@ class IngressStage(Stoppable):
 
     async def _infer(self, http: Request, route: Route, record: RequestRecord, body: Body) -> bytes:
         with self._telemetry.interval(record, "validate"):
-            timeout = timeout_ms(http.headers, self._limits)
-            record.deadline_ns = record.started_ns + int(timeout * 1e6)
-            record.timeout_ms = timeout if timeout != self._limits.default_timeout_ms else None
+            self._set_deadline(record, http)
             record.operation = route.operation
             share = self._keys.share_of(http.headers)
             record.tenant = share.tenant
@@ -158,6 +156,11 @@ class IngressStage(Stoppable):
 
         with self._telemetry.interval(record, "respond"):
             return route.frame(postprocessed.fragments, self._card, record.tokens)
+
+    def _set_deadline(self, record: RequestRecord, http: Request) -> None:
+        timeout = timeout_ms(http.headers, self._limits)
+        record.deadline_ns = record.started_ns + int(timeout * 1e6)
+        record.timeout_ms = timeout if timeout != self._limits.default_timeout_ms else None
 
     def _describe(self, record: RequestRecord, request: ParsedRequest) -> None:
         record.requested_model = request.model

@@ -29,7 +29,7 @@ def as_json(verdict: Verdict) -> str:
     unaccounted = next(row["share_of_total"] for row in parts if row["stage"] == "unaccounted")
     document = {
         "schema": 1,
-        "window": {"from": _time(begun), "to": _time(ended)},
+        "window": {"from": iso_time(begun), "to": iso_time(ended)},
         "requests": survey.requests,
         "incomplete": verdict.capture.incomplete,
         "errors": survey.errors,
@@ -52,8 +52,8 @@ def _compared(verdict: Verdict) -> dict[str, Any]:
     if verdict.against is not None:
         other = verdict.against.capture.survey
         found["against"] = {
-            "from": _time(other.window_ns[0]),
-            "to": _time(other.window_ns[1]),
+            "from": iso_time(other.window_ns[0]),
+            "to": iso_time(other.window_ns[1]),
             "requests": other.requests,
             "latency_ms": percentiles(other.latencies_ms, other.latency_weights),
             "differences": list(verdict.differences),
@@ -61,7 +61,7 @@ def _compared(verdict: Verdict) -> dict[str, Any]:
     if verdict.change is not None:
         before, after = verdict.change.p50_ms
         found["change"] = {
-            "at": _time(verdict.change.moment_ns),
+            "at": iso_time(verdict.change.moment_ns),
             "p50_ms": {"before": round(before, 3), "after": round(after, 3)},
             "differences": list(verdict.change.differences),
         }
@@ -157,7 +157,7 @@ def comparison(verdict: Verdict) -> Iterator[str]:
         other = verdict.against.capture.survey
         found = percentiles(other.latencies_ms, other.latency_weights)
         shown = ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.items())
-        begun, ended = map(_time, other.window_ns)
+        begun, ended = map(iso_time, other.window_ns)
         yield f"compared with {other.requests} requests, {begun} to {ended}: {shown}"
         if verdict.differences:
             yield f"what else is different: {'; '.join(verdict.differences)}"
@@ -250,5 +250,6 @@ def percentiles(ascending: Sequence[float], weights: Sequence[float] | None = No
     return {name: round(percentile(pairs, share), 3) for name, share in wanted.items()}
 
 
-def _time(unix_ns: int) -> str:
+def iso_time(unix_ns: int) -> str:
+    """``2026-11-25T10:00:00.000Z``."""
     return datetime.fromtimestamp(unix_ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -19,7 +19,6 @@ from fastapi import Request, Response
 from deployments.errors import Cancelled, DeadlinePassed, InternalError
 from deployments.http.bodies import Body
 from deployments.http.generation import Answer, ChoiceText, ParsedGeneration, max_tokens_of, usage_of
-from deployments.http.headers import timeout_ms
 from deployments.http.routes import GENERATION_ROUTES, GenerationRoute
 from deployments.http.server_timing import generation_timing
 from deployments.messages import (
@@ -160,9 +159,7 @@ class GenerationIngressStage(IngressStage):
         self, http: Request, route: GenerationRoute, record: RequestRecord, reply: _Reply, body: Body
     ) -> None:
         with self._telemetry.interval(record, "validate"):
-            timeout = timeout_ms(http.headers, self._limits)
-            record.deadline_ns = record.started_ns + int(timeout * 1e6)
-            record.timeout_ms = timeout if timeout != self._limits.default_timeout_ms else None
+            self._set_deadline(record, http)
             record.operation = route.operation
             share = self._keys.share_of(http.headers)
             record.tenant = share.tenant
