@@ -51,8 +51,18 @@ class ModelConfig(Section):
     name: str | None = Field(None, description="Model name in the API. Default: derived from `source`.")
     revision: str | None = Field(None, description="Branch, tag or commit, for a hub id.")
     task: Literal[
-        "auto", "embeddings", "text-classification", "token-classification", "fill-mask", "text-generation"
-    ] = Field("auto", description="Task of the model. `auto` detects it from the model's files.")
+        "auto",
+        "embeddings",
+        "text-classification",
+        "token-classification",
+        "fill-mask",
+        "text-ranking",
+        "text-generation",
+    ] = Field(
+        "auto",
+        description="Task of the model. `auto` detects it from the model's files; a classifier with a single label is "
+        "taken for a cross-encoder (text-ranking).",
+    )
     engine: Literal["transformers", "fake"] = Field("transformers", description="Engine that runs the model.")
     device: str = Field("auto", description="`auto` (CUDA if the replica has a GPU), `cpu`, `cuda`, `cuda:N`.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -27,7 +27,9 @@ from deployments.errors import Failure
 Ids = npt.NDArray[np.int32]
 Request = TypeVar("Request")
 Result = TypeVar("Result")
-Task = Literal["embeddings", "text-classification", "token-classification", "fill-mask", "text-generation"]
+Task = Literal[
+    "embeddings", "text-classification", "token-classification", "fill-mask", "text-ranking", "text-generation"
+]
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True):
@@ -112,18 +114,28 @@ class TokenizeRequest(_Message, frozen=True):
     param: str
     """The request field that the inputs came from, for error messages."""
     tenant: str = ""
+    query: str | None = None
+    """Each input is encoded as a pair with it, for text-ranking."""
+    describes: bool = False
+    """Whether the tokens themselves are wanted (``Tokenized.tokens``, ``offsets``): then nothing is truncated."""
+    adds_special_tokens: bool = True
+    """False only with ``describes``."""
 
     @property
     def work(self) -> int:
         """In characters or token ids, with 50 for the request."""
-        return 50 + sum(map(len, self.inputs))
+        return 50 + sum(map(len, self.inputs)) + len(self.query or "") * len(self.inputs)
 
 
 class Tokenized(_Message, frozen=True):
     ids: Ragged
+    """Of each input, ``[tokens]``; of a pair of texts for a model that tells them apart, ``[tokens, 2]``: each token's
+    id, and 0 or 1 for the text that it belongs to (``token_type_ids``)."""
     truncated: tuple[bool, ...]
     offsets: Ragged | None = None
     """Start and end of each token, ``[tokens, 2]``; ``(-1, -1)`` for special tokens. Only for token-classification."""
+    tokens: tuple[tuple[str, ...], ...] = ()
+    """Of each input, its tokens as the vocabulary has them, if they were asked for."""
 
 
 class ChatMessage(_Message, frozen=True):
@@ -240,13 +252,28 @@ class Generated(_Message, frozen=True):
 # --- postprocessor ---------------------------------------------------------------------------------------------------
 
 
+class TensorOption(_Message, frozen=True):
+    """One output tensor that is wanted."""
+
+    name: str
+    is_raw: bool
+    """As bytes (little-endian, row by row), not as JSON text."""
+
+
 class OutputOptions(_Message, frozen=True):
     """Output options of a request. ``route`` decides the shape; the others apply to the tasks that support them."""
 
-    route: Literal["/v1/embeddings", "/predict"]
+    route: Literal["/v1/embeddings", "/predict", "/embed", "/similarity", "/rerank", "/v1/rerank", "/v2"]
     top_k: int | None = None
     dimensions: int | None = None
     base64: bool = False
+    normalize: bool = True
+    raw_scores: bool = False
+    """Logits of the model instead of scores between 0 and 1."""
+    wants_texts: bool = False
+    """Whether the texts are part of the response."""
+    tensors: tuple[TensorOption, ...] = ()
+    """Output tensors to return, for ``/v2``."""
 
 
 class PostprocessRequest(_Message, frozen=True):
@@ -254,7 +281,7 @@ class PostprocessRequest(_Message, frozen=True):
     outputs: tuple[Any, ...]
     options: OutputOptions
     texts: tuple[str, ...] = ()
-    """Only for token-classification."""
+    """Only for token-classification, and if ``options.wants_texts``."""
 
     @property
     def work(self) -> int:
@@ -263,9 +290,22 @@ class PostprocessRequest(_Message, frozen=True):
         return sum(50 + (output.size // 5 if isinstance(output, np.ndarray) else 5_000) for output in self.outputs)
 
 
+class OutputTensor(_Message, frozen=True):
+    """One output tensor of the Open Inference Protocol."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes
+    """Its bytes, or its values as JSON text, separated by commas."""
+
+
 class Postprocessed(_Message, frozen=True):
     fragments: tuple[bytes, ...]
-    """One JSON object per input. Numbers are formatted as text in this stage, which scales, not in the ingress."""
+    """Parts of the response's JSON: one per input, or, of a ranking, one per result, best first. Numbers are formatted
+    as text in this stage, which scales, not in the ingress."""
+    tensors: tuple[OutputTensor, ...] = ()
+    """Instead of fragments, for ``/v2``."""
 
 
 class TokenText(_Message, frozen=True):

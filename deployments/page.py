@@ -1,7 +1,6 @@
 """The verdict as a web page of the running application: a separate Serve application at ``/slowlens``.
 
-Off unless ``args.enabled`` is set. While it is off, no process runs for it, and the response to a request says how to
-turn it on. It runs on the head node, whose local store it reads, and takes no resources from the deployments that
+It runs on the head node, whose local store it reads, and takes no resources from the deployments that
 serve the model.
 """
 
@@ -18,7 +17,7 @@ from ray.serve import Application
 
 from deployments import __version__
 from deployments.config import TelemetryConfig
-from deployments.errors import ApiError, ConfigError, InvalidField, NotFound, QueueFull, SourceUnavailable
+from deployments.errors import ApiError, ConfigError, InvalidField, QueueFull, SourceUnavailable
 from deployments.explain.options import PageConfig, duration_s, share
 from deployments.explain.render.html import as_html, content_security_policy
 from deployments.explain.render.text import as_json
@@ -53,8 +52,6 @@ class DiagnosisPage:
 
     async def _page(self, since: str | None = None, slowest: str | None = None, format: str = "html") -> Response:
         try:
-            if not self._config.enabled:
-                raise NotFound("the page is off; args.enabled of the application slowlens-page turns it on")
             render, media_type = _known_form(format)
             wanted = (
                 _asked(duration_s, "since", since or self._config.since),
@@ -116,7 +113,7 @@ def build(args: dict[str, Any]) -> Application:
     """Build the application from its ``args`` of serve_config.yaml. Raises ConfigError, naming the key."""
     config = PageConfig.parse(args)
     ApiKeys(config.api_keys, "args.api_keys")
-    if config.enabled and config.source is None and destination("traces") != "store":
+    if config.source is None and destination("traces") != "store":
         raise ConfigError(
             "args.source: traces do not go to the local store here (see OTEL_EXPORTER_OTLP_ENDPOINT); set it to the "
             "URL of the Jaeger query service or the Tempo that stores them"
@@ -124,17 +121,10 @@ def build(args: dict[str, Any]) -> Application:
     page = serve.deployment(
         name="Page",
         ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
-        **replicas_for(config),
+        num_replicas=1,
     )(serve.ingress()(DiagnosisPage))
     bound: Application = page.bind(config)
     return bound
-
-
-def replicas_for(config: PageConfig) -> dict[str, Any]:
-    """Options of ``serve.deployment``: one replica, or none while the page is off, until it is requested."""
-    if config.enabled:
-        return {"num_replicas": 1}
-    return {"autoscaling_config": {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}}
 
 
 def _known_form(name: str) -> tuple[Callable[[Verdict], str], str]:

@@ -120,12 +120,16 @@ LATENCY_DASHBOARD = (
     ),
     Panel(
         "Responses",
-        "By route and status code, as the semantic conventions count them.",
+        "By route or gRPC method and status code, as the semantic conventions count them.",
         "reqps",
         (
             Query(
                 f"sum by (http_route, http_response_status_code) (rate({series(metrics.HTTP_DURATION)}_count[{RATE}]))",
                 "{{http_route}} {{http_response_status_code}}",
+            ),
+            Query(
+                f"sum by (rpc_method, rpc_response_status_code) (rate({series(metrics.RPC_DURATION)}_count[{RATE}]))",
+                "{{rpc_method}} {{rpc_response_status_code}}",
             ),
         ),
         stacked=True,

@@ -9,7 +9,7 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from deployments.config import ModelConfig
 from deployments.errors import ConfigError
@@ -77,7 +77,7 @@ class ModelCard:
         return cls(
             name=config.name or _default_name(config.source),
             source=source,
-            task=task,
+            task="text-ranking" if config.task == "auto" and _ranks(task, labels) else task,
             max_length=_max_length(config, model, files.read("tokenizer_config.json") or {}, sentence),
             vocab_size=_vocab_size(model),
             hidden_size=_integer(model, "hidden_size", "dim", "d_model"),
@@ -213,8 +213,13 @@ def _task(config: ModelConfig, model: dict[str, Any], *, is_sentence_transformer
                 return task
     raise ConfigError(
         f"args.model.task: the architecture {architectures} does not imply a supported task; set it to one of "
-        f"{', '.join(_TASK_OF_HEAD.values())}"
+        f"{', '.join(get_args(Task))}"
     )
+
+
+def _ranks(task: Task, labels: tuple[str, ...]) -> bool:
+    """Whether it is a cross-encoder: text-embeddings-inference tells them by the single label too."""
+    return task == "text-classification" and len(labels) == 1
 
 
 def _max_length(
@@ -286,7 +291,7 @@ def _fake_card(config: ModelConfig) -> ModelCard:
     return ModelCard(
         name=config.name or "fake",
         source="fake",
-        task="text-generation" if config.task == "text-generation" else "embeddings",
+        task=config.task if config.task in ("text-generation", "text-ranking") else "embeddings",
         max_length=config.max_length or 256,
         vocab_size=30_000,
         hidden_size=4,

@@ -29,6 +29,7 @@ from deployments.messages import Ids
 _AUTO_CLASS: dict[str, Any] = {
     "embeddings": AutoModel,
     "text-classification": AutoModelForSequenceClassification,
+    "text-ranking": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
     "fill-mask": AutoModelForMaskedLM,
 }
@@ -39,8 +40,8 @@ _SET_UP_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class _Collated:
-    ids: torch.Tensor
-    mask: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
+    """Token ids, mask and, of pairs of texts, token types; parts of one tensor."""
     lengths: list[int]
     arrived: torch.cuda.Event | None = None
     """Recorded when the copy to the GPU is done."""
@@ -128,25 +129,28 @@ class EncoderEngine(TorchEngine):
         longest = max(max(lengths), min(-(-max(lengths) // multiple) * multiple, self._card.max_length))
         padded = np.full((len(batch), longest), self._pad_id, dtype=np.int64)
         mask = np.zeros((len(batch), longest), dtype=np.int64)
+        types = np.zeros_like(mask) if any(ids.ndim == 2 for ids in batch) else None
         for row, ids in enumerate(batch):
-            padded[row, : len(ids)] = ids
+            padded[row, : len(ids)] = ids if ids.ndim == 1 else ids[:, 0]
             mask[row, : len(ids)] = 1
-        both = torch.from_numpy(np.stack((padded, mask)))
+            if types is not None and ids.ndim == 2:
+                types[row, : len(ids)] = ids[:, 1]
+        stacked = torch.from_numpy(np.stack((padded, mask) if types is None else (padded, mask, types)))
         if self._copies is None:
-            return _Collated(both[0], both[1], lengths)
+            return _Collated(tuple(stacked), lengths)
         with torch.cuda.stream(self._copies):
             # From pinned memory and in a separate stream, so that the copy overlaps the previous run.
-            on_device = both.pin_memory().to(self._device, non_blocking=True)
+            on_device = stacked.pin_memory().to(self._device, non_blocking=True)
             arrived = self._copies.record_event()
-        return _Collated(on_device[0], on_device[1], lengths, arrived)
+        return _Collated(tuple(on_device), lengths, arrived)
 
     def run(self, collated: _Collated) -> Run:
-        with self._on_device(f"{collated.ids.numel()} padded tokens"):
+        with self._on_device(f"{collated.tensors[0].numel()} padded tokens"):
             return self._run(collated)
 
     @torch.inference_mode()
     def _run(self, collated: _Collated) -> Run:
-        ids, mask = collated.ids, collated.mask
+        ids, mask, *types = collated.tensors
         timer = _CudaTimer(self._device) if self._on_gpu else _CpuTimer()
         if collated.arrived is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -155,7 +159,8 @@ class EncoderEngine(TorchEngine):
             # Allocated in the copy stream: must not be reused before this stream is done with it.
             ids.record_stream(stream)
         with timer:
-            raw = self._model(input_ids=ids, attention_mask=mask)
+            more = {"token_type_ids": types[0]} if types else {}
+            raw = self._model(input_ids=ids, attention_mask=mask, **more)
             hidden = raw.last_hidden_state if self._card.task == "embeddings" else raw.logits
             result = self._reduce(hidden, ids, mask)
         outputs = self._split(result, collated.lengths)
@@ -171,8 +176,7 @@ class EncoderEngine(TorchEngine):
     def _reduce(self, hidden: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> Any:
         """Reduce the output on the device, so that less is copied to the host."""
         if self._card.task == "embeddings":
-            pooled = pool(hidden.float(), mask, self._card.pooling)
-            return torch.nn.functional.normalize(pooled, dim=-1)
+            return pool(hidden.float(), mask, self._card.pooling)
         if self._card.task == "fill-mask":
             at_masks = hidden[self._masks(ids, mask)].float()
             best = at_masks.topk(min(MAX_FILLS, at_masks.shape[-1]), dim=-1)

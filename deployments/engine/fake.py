@@ -7,6 +7,7 @@ everything but the model can be measured.
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from deployments.config import FakeConfig
-from deployments.engine.protocol import Encoded, Memory, OutOfMemory, Phase, Run, WarmUp
+from deployments.engine.protocol import Encoded, Memory, OutOfMemory, Phase, Run, Text, WarmUp
 from deployments.messages import ChatMessage, Ids
 
 
@@ -30,8 +31,14 @@ def fake_embedding(ids: Sequence[int]) -> np.ndarray:
     return raw / np.linalg.norm(raw)
 
 
+def fake_score(ids: Sequence[int]) -> np.ndarray:
+    """Output of ``FakeEngine`` for a pair of texts: a logit of shape ``[1]`` between -4 and 4."""
+    checksum = sum(i * (k + 1) for k, i in enumerate(ids)) % 9973
+    return np.array([checksum / 9973 * 8 - 4], dtype=np.float32)
+
+
 class FakeTokenizer:
-    """Splits at whitespace; the special tokens 1 and 2 enclose the words."""
+    """Splits at whitespace; the special tokens 1 and 2 enclose the words. A pair of texts is one text."""
 
     mask_token: str | None = None
     mask_token_id: int | None = None
@@ -39,8 +46,19 @@ class FakeTokenizer:
     def __init__(self, max_length: int) -> None:
         self._max_length = max_length
 
-    def encode(self, texts: Sequence[str], *, with_offsets: bool) -> list[Encoded]:  # noqa: ARG002
-        return [self._encode(text.split()) for text in texts]
+    def encode(self, texts: Sequence[Text], *, with_offsets: bool) -> list[Encoded]:  # noqa: ARG002
+        return [self._encode((text if isinstance(text, str) else " ".join(text)).split()) for text in texts]
+
+    def describe(self, texts: Sequence[str], *, adds_special_tokens: bool) -> list[Encoded]:
+        return [self._describe(text, adds_special_tokens) for text in texts]
+
+    def _describe(self, text: str, adds_special_tokens: bool) -> Encoded:
+        words = [(match.group(), match.span()) for match in re.finditer(r"\S+", text)]
+        if adds_special_tokens:
+            words = [("<s>", (-1, -1)), *words, ("</s>", (-1, -1))]
+        ids = [{"<s>": 1, "</s>": 2}.get(word) or fake_token_id(word) for word, _ in words]
+        tokens = tuple(word for word, _ in words)
+        return Encoded(np.array(ids, dtype=np.int32), len(ids), [span for _, span in words], tokens)
 
     def _encode(self, words: list[str]) -> Encoded:
         kept = [fake_token_id(word) for word in words[: self._max_length - 2]]
@@ -65,8 +83,9 @@ class FakeEngine:
     pad_to_multiple_of = 1
     broken: str | None = None
 
-    def __init__(self, config: FakeConfig) -> None:
+    def __init__(self, config: FakeConfig, *, ranks: bool = False) -> None:
         self._config = config
+        self._output = fake_score if ranks else fake_embedding
 
     def load(self, phase: Phase) -> WarmUp:
         with phase("weights"):
@@ -86,8 +105,8 @@ class FakeEngine:
         while self._config.hold_path is not None and Path(self._config.hold_path).exists():
             time.sleep(0.002)
         time.sleep(self._run_s(padded))
-        outputs = [fake_embedding([int(i) for i in ids]) for ids in batch]
-        return Run(outputs, (time.perf_counter() - started) * 1e3, padded, (len(batch), 4))
+        outputs = [self._output([int(i) for i in ids]) for ids in batch]
+        return Run(outputs, (time.perf_counter() - started) * 1e3, padded, (len(batch), len(outputs[0])))
 
     def _run_s(self, padded_tokens: int) -> float:
         return self._config.base_ms / 1e3 + padded_tokens * self._config.per_token_us / 1e6

@@ -11,7 +11,7 @@ from deployments.engine.protocol import BatchEngine, StepEngine
 
 def load_engine(config: AppConfig, card: ModelCard, *, has_gpu: bool, cpus: float) -> BatchEngine:
     if config.model.engine == "fake":
-        return FakeEngine(config.model.fake)
+        return FakeEngine(config.model.fake, ranks=card.task == "text-ranking")
     from deployments.engine.encoder import EncoderEngine
 
     return EncoderEngine(config.model, card, config.batching, has_gpu=has_gpu, cpus=cpus)

@@ -19,8 +19,8 @@ from deployments.messages import ChatMessage, Ids, Sampling, TokenLogprobs
 Output = Any
 """One input's result, by task, as float32 arrays on the host:
 
-- embeddings: ``[hidden]``, pooled and normalised;
-- text-classification: logits ``[labels]``;
+- embeddings: ``[hidden]``, pooled;
+- text-classification, text-ranking: logits ``[labels]``;
 - token-classification: logits ``[tokens, labels]``;
 - fill-mask: ``(probabilities [masks, MAX_FILLS], token ids [masks, MAX_FILLS])``, best first.
 """
@@ -39,18 +39,31 @@ class Encoded:
     """One tokenized input."""
 
     ids: Ids
+    """``[tokens]``, or ``[tokens, 2]`` with the token types, see ``messages.Tokenized``."""
     full_length: int
     """Tokens before truncation; more than ``len(ids)`` only if tokens were truncated."""
     offsets: list[tuple[int, int]] | None = None
     """Start and end character of each token; ``(-1, -1)`` for special tokens."""
+    tokens: tuple[str, ...] = ()
+    """As the vocabulary has them; only from ``Tokenizer.describe``."""
+
+
+Text = str | tuple[str, str]
+"""A text, or a pair of texts that a cross-encoder compares."""
 
 
 class Tokenizer(Protocol):
+    """Thread-safe."""
+
     mask_token: str | None
     mask_token_id: int | None
 
-    def encode(self, texts: Sequence[str], *, with_offsets: bool) -> list[Encoded]:
-        """Tokenize, truncating to the model's ``max_length``. Thread-safe. Holds the GIL only to build the result."""
+    def encode(self, texts: Sequence[Text], *, with_offsets: bool) -> list[Encoded]:
+        """Tokenize, truncating to the model's ``max_length``. Holds the GIL only to build the result."""
+        ...
+
+    def describe(self, texts: Sequence[str], *, adds_special_tokens: bool) -> list[Encoded]:
+        """Tokenize without truncating, with tokens and offsets."""
         ...
 
 

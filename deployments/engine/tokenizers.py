@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from deployments.config import ModelConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.fake import FakeTextTokenizer, FakeTokenizer
-from deployments.engine.protocol import Encoded, TextTokenizer, Tokenizer
+from deployments.engine.protocol import Encoded, Text, TextTokenizer, Tokenizer
 from deployments.errors import ConfigError
 from deployments.messages import ChatMessage, Ids
 
@@ -48,26 +49,52 @@ class FastTokenizer:
     def __init__(self, pretrained: Any, card: ModelCard) -> None:
         self._backend = pretrained.backend_tokenizer
         self._backend.no_padding()
+        self._whole = copy.deepcopy(self._backend)
+        """The same without truncation."""
+        self._whole.no_truncation()
         self._backend.enable_truncation(card.max_length)
         self._special_tokens: int = pretrained.num_special_tokens_to_add()
+        self._has_types = "token_type_ids" in pretrained.model_input_names
         self._lower_case, self._prompt = card.lower_case, card.prompt
         self.mask_token: str | None = pretrained.mask_token
         self.mask_token_id: int | None = pretrained.mask_token_id
 
-    def encode(self, texts: Sequence[str], *, with_offsets: bool) -> list[Encoded]:
-        if self._prompt:
-            texts = [self._prompt + text for text in texts]
-        if self._lower_case:
-            texts = [text.lower() for text in texts]
-        return [self._read(encoding, with_offsets) for encoding in self._backend.encode_batch(list(texts))]
+    def encode(self, texts: Sequence[Text], *, with_offsets: bool) -> list[Encoded]:
+        prepared = [self._prepare(text) for text in texts]
+        encodings = self._backend.encode_batch(prepared)
+        return [self._read(encoding, text, with_offsets) for encoding, text in zip(encodings, prepared, strict=True)]
 
-    def _read(self, encoding: Any, with_offsets: bool) -> Encoded:
+    def describe(self, texts: Sequence[str], *, adds_special_tokens: bool) -> list[Encoded]:
+        prepared = [self._prepare(text) for text in texts]
+        encodings = self._whole.encode_batch(prepared, add_special_tokens=adds_special_tokens)
+        return [
+            Encoded(np.array(one.ids, dtype=np.int32), len(one), _offsets(one), tuple(one.tokens)) for one in encodings
+        ]
+
+    def _prepare(self, text: Text) -> Text:
+        if isinstance(text, tuple):
+            return (text[0].lower(), text[1].lower()) if self._lower_case else text
+        text = self._prompt + text
+        return text.lower() if self._lower_case else text
+
+    def _read(self, encoding: Any, text: Text, with_offsets: bool) -> Encoded:
+        length = len(encoding)
+        if isinstance(text, tuple):
+            # The overflow of a pair comes in combinations of both texts; its length says nothing.
+            full_length = len(self._whole.encode(*text)) if encoding.overflowing else length
+            if self._has_types:
+                ids = np.stack([encoding.ids, encoding.type_ids], axis=1).astype(np.int32)
+                return Encoded(ids, full_length)
+            return Encoded(np.array(encoding.ids, dtype=np.int32), full_length)
         truncated = sum(len(part) - self._special_tokens for part in encoding.overflowing)
-        offsets = None
-        if with_offsets:
-            pairs = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
-            offsets = [(-1, -1) if special else offset for offset, special in pairs]
-        return Encoded(np.array(encoding.ids, dtype=np.int32), len(encoding) + truncated, offsets)
+        return Encoded(
+            np.array(encoding.ids, dtype=np.int32), length + truncated, _offsets(encoding) if with_offsets else None
+        )
+
+
+def _offsets(encoding: Any) -> list[tuple[int, int]]:
+    pairs = zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+    return [(-1, -1) if special else offset for offset, special in pairs]
 
 
 def load_text_tokenizer(config: ModelConfig, card: ModelCard) -> TextTokenizer:

@@ -119,7 +119,6 @@ def _is_share(text: str) -> str:
 class PageConfig(Section):
     """``args`` of the application that serves the verdict as a page."""
 
-    enabled: bool = Field(False, description="Whether the page is served. It shows trace contents to anyone.")
     api_keys: str | None = Field(
         None,
         description="Keys that open the page, as `security.api_keys` of the application; a browser asks for them as a "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 
-from fastapi import Request
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -25,10 +24,10 @@ def request_id_of(headers: Mapping[str, str]) -> str:
     return headers.get("x-request-id", "")[:_MAX_REQUEST_ID] or uuid.uuid4().hex
 
 
-def client_address(http: Request) -> str:
+def client_address(headers: Mapping[str, str], peer: str) -> str:
     """The client's address: the one forwarded by the first proxy, or that of the peer."""
-    forwarded = http.headers.get("x-forwarded-for", "").partition(",")[0].strip()
-    return (forwarded or (http.client.host if http.client is not None else ""))[:_MAX_ADDRESS]
+    forwarded = headers.get("x-forwarded-for", "").partition(",")[0].strip()
+    return (forwarded or peer)[:_MAX_ADDRESS]
 
 
 def timeout_ms(headers: Mapping[str, str], limits: LimitsConfig) -> float:

@@ -19,9 +19,11 @@ from deployments.http.keys import ApiKeys
 _logger = logging.getLogger("slowlens.ingress")
 
 
-OPEN_PATHS = ("/healthz",)
+OPEN_PATHS = ("/healthz", "/v2/health/live", "/v2/health/ready")
+"""Answered without a key."""
 Endpoint = Callable[[Request, Send], Awaitable[Response | None]]
 """Handles a request, and returns the response, or None if it has sent it itself."""
+Finder = Callable[[str], tuple[Endpoint, Mapping[str, str]] | None]
 
 
 class FastPathApp(FastAPI):
@@ -34,21 +36,31 @@ class FastPathApp(FastAPI):
     Args:
         fast_path: endpoints by path; they ask for keys themselves, so that a refusal is traced.
         keys: what all other routes ask for.
+        find: for other paths: an endpoint and the path's parameters, if there is one.
         challenge: how, by ``WWW-Authenticate``; a browser asks its user on ``Basic``.
     """
 
     def __init__(
-        self, fast_path: Mapping[str, Endpoint], keys: ApiKeys, *, challenge: str = "Bearer", **settings: Any
+        self,
+        fast_path: Mapping[str, Endpoint],
+        keys: ApiKeys,
+        *,
+        challenge: str = "Bearer",
+        find: Finder = lambda _: None,
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self._fast_path, self._keys, self._challenge = fast_path, keys, challenge
+        self._fast_path, self._keys, self._challenge, self._find = fast_path, keys, challenge, find
         self.add_exception_handler(HTTPException, _http_error)
         self.add_exception_handler(Exception, _unforeseen)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            endpoint = self._fast_path.get(scope["path"].removeprefix(scope.get("root_path", "")))
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            endpoint = self._fast_path.get(path)
+            if endpoint is None and (found := self._find(path)) is not None:
+                endpoint, scope["path_params"] = found
         if endpoint is None:
             await self._slow_path(scope, receive, send)
             return
@@ -78,8 +90,8 @@ def json_response(content: Any, status: int = 200) -> Response:
     return Response(to_json(content), status, media_type="application/json")
 
 
-def error_response(error: ApiError, body: Any) -> Response:
-    response = json_response(body, error.status)
+def error_response(error: ApiError, body: Any, status: int | None = None) -> Response:
+    response = json_response(body, status or error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, Unauthorized):

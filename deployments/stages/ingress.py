@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -26,8 +26,6 @@ from deployments.http.bodies import Body, BodyBudget
 from deployments.http.front import Front
 from deployments.http.headers import client_address, request_id_of, timeout_ms
 from deployments.http.keys import ApiKeys
-from deployments.http.routes import ROUTES, Route, body_schema
-from deployments.http.schemas import ParsedRequest
 from deployments.http.server import Endpoint, FastPathApp, RetryAdvice, error_response, json_response
 from deployments.http.server_timing import server_timing
 from deployments.messages import (
@@ -35,9 +33,15 @@ from deployments.messages import (
     PostprocessRequest,
     Predicted,
     PredictRequest,
+    Share,
     Tokenized,
     TokenizeRequest,
 )
+from deployments.protocols.errors import ErrorForm, openai_error
+from deployments.protocols.fields import Answered, Framed, Incoming, ParsedRequest
+from deployments.protocols.open_inference.rest import path_params
+from deployments.protocols.routes import OPEN_INFERENCE, ROUTES, Route, body_schema
+from deployments.stages.open_inference import OpenInference
 from deployments.stages.replica import Placement, Stoppable, prepare_replica, tune_garbage_collector
 from deployments.telemetry.carrier import traceparent
 from deployments.telemetry.names import Service
@@ -51,7 +55,7 @@ _STAGES: tuple[Service, ...] = ("tokenizer", "model", "postprocessor")
 _logger = logging.getLogger("slowlens.ingress")
 
 
-class IngressStage(Stoppable):
+class IngressStage(OpenInference, Stoppable):
     """One replica of the ingress. Must be made on the event loop that it runs on.
 
     Args:
@@ -99,22 +103,27 @@ class IngressStage(Stoppable):
         for replicas in self._replica_sets.values():
             replicas.on_keep = self._telemetry.keep
             replicas.start()
+        self._open_inference = self._endpoint(OPEN_INFERENCE)
         self._is_open = True
 
     # --- the path of a request ---
 
     async def _serve(self, http: Request, route: Any, _: Any) -> Response | None:
         with self._record(http, route.path) as record, self._bodies.body(http) as body:
+
+            async def read() -> Incoming:
+                return Incoming(await body.read(record.deadline_ns), http.headers, http.path_params)
+
             try:
-                answer = await self._infer(http, route, record, body)
+                framed: Framed = await self._infer(route, record, http.headers, read)
                 record.status = 200
                 self._advice.served(record.caller)
-                response = Response(answer, media_type="application/json")
+                response = Response(framed.body, media_type=framed.media_type, headers=dict(framed.headers))
             except asyncio.CancelledError as error:
                 self._telemetry.fail(record, error)
                 raise
             except Exception as error:
-                response = self._failed(record, error, body)
+                response = self._failed(record, error, body, route.error)
             response.headers["traceresponse"] = traceparent(record.context)
             response.headers["Server-Timing"] = server_timing(record)
             return response
@@ -125,65 +134,102 @@ class IngressStage(Stoppable):
             path=http.scope["path"],
             scheme=http.scope["scheme"],
             route=path,
-            client=client_address(http),
+            client=client_address(http.headers, http.client.host if http.client is not None else ""),
             request_id=request_id_of(http.headers),
             headers=http.headers,
             front_ns=self._front.elapsed_ns(http.headers),
         )
 
-    async def _infer(self, http: Request, route: Route, record: RequestRecord, body: Body) -> bytes:
+    async def _infer(
+        self, route: Route, record: RequestRecord, headers: Mapping[str, str], read: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """Take a request through the stages, and return the response as its route frames it.
+
+        Args:
+            headers: of HTTP, or the metadata of gRPC.
+            read: returns what the route parses.
+        """
         with self._telemetry.interval(record, "validate"):
-            self._set_deadline(record, http)
+            self._set_deadline(record, timeout_ms(headers, self._limits))
             record.operation = route.operation
-            share = self._keys.share_of(http.headers)
+            share = self._keys.share_of(headers)
             record.tenant = share.tenant
-            self._model.refuse_early(record.deadline_ns, share)
-            request = route.parse(await body.read(record.deadline_ns), self._card, self._limits)
+            if route.runs_model:
+                self._model.refuse_early(record.deadline_ns, share)
+            request = route.parse(await read(), self._card, self._limits)
+            share = self._apply_fields(record, request, share, headers)
             self._describe(record, request)
 
         tokenized: Tokenized = await self._tokenizer.call(
-            record, TokenizeRequest(request.inputs, request.truncate, request.param, share.tenant)
+            record,
+            TokenizeRequest(
+                inputs=request.inputs,
+                truncate=request.truncate,
+                param=request.param,
+                tenant=share.tenant,
+                query=request.query,
+                describes=request.describes,
+                adds_special_tokens=request.adds_special_tokens,
+            ),
         )
         record.tokens = sum(tokenized.ids.lengths)
+        if not route.runs_model:
+            with self._telemetry.interval(record, "respond"):
+                return route.frame(Answered(request, self._card, tokenized, Postprocessed(())))
 
         predicted: Predicted = await self._model.call(record, PredictRequest(tokenized.ids, request.param, share))
         record.device, record.forward_ns = predicted.device, predicted.forward_ns
 
-        texts = request.texts if self._card.task == "token-classification" else ()
+        needs_texts = request.options.wants_texts or self._card.task == "token-classification"
         postprocessed: Postprocessed = await self._postprocessor.call(
-            record, PostprocessRequest(tokenized, predicted.outputs, request.options, texts)
+            record,
+            PostprocessRequest(tokenized, predicted.outputs, request.options, request.texts if needs_texts else ()),
         )
 
         with self._telemetry.interval(record, "respond"):
-            return route.frame(postprocessed.fragments, self._card, record.tokens)
+            return route.frame(Answered(request, self._card, tokenized, postprocessed))
 
-    def _set_deadline(self, record: RequestRecord, http: Request) -> None:
-        timeout = timeout_ms(http.headers, self._limits)
+    def _set_deadline(self, record: RequestRecord, timeout: float) -> None:
         record.deadline_ns = record.started_ns + int(timeout * 1e6)
         record.timeout_ms = timeout if timeout != self._limits.default_timeout_ms else None
 
+    def _apply_fields(
+        self, record: RequestRecord, request: ParsedRequest, share: Share, headers: Mapping[str, str]
+    ) -> Share:
+        """What the body says of the deadline and of the priority, where its API has fields for them."""
+        if request.timeout_ms is not None:
+            timeout = {"x-request-timeout-ms": str(request.timeout_ms)}
+            self._set_deadline(record, min(timeout_ms(timeout, self._limits), timeout_ms(headers, self._limits)))
+        if request.priority is not None:
+            return self._keys.share_of({**headers, "x-priority": request.priority})
+        return share
+
     def _describe(self, record: RequestRecord, request: ParsedRequest) -> None:
         record.requested_model = request.model
-        record.input_count, record.input_length = len(request.inputs), sum(map(len, request.texts))
+        record.input_count, record.input_length = len(request.inputs), request.characters
         if self._config.telemetry.capture_text:
-            record.texts = request.texts
+            record.texts = request.texts if request.query is None else (request.query, *request.texts)
 
-    def _failed(self, record: RequestRecord, error: Exception, body: Body) -> Response:
+    def _failed(self, record: RequestRecord, error: Exception, body: Body, form: ErrorForm = openai_error) -> Response:
+        told = self._told(record, error)
+        record.status, content = form(told)
+        response = error_response(told, content, record.status)
+        if body.was_left:
+            response.headers["Connection"] = "close"
+        return response
+
+    def _told(self, record: RequestRecord, error: Exception) -> ApiError:
+        """Record that a request failed, and return what its caller is told."""
         told = self._telemetry.fail(record, error)
         if told.retry_after_s is not None:
             arrived_s = record.started_ns / 1e9
             told.retry_after_s = self._advice.for_refused(record.caller, told.retry_after_s, arrived_s)
         if not isinstance(error, ApiError):
             _logger.exception("request %s failed", record.request_id)
-        content = told.body()
-        if told.status == 500:
-            trace_id = f"{record.context.trace_id:032x}"
-            if trace_id not in told.message:
-                content["error"]["message"] = f"{told.message}; trace id: {trace_id}"
-        response = error_response(told, content)
-        if body.was_left:
-            response.headers["Connection"] = "close"
-        return response
+        trace_id = f"{record.context.trace_id:032x}"
+        if told.status == 500 and trace_id not in told.message:
+            told.message = f"{told.message}; trace id: {trace_id}"
+        return told
 
     # --- everything else over HTTP ---
 
@@ -213,17 +259,19 @@ class IngressStage(Stoppable):
         return replace(self._meter.report(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0).stats()
 
     async def _healthz(self) -> Response:
+        unready = self._unready()
+        return json_response({"status": "ok"}) if unready is None else error_response(unready, unready.body())
+
+    def _unready(self) -> NoReplicaReady | None:
         missing = [stage for stage, replicas in self._replica_sets.items() if not replicas.is_ready]
-        if not missing:
-            return json_response({"status": "ok"})
-        unready = NoReplicaReady(f"no replica is ready: {', '.join(missing)}", retry_after_s=5)
-        return error_response(unready, unready.body())
+        return NoReplicaReady(f"no replica is ready: {', '.join(missing)}", retry_after_s=5) if missing else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the routes. Serve calls this once, after the constructor."""
         app = FastPathApp(
             {route.path: self._endpoint(route) for route in self._routes()},
             self._keys,
+            find=self._find,
             title="slowlens",
             version=__version__,
             description="Transformer inference that can tell you why a request was slow.",
@@ -236,6 +284,7 @@ class IngressStage(Stoppable):
                 openapi_extra=body_schema(route),
                 summary=route.operation,
             )
+        self._add_open_inference(app)
         app.add_api_route("/v1/models", self._list_models, methods=["GET"], summary="The served model, as a list")
         app.add_api_route("/v1/models/{model:path}", self._show_model, methods=["GET"], summary="The served model")
         app.add_api_route("/healthz", self._healthz, methods=["HEAD"], include_in_schema=False)
@@ -244,6 +293,11 @@ class IngressStage(Stoppable):
 
     def _routes(self) -> Sequence[Any]:
         return ROUTES
+
+    def _find(self, path: str) -> tuple[Endpoint, Mapping[str, str]] | None:
+        """The route whose path contains the model's name."""
+        params = path_params(path)
+        return (self._open_inference, params) if params is not None else None
 
     def _endpoint(self, route: Any) -> Endpoint:
         async def endpoint(request: Request, send: Any) -> Response | None:

@@ -1,4 +1,4 @@
-"""Stage 4: model output to JSON predictions."""
+"""Stage 4: model output to the parts of the response."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
-from deployments.engine.predictions import PredictionBuilder
+from deployments.engine.outputs.predictions import PredictionBuilder
 from deployments.engine.tokenizers import load_pretrained_tokenizer
 from deployments.messages import Envelope, Postprocessed, PostprocessRequest
 from deployments.stages.channel_stage import EventLoopStage, Handled
@@ -47,6 +47,6 @@ class PostprocessorStage(EventLoopStage):
         )
 
     def _postprocessed(self, request: PostprocessRequest, record: PostprocessRecord) -> Postprocessed:
-        fragments = self._predictions.fragments(request.tokenized, request.outputs, request.options, request.texts)
-        record.output_length = sum(map(len, fragments))
-        return Postprocessed(fragments)
+        built = self._predictions.build(request.tokenized, request.outputs, request.options, request.texts)
+        record.output_length = sum(map(len, built.fragments)) + sum(len(one.data) for one in built.tensors)
+        return built

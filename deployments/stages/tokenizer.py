@@ -11,7 +11,7 @@ import numpy as np
 from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
-from deployments.engine.protocol import MAX_MASKS, Encoded
+from deployments.engine.protocol import MAX_MASKS, Encoded, Text
 from deployments.engine.tokenizers import load_tokenizer
 from deployments.errors import InvalidField
 from deployments.messages import Envelope, Ragged, Tokenized, TokenizeRequest
@@ -42,24 +42,33 @@ class TokenizerStage(EventLoopStage):
     def tokenize(self, envelope: Envelope, request: TokenizeRequest) -> Handled[Tokenized]:
         """Reply at once if that is quick, else from a thread."""
         texts = [value for value in request.inputs if isinstance(value, str)]
-        cached = {text: encoded for text in texts if (encoded := self._cache.get(request.tenant, text)) is not None}
-        new = [text for text in texts if text not in cached]
         record = TokenizeRecord(envelope, slow_ms=self._config.tokenizer.slow_ms)
-        record.input_chars, record.cache_hits = sum(map(len, texts)), len(texts) - len(new)
+        record.input_chars = sum(map(len, texts)) + len(request.query or "") * len(texts)
+        if request.describes:
+            return self._handle(
+                record,
+                lambda: self._tokenizer.describe(texts, adds_special_tokens=request.adds_special_tokens),
+                lambda made: self._described(made, record),
+                takes_long=record.input_chars > INLINE_CHARS,
+            )
+        keys: list[Text] = [text if request.query is None else (request.query, text) for text in texts]
+        cached = {key: encoded for key in keys if (encoded := self._cache.get(request.tenant, key)) is not None}
+        new = [key for key in keys if key not in cached]
+        record.cache_hits = len(texts) - len(new)
         return self._handle(
             record,
             lambda: self._encode(new),
             lambda made: self._tokenized(request, cached, made, record),
-            takes_long=sum(map(len, new)) > INLINE_CHARS,
+            takes_long=sum(map(_chars, new)) > INLINE_CHARS,
         )
 
-    def _encode(self, texts: Sequence[str]) -> dict[str, Encoded]:
+    def _encode(self, texts: Sequence[Text]) -> dict[Text, Encoded]:
         if not texts:
             return {}
         return dict(zip(texts, self._tokenizer.encode(texts, with_offsets=self._with_offsets), strict=True))
 
     def _tokenized(
-        self, request: TokenizeRequest, cached: dict[str, Encoded], made: dict[str, Encoded], record: TokenizeRecord
+        self, request: TokenizeRequest, cached: dict[Text, Encoded], made: dict[Text, Encoded], record: TokenizeRecord
     ) -> Tokenized:
         """Check and truncate the inputs, whose texts were cached or have just been encoded."""
         for text, one in made.items():
@@ -67,12 +76,20 @@ class TokenizerStage(EventLoopStage):
         encoded_texts = cached | made
         encoded = []
         for index, value in enumerate(request.inputs):
-            one = encoded_texts[value] if isinstance(value, str) else self._check_ids(value, index, request.param)
+            if isinstance(value, str):
+                one = encoded_texts[value if request.query is None else (request.query, value)]
+            else:
+                one = self._check_ids(value, index, request.param)
             encoded.append(self._truncate(one, index, request))
         result = _result(encoded, with_offsets=self._with_offsets)
         record.token_count = sum(result.ids.lengths)
         record.was_truncated = any(result.truncated)
         return result
+
+    def _described(self, made: Sequence[Encoded], record: TokenizeRecord) -> Tokenized:
+        result = _result(made, with_offsets=True)
+        record.token_count = sum(result.ids.lengths)
+        return Tokenized(result.ids, result.truncated, result.offsets, tuple(one.tokens for one in made))
 
     def _check_ids(self, ids: Sequence[int], index: int, param: str) -> Encoded:
         """Check token ids supplied by the caller: used as they are if all are in the model's vocabulary."""
@@ -91,16 +108,18 @@ class TokenizerStage(EventLoopStage):
         longest = self._card.max_length
         if encoded.full_length == 0:
             raise InvalidField(f"{request.param}[{index}] has no tokens", param=request.param)
-        if encoded.ids.max() >= self._card.vocab_size:
+        highest = (encoded.ids if encoded.ids.ndim == 1 else encoded.ids[:, 0]).max()
+        if highest >= self._card.vocab_size:
             # A token that was added to the tokenizer but not to the model; on a GPU it would make the device unusable.
             raise InvalidField(
-                f"{request.param}[{index}] contains a token that the model does not know (id {encoded.ids.max()})",
+                f"{request.param}[{index}] contains a token that the model does not know (id {highest})",
                 param=request.param,
             )
         if encoded.full_length > longest and not request.truncate:
+            pair = "" if request.query is None else ", with the query,"
             raise InvalidField(
-                f"{request.param}[{index}] is {encoded.full_length} tokens long; the model takes at most {longest}, "
-                "and truncate is false",
+                f"{request.param}[{index}]{pair} is {encoded.full_length} tokens long; the model takes at most "
+                f"{longest}, and truncate is false",
                 param=request.param,
             )
         if len(encoded.ids) > longest:
@@ -127,16 +146,16 @@ class _Cache:
 
     def __init__(self, entries: int, max_chars: int) -> None:
         self._entries, self._max_chars = entries, max_chars
-        self._kept: OrderedDict[tuple[str, str], Encoded] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Text], Encoded] = OrderedDict()
 
-    def get(self, tenant: str, text: str) -> Encoded | None:
+    def get(self, tenant: str, text: Text) -> Encoded | None:
         encoded = self._kept.get((tenant, text))
         if encoded is not None:
             self._kept.move_to_end((tenant, text))
         return encoded
 
-    def put(self, tenant: str, text: str, encoded: Encoded) -> None:
-        if len(text) > self._max_chars or self._entries == 0:
+    def put(self, tenant: str, text: Text, encoded: Encoded) -> None:
+        if _chars(text) > self._max_chars or self._entries == 0:
             return
         self._kept[tenant, text] = encoded
         self._kept.move_to_end((tenant, text))
@@ -144,9 +163,13 @@ class _Cache:
             self._kept.popitem(last=False)
 
 
+def _chars(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
 def _result(encoded: Sequence[Encoded], *, with_offsets: bool) -> Tokenized:
     return Tokenized(
         ids=Ragged.of([one.ids for one in encoded]),
         truncated=tuple(one.full_length > len(one.ids) for one in encoded),
-        offsets=Ragged.of([one.offsets for one in encoded]) if with_offsets else None,
+        offsets=Ragged.of([np.array(one.offsets).reshape(-1, 2) for one in encoded]) if with_offsets else None,
     )

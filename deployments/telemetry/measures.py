@@ -96,15 +96,10 @@ def _(record: RequestRecord, measures: Measures) -> None:
     exemplar = _exemplar(record.context)
     latency_ns = record.ended_ns - record.started_ns
     measures.record(metrics.LATENCY, latency_ns / 1e6, exemplar, {"outcome": record.outcome})
-    http: dict[str, str | int] = {
-        names.HTTP_REQUEST_METHOD: record.method,
-        names.HTTP_ROUTE: record.route,
-        names.HTTP_RESPONSE_STATUS_CODE: record.status,
-        names.URL_SCHEME: record.scheme,
-    }
+    spec, attributes = _of_protocol(record)
     if record.fault is not None:
-        http[names.ERROR_TYPE] = record.fault.error_type
-    measures.record(metrics.HTTP_DURATION, latency_ns / 1e9, exemplar, http)
+        attributes[names.ERROR_TYPE] = record.fault.error_type
+    measures.record(spec, latency_ns / 1e9, exemplar, attributes)
     for stage, hop in record.hops.items():
         if hop.has_reply:
             measures.record(metrics.TRANSIT, hop.transit_ns / 1e6, exemplar, {"stage": stage})
@@ -114,6 +109,22 @@ def _(record: RequestRecord, measures: Measures) -> None:
         measures.count(metrics.TOKENS, record.tokens, of_tenant)
     if record.generation is not None:
         _measure_generation(record, record.generation, measures, exemplar)
+
+
+def _of_protocol(record: RequestRecord) -> tuple[MetricSpec, dict[str, str | int]]:
+    """The duration of a request under its name in the semantic conventions, and the attributes of that."""
+    if record.rpc_method:
+        return metrics.RPC_DURATION, {
+            names.RPC_SYSTEM_NAME: "grpc",
+            names.RPC_METHOD: record.rpc_method,
+            names.RPC_RESPONSE_STATUS_CODE: record.rpc_status,
+        }
+    return metrics.HTTP_DURATION, {
+        names.HTTP_REQUEST_METHOD: record.method,
+        names.HTTP_ROUTE: record.route,
+        names.HTTP_RESPONSE_STATUS_CODE: record.status,
+        names.URL_SCHEME: record.scheme,
+    }
 
 
 def _measure_generation(record: RequestRecord, facts: GenerationFacts, measures: Measures, exemplar: Context) -> None:

@@ -34,8 +34,17 @@ HTTP_DURATION = MetricSpec(
     "histogram",
     "s",
     "ingress",
-    "End-to-end request duration, under its name in the semantic conventions",
+    "End-to-end duration of HTTP requests, under its name in the semantic conventions",
     ("http.request.method", "http.route", "http.response.status_code", "url.scheme", "error.type"),
+    S_BUCKETS,
+)
+RPC_DURATION = MetricSpec(
+    "rpc.server.call.duration",
+    "histogram",
+    "s",
+    "ingress",
+    "The same of gRPC calls",
+    ("rpc.system.name", "rpc.method", "rpc.response.status_code", "error.type"),
     S_BUCKETS,
 )
 TRANSIT = MetricSpec(

@@ -150,6 +150,7 @@ class Telemetry:
         request_id: str,
         headers: Mapping[str, str],
         front_ns: int = 0,
+        rpc_method: str = "",
     ) -> Iterator[RequestRecord]:
         """Record the root span. The block must set ``status``; the caller must turn an ApiError into a response.
 
@@ -167,6 +168,7 @@ class Telemetry:
             route=route,
             client=client,
             started_ns=arrived_ns - front_ns,
+            rpc_method=rpc_method,
         )
         if front_ns:
             record.intervals.append(Interval("front", record.started_ns, arrived_ns))

@@ -264,7 +264,7 @@ class HopRecord(Interval):
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One HTTP request, from its first byte to its response.
+    """One request, over HTTP or gRPC, from its first byte to its response.
 
     Its intervals are contiguous: each begins where the previous one ended.
     """
@@ -301,6 +301,9 @@ class RequestRecord:
     generation: GenerationFacts | None = None
     weight: int | None = None
     """For how many requests it stands, if it is sampled retroactively."""
+    rpc_method: str = ""
+    """Of a gRPC call, ``service/method``; empty for HTTP."""
+    rpc_status: str = ""
 
     @property
     def caller(self) -> str:

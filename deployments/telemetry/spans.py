@@ -233,11 +233,7 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_DEVICE: record.device or None,
         names.AI_MODEL_NAME: make.model,
         names.AI_TOTAL_LATENCY_MS: _ms(record.ended_ns - record.started_ns),
-        names.HTTP_REQUEST_METHOD: record.method,
-        names.HTTP_ROUTE: record.route,
-        names.HTTP_RESPONSE_STATUS_CODE: record.status or None,
-        names.URL_PATH: record.path,
-        names.URL_SCHEME: record.scheme,
+        **_protocol_attributes(record),
         names.CLIENT_ADDRESS: record.client or None,
         names.GEN_AI_OPERATION_NAME: record.operation or None,
         names.GEN_AI_REQUEST_MODEL: record.requested_model or None,
@@ -258,6 +254,22 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
         fault=record.fault,
         events=make.stalls(record),
     )
+
+
+def _protocol_attributes(record: RequestRecord) -> Attributes:
+    if record.rpc_method:
+        return {
+            names.RPC_SYSTEM_NAME: "grpc",
+            names.RPC_METHOD: record.rpc_method,
+            names.RPC_RESPONSE_STATUS_CODE: record.rpc_status or None,
+        }
+    return {
+        names.HTTP_REQUEST_METHOD: record.method,
+        names.HTTP_ROUTE: record.route,
+        names.HTTP_RESPONSE_STATUS_CODE: record.status or None,
+        names.URL_PATH: record.path,
+        names.URL_SCHEME: record.scheme,
+    }
 
 
 def _hop_attributes(hop: HopRecord) -> Attributes:

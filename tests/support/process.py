@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,6 +51,11 @@ def serve_run(
         yield process
     finally:
         stop(process, port)
+
+
+def with_page(config: str) -> str:
+    """serve_config.yaml with the lines of the page as it says: without their first ``#``."""
+    return re.sub(r"^#(  .*)$", r"\1", config, flags=re.MULTILINE)
 
 
 def is_healthy(port: int, path: str) -> bool:

@@ -18,9 +18,10 @@ from deployments.autoscaling.settings import POLICY, PolicySettings
 from deployments.config import AppConfig
 from deployments.errors import ConfigError
 from deployments.explain.options import PageConfig
+from tests.support.process import with_page
 
 CONFIG_PATH = Path(__file__).parents[2] / "serve_config.yaml"
-CONFIG = yaml.safe_load(CONFIG_PATH.read_text())
+CONFIG = yaml.safe_load(with_page(CONFIG_PATH.read_text()))
 APPLICATION, PAGE = CONFIG["applications"]
 
 

@@ -24,7 +24,6 @@ from ray.serve.schema import ServeDeploySchema
 from deployments import __version__
 from deployments.cli.serve import FAST
 from deployments.config import AppConfig
-from deployments.explain.options import PageConfig
 from deployments.telemetry.metrics import METRICS
 from k8s.alerts import ALERTS
 from k8s.build import HERE, SERVE_CONFIG, files
@@ -140,7 +139,6 @@ def test_the_serve_config_matches_the_repository(overlay: str, resources: list[d
     ServeDeploySchema.model_validate(config)
     assert list(unknown_keys(config, ServeDeploySchema, "")) == []
     AppConfig.parse(config["applications"][0]["args"])
-    PageConfig.parse(config["applications"][1]["args"])
 
 
 def test_generated_files_are_up_to_date() -> None:

@@ -32,7 +32,7 @@ LAYERS = [
     {"explain.causes", "explain.findings"},
     {"explain.periods"},
     {"explain.verdict"},
-    {"explain", "autoscaling", "transport", "http"},
+    {"explain", "autoscaling", "transport", "http", "protocols"},
     {"stages", "simulate", "page"},
     {"app", "cli"},
 ]

@@ -18,7 +18,7 @@ import pytest
 from deployments.cli.serve import check
 from deployments.errors import ConfigError
 from deployments.explain.options import PageConfig
-from deployments.page import DiagnosisPage, build, replicas_for
+from deployments.page import DiagnosisPage, build
 from tests.support.made import moved, otlp, window
 
 
@@ -33,13 +33,12 @@ def no_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             {"enable": True},
-            "args.enable: unknown key; known here: enabled, api_keys, source, since, max_since, slowest, max_age_s",
+            "args.enable: unknown key; known here: api_keys, source, since, max_since, slowest, max_age_s",
         ),
         ({"since": "15"}, "args.since: '15' must be a number followed by s, m, h or d, such as 15m"),
         ({"since": "9" * 60 + "s"}, "is longer than 3660d"),
         ({"slowest": "0%"}, "args.slowest: '0%' must be a percentage above 0% and below 100%, such as 5%"),
         ({"max_age_s": -1.0}, "args.max_age_s"),
-        ({"enabled": "yes"}, "args.enabled"),
     ],
 )
 def test_an_invalid_key_is_named(args: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -56,21 +55,11 @@ def test_an_invalid_key_is_named(args: dict[str, Any], message: str, tmp_path: P
     assert message in str(refused.value)
 
 
-def test_a_disabled_page_runs_no_replica() -> None:
-    off = replicas_for(PageConfig())["autoscaling_config"]
-
-    assert (off["min_replicas"], off["initial_replicas"]) == (0, 0)
-    assert replicas_for(PageConfig(enabled=True)) == {"num_replicas": 1}
-    build({})
-    build({"enabled": True})
-
-
 def test_a_page_on_an_unused_local_store_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317")
     with pytest.raises(ConfigError, match=r"args\.source: traces do not go to the local store here"):
-        build({"enabled": True})
-    build({"enabled": False})
-    build({"enabled": True, "source": "http://tempo:3200"})
+        build({})
+    build({"source": "http://tempo:3200"})
 
 
 def ask(page: DiagnosisPage, *paths: str) -> list[httpx.Response]:
@@ -87,7 +76,7 @@ def ask(page: DiagnosisPage, *paths: str) -> list[httpx.Response]:
 @pytest.fixture
 def page(tmp_path: Path) -> DiagnosisPage:
     (tmp_path / "traces.jsonl").write_text(otlp(moved(window({"busy": 300.0}), time.time_ns() - 10**18 - 60 * 10**9)))
-    return DiagnosisPage(PageConfig(enabled=True, source=str(tmp_path), max_since="2h"))
+    return DiagnosisPage(PageConfig(source=str(tmp_path), max_since="2h"))
 
 
 @pytest.mark.parametrize("since", ["9" * 79 + "s", "3h", "-1s", "1s\x1b"])
@@ -117,7 +106,9 @@ def test_no_script_but_its_own_may_run(page: DiagnosisPage) -> None:
 
 def test_its_keys_open_the_page_also_as_a_password(tmp_path: Path) -> None:
     (tmp_path / "keys.json").write_text(json.dumps([{"name": "ops", "sha256": hashlib.sha256(b"key").hexdigest()}]))
-    page = DiagnosisPage(PageConfig(enabled=False, source=str(tmp_path), api_keys=str(tmp_path / "keys.json")))
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text(otlp(moved(window({"busy": 300.0}), time.time_ns() - 10**18 - 60 * 10**9)))
+    page = DiagnosisPage(PageConfig(source=str(traces), api_keys=str(tmp_path / "keys.json")))
     (refused,) = ask(page, "/")
     assert refused.status_code == 401
     assert refused.headers["www-authenticate"] == 'Basic realm="slowlens"'
@@ -127,8 +118,7 @@ def test_its_keys_open_the_page_also_as_a_password(tmp_path: Path) -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
             return int((await client.get("/", **auth)).status_code)
 
-    # Let in, to hear that it is off.
-    assert asyncio.run(send(auth=("whoever", "key"))) == 404
-    assert asyncio.run(send(headers={"Authorization": "Bearer key"})) == 404
+    assert asyncio.run(send(auth=("whoever", "key"))) == 200
+    assert asyncio.run(send(headers={"Authorization": "Bearer key"})) == 200
     with pytest.raises(ConfigError, match=r"args\.api_keys: /nowhere"):
         build({"api_keys": "/nowhere"})

@@ -13,7 +13,7 @@ from typing import Any
 from deployments.explain.requests.breakdown import Breakdown, break_down, is_lost, union, wait_ns, without
 from deployments.explain.requests.device import Interval
 from deployments.explain.traces.otlp import Span
-from deployments.explain.traces.survey import Key, Root
+from deployments.explain.traces.survey import Key, Root, route_of
 from deployments.telemetry import names
 
 _STAGES = (
@@ -134,7 +134,7 @@ def request_of(spans: Sequence[Span]) -> Request:
         key=root.key,
         started_ns=root.start_ns,
         breakdown=break_down(spans),
-        route=str(root.attributes.get(names.HTTP_ROUTE, "")),
+        route=route_of(root),
         error=Root.of(root).error,
         request_id=str(root.attributes.get(names.AI_REQUEST_ID, "")),
         client=str(root.attributes.get(names.CLIENT_ADDRESS, "")),

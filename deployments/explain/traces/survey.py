@@ -52,7 +52,7 @@ class Root:
         weight = span.attributes.get(names.AI_SAMPLING_WEIGHT, 1)
         counts = isinstance(weight, int | float) and 0 <= weight <= _MOST_WEIGHT
         error = str(span.attributes.get(names.ERROR_TYPE) or ("error" if span.failed else ""))
-        route = sys.intern(str(span.attributes.get(names.HTTP_ROUTE, "")))
+        route = sys.intern(route_of(span))
         return cls(
             span.key, span.start_ns, max(0, span.end_ns - span.start_ns), error, route, float(weight) if counts else 1.0
         )
@@ -105,6 +105,11 @@ class Survey:
         if name in _OF_A_PROCESS:
             return True
         return trace_id in self.trace_ids_to_read or (trace_id not in self.known and name in OF_A_REQUEST)
+
+
+def route_of(root: Span) -> str:
+    """The HTTP route, or the gRPC method."""
+    return str(root.attributes.get(names.HTTP_ROUTE) or root.attributes.get(names.RPC_METHOD) or "")
 
 
 def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: float = float("inf")) -> Survey:

@@ -18,8 +18,7 @@ from fastapi import Request, Response
 
 from deployments.errors import Cancelled, DeadlinePassed, InternalError
 from deployments.http.bodies import Body
-from deployments.http.generation import Answer, ChoiceText, ParsedGeneration, max_tokens_of, usage_of
-from deployments.http.routes import GENERATION_ROUTES, GenerationRoute
+from deployments.http.headers import timeout_ms
 from deployments.http.server_timing import generation_timing
 from deployments.messages import (
     Detokenized,
@@ -34,6 +33,8 @@ from deployments.messages import (
     Tokenized,
     TokenLogprobs,
 )
+from deployments.protocols.generation import Answer, ChoiceText, ParsedGeneration, max_tokens_of, usage_of
+from deployments.protocols.routes import GENERATION_ROUTES, GenerationRoute
 from deployments.stages.generation.detokenizer import Detokenizer
 from deployments.stages.ingress import IngressStage
 from deployments.telemetry.carrier import traceparent
@@ -159,7 +160,7 @@ class GenerationIngressStage(IngressStage):
         self, http: Request, route: GenerationRoute, record: RequestRecord, reply: _Reply, body: Body
     ) -> None:
         with self._telemetry.interval(record, "validate"):
-            self._set_deadline(record, http)
+            self._set_deadline(record, timeout_ms(http.headers, self._limits))
             record.operation = route.operation
             share = self._keys.share_of(http.headers)
             record.tenant = share.tenant

@@ -15,7 +15,8 @@ from deployments.config import AppConfig, ModelConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.fake import FakeEngine
 from deployments.engine.load import load_engine
-from deployments.engine.predictions import PredictionBuilder, classify, softmax
+from deployments.engine.outputs.predictions import PredictionBuilder, classify
+from deployments.engine.outputs.scores import softmax
 from deployments.errors import ModelFailed
 from deployments.messages import OutputOptions, Ragged, Tokenized
 
@@ -46,7 +47,7 @@ def tokenized(*rows: list[int], offsets: list[Any] | None = None) -> Tokenized:
 
 def fragments(task: str, outputs: list[Any], tokens: Tokenized, options: OutputOptions = PREDICT, *texts: str) -> Any:
     builder = PredictionBuilder(replace(CARD, task=task), Vocabulary())  # type: ignore[arg-type]
-    return [json.loads(one) for one in builder.fragments(tokens, outputs, options, texts)]
+    return [json.loads(one) for one in builder.build(tokens, outputs, options, texts).fragments]
 
 
 def test_embeddings_of_both_routes() -> None:
@@ -104,7 +105,7 @@ def test_entities_are_tokens_with_a_label_and_unknown_ones_keep_their_text() -> 
     builder = PredictionBuilder(card, Vocabulary())
     logits = np.array([[0, 5], [0, 5], [5, 0], [0, 5]], dtype=np.float32)
     tokens = tokenized([1, 7, 8, 0], offsets=[[(-1, -1), (0, 3), (4, 7), (8, 11)]])
-    (found,) = (json.loads(one) for one in builder.fragments(tokens, [logits], PREDICT, ("bob sat xyz",)))
+    (found,) = (json.loads(one) for one in builder.build(tokens, [logits], PREDICT, ("bob sat xyz",)).fragments)
 
     assert [(e["word"], e["start"], e["end"], e["entity"]) for e in found["entities"]] == [
         ("t7", 0, 3, "PER"),

@@ -10,7 +10,8 @@ import pytest
 from deployments.config import GenerationConfig, LimitsConfig, ModelConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ApiError, InvalidField, ModelNotFound
-from deployments.http.generation import (
+from deployments.messages import ChatMessage, Sampling, TokenText
+from deployments.protocols.generation import (
     ChatAnswer,
     ChoiceText,
     CompletionAnswer,
@@ -20,7 +21,6 @@ from deployments.http.generation import (
     parse_completion,
     usage_of,
 )
-from deployments.messages import ChatMessage, Sampling, TokenText
 
 CARD = ModelCard.load(ModelConfig.parse({"engine": "fake", "task": "text-generation", "name": "lm"}))
 HELLO = [{"role": "user", "content": "hello"}]

@@ -1,57 +1,45 @@
-"""HTTP bodies: validation of requests, field by field, and framing of responses."""
+"""What the bodies of all APIs have in common: validation, field by field, in terms of the configured limits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
-from pydantic_core import to_json
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deployments.config import LimitsConfig
 from deployments.engine.card import ModelCard
-from deployments.engine.protocol import MAX_FILLS
 from deployments.errors import InvalidField, InvalidJson, ModelNotFound, TooLarge
-from deployments.messages import OutputOptions
+from deployments.messages import OutputOptions, Postprocessed, Task, Tokenized
 
 Parsed = TypeVar("Parsed", bound="Body")
 _SHOWN_CHARS = 80
 """Maximum characters of a client's value shown in a message, because messages also go into telemetry."""
 Inputs = tuple[str, ...] | tuple[tuple[int, ...], ...]
-_STRINGS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
-_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_INPUT_SCHEMA = {"anyOf": [{"type": "string"}, _STRINGS, _TOKENS, {"type": "array", "items": _TOKENS, "minItems": 1}]}
+STRINGS_SCHEMA = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+INPUT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        STRINGS_SCHEMA,
+        TOKENS_SCHEMA,
+        {"type": "array", "items": TOKENS_SCHEMA, "minItems": 1},
+    ]
+}
 
 
 class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class EmbeddingsBody(Body):
-    """OpenAI's embeddings request. ``user`` is accepted but not used."""
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A request as it has arrived."""
 
-    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = Field(
-        description="A string, a list of strings, a list of token ids, or a list of such lists."
-    )
-    model: str | None = Field(None, description="The served model; optional.")
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Keep only this many leading dimensions, normalised again."
-    )
-    user: str | None = None
-
-
-class Parameters(Body):
-    truncate: bool = Field(True, description="Truncate inputs that are too long; if false, reject them.")
-    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
-        None, description="Labels (text-classification) or tokens (fill-mask, at most 100) to return."
-    )
-
-
-class PredictBody(Body):
-    inputs: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _STRINGS]})]
-    parameters: Parameters = Field(default_factory=Parameters)
+    body: bytes
+    headers: Mapping[str, str]
+    path_params: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,65 +51,79 @@ class ParsedRequest:
     truncate: bool
     options: OutputOptions
     model: str
+    query: str | None = None
+    """What the inputs, texts then, are compared with by a cross-encoder."""
+    timeout_ms: float | None = None
+    priority: str | None = None
+    """As in X-Priority. Both are fields of the body in some APIs."""
+    describes: bool = False
+    """Whether the tokens are all that is wanted."""
+    adds_special_tokens: bool = True
+    response_id: str = ""
+    """Of the response, if its API has one that the client sets."""
 
     @property
     def texts(self) -> tuple[str, ...]:
         return tuple(value for value in self.inputs if isinstance(value, str))
 
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.texts)) + len(self.query or "")
 
-def parse_embeddings(body: bytes, card: ModelCard, limits: LimitsConfig) -> ParsedRequest:
-    """Raises InvalidJson, InvalidField, ModelNotFound or TooLarge."""
-    parsed = parse(EmbeddingsBody, body)
-    if parsed.model is not None and parsed.model != card.name:
-        raise ModelNotFound(
-            f"the model {shown(parsed.model)} does not exist; served here: {card.name!r}", param="model"
-        )
-    if card.task != "embeddings":
-        raise InvalidField(f"model {card.name!r} serves {card.task}, not embeddings; call POST /predict", param="model")
-    if parsed.dimensions is not None and card.hidden_size is not None and parsed.dimensions > card.hidden_size:
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A request and what the stages have made of it."""
+
+    request: ParsedRequest
+    card: ModelCard
+    tokenized: Tokenized
+    postprocessed: Postprocessed
+    """Empty for a request that ends with its tokens."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.tokenized.ids.lengths)
+
+    @property
+    def joined(self) -> bytes:
+        """The postprocessor's fragments as elements of a list."""
+        return b",".join(self.postprocessed.fragments)
+
+
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """The body of a response."""
+
+    body: bytes
+    media_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_model(model: str | None, card: ModelCard) -> None:
+    """Raises ModelNotFound."""
+    if model is not None and model != card.name:
+        raise ModelNotFound(f"the model {shown(model)} does not exist; served here: {card.name!r}", param="model")
+
+
+def check_task(card: ModelCard, route: str, *tasks: Task) -> None:
+    """Raises InvalidField if the model cannot do what the route is for."""
+    if card.task not in tasks:
         raise InvalidField(
-            f"dimensions must be at most {card.hidden_size}, the size of the embeddings; got {parsed.dimensions}",
-            param="dimensions",
+            f"model {card.name!r} serves {card.task}, not {' or '.join(tasks)}; call {_ROUTE_OF[card.task]} instead of "
+            f"{route}",
+            param="model",
         )
-    options = OutputOptions("/v1/embeddings", dimensions=parsed.dimensions, base64=parsed.encoding_format == "base64")
-    return ParsedRequest(_inputs(parsed.input, "input", limits, tokens_allowed=True), "input", True, options, card.name)
 
 
-def parse_predict(body: bytes, card: ModelCard, limits: LimitsConfig) -> ParsedRequest:
-    """Raises InvalidJson, InvalidField or TooLarge."""
-    parsed = parse(PredictBody, body)
-    top_k = parsed.parameters.top_k
-    if card.task == "fill-mask" and top_k is not None and top_k > MAX_FILLS:
-        raise InvalidField(
-            f"parameters.top_k must be at most {MAX_FILLS} for fill-mask; got {top_k}",
-            param="parameters.top_k",
-        )
-    inputs = _inputs(parsed.inputs, "inputs", limits, tokens_allowed=False)
-    return ParsedRequest(
-        inputs, "inputs", parsed.parameters.truncate, OutputOptions("/predict", top_k=top_k), card.name
-    )
-
-
-def frame_embeddings(fragments: Sequence[bytes], card: ModelCard, tokens: int) -> bytes:
-    usage = b'{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
-    return b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (
-        b",".join(fragments),
-        to_json(card.name),
-        usage,
-    )
-
-
-def frame_predict(fragments: Sequence[bytes], card: ModelCard, tokens: int) -> bytes:
-    usage = b'{"input_tokens":%d}' % tokens
-    return b'{"model":%b,"task":%b,"predictions":[%b],"usage":%b}' % (
-        to_json(card.name),
-        to_json(card.task),
-        b",".join(fragments),
-        usage,
-    )
-
-
-# --- fields ----------------------------------------------------------------------------------------------------------
+_ROUTE_OF: dict[Task, str] = {
+    "embeddings": "POST /v1/embeddings",
+    "text-classification": "POST /predict",
+    "token-classification": "POST /predict",
+    "fill-mask": "POST /predict",
+    "text-ranking": "POST /rerank",
+    "text-generation": "POST /v1/chat/completions",
+}
 
 
 def parse(kind: type[Parsed], body: bytes) -> Parsed:
@@ -136,16 +138,27 @@ def parse(kind: type[Parsed], body: bytes) -> Parsed:
     if problem["type"] == "missing":
         raise InvalidField(f"{field} is required", param=field)
     if problem["type"] == "extra_forbidden":
-        section = Parameters if len(problem["loc"]) > 1 else kind
-        known = ", ".join(section.model_fields)
+        known = ", ".join(_section(kind, problem["loc"][:-1]).model_fields)
         raise InvalidField(f"{field} is not a field of this request; known: {known}", param=field)
     if not field:
         raise InvalidField(f"the body must be a JSON object; got {_kind(problem['input'])}")
-    got = _kind(problem["input"]) if field == "parameters" else shown(problem["input"])
+    # What is there instead of an object or a list may be a text, which stays out of messages.
+    is_structure = problem["type"] in ("model_type", "list_type", "dict_type")
+    got = _kind(problem["input"]) if is_structure else shown(problem["input"])
     raise InvalidField(f"{field}: {problem['msg']}; got {got}", param=field)
 
 
-def _inputs(value: Any, param: str, limits: LimitsConfig, *, tokens_allowed: bool) -> Inputs:
+def _section(kind: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
+    """The body's part that a path of field names leads to."""
+    for part in path:
+        annotation = kind.model_fields[part].annotation if isinstance(part, str) and part in kind.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return kind
+        kind = annotation
+    return kind
+
+
+def checked_inputs(value: Any, param: str, limits: LimitsConfig, *, tokens_allowed: bool) -> Inputs:
     """The inputs as a tuple, all texts or all token ids."""
     if isinstance(value, str):
         value = [value]
@@ -170,10 +183,10 @@ def _inputs(value: Any, param: str, limits: LimitsConfig, *, tokens_allowed: boo
         )
     if tokens_allowed and isinstance(value[0], list):
         return tuple(_token_ids(ids, f"{param}[{i}]", param, limits) for i, ids in enumerate(value))
-    return tuple(_text(text, f"{param}[{i}]", param, rule, limits) for i, text in enumerate(value))
+    return tuple(checked_text(text, f"{param}[{i}]", param, rule, limits) for i, text in enumerate(value))
 
 
-def _text(text: Any, where: str, param: str, rule: str, limits: LimitsConfig) -> str:
+def checked_text(text: Any, where: str, param: str, rule: str, limits: LimitsConfig) -> str:
     if not isinstance(text, str):
         raise InvalidField(f"{param} must be {rule}; {where} is {_kind(text)}", param=param)
     if not text:

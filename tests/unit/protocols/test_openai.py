@@ -10,8 +10,9 @@ import pytest
 from deployments.config import LimitsConfig, ModelConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ApiError, InvalidField, InvalidJson, ModelNotFound, TooLarge
-from deployments.http.schemas import frame_embeddings, frame_predict, parse_embeddings, parse_predict
-from deployments.messages import OutputOptions
+from deployments.messages import OutputOptions, Postprocessed, Ragged, Tokenized
+from deployments.protocols.fields import Answered, ParsedRequest
+from deployments.protocols.openai import frame_embeddings, frame_predict, parse_embeddings, parse_predict
 
 CARD = ModelCard.load(ModelConfig(engine="fake"))
 LIMITS = LimitsConfig(max_inputs=4, max_input_chars=100)
@@ -155,9 +156,14 @@ def test_fill_mask_top_k_is_limited() -> None:
     assert parse_predict(json.dumps(body).encode(), CARD, LIMITS).options.top_k == 101
 
 
+def answered(*fragments: bytes) -> Answered:
+    request = ParsedRequest(("a",), "input", True, OutputOptions("/predict"), CARD.name)
+    return Answered(request, CARD, Tokenized(Ragged.of([range(9)]), (False,)), Postprocessed(fragments))
+
+
 def test_responses_are_framed_around_the_fragments() -> None:
-    embeddings = json.loads(frame_embeddings([b'{"index":0}', b'{"index":1}'], CARD, 9))
-    predictions = json.loads(frame_predict([b'{"label":"a"}'], CARD, 9))
+    embeddings = json.loads(frame_embeddings(answered(b'{"index":0}', b'{"index":1}')).body)
+    predictions = json.loads(frame_predict(answered(b'{"label":"a"}')).body)
 
     assert embeddings == {
         "object": "list",

@@ -11,9 +11,9 @@ from pydantic_core import to_json
 
 from deployments.config import GenerationConfig, LimitsConfig
 from deployments.engine.card import ModelCard
-from deployments.errors import InvalidField, ModelNotFound
-from deployments.http.schemas import Body, parse, shown
+from deployments.errors import InvalidField
 from deployments.messages import ChatMessage, RenderRequest, Sampling, TokenText
+from deployments.protocols.fields import Body, check_model, parse, shown
 
 _COMPLETION_TOKENS = 16
 """As OpenAI has it."""
@@ -183,8 +183,7 @@ def _parsed(
     default_max_tokens: int | None,
     logprobs: int | None,
 ) -> ParsedGeneration:
-    if body.model is not None and body.model != card.name:
-        raise ModelNotFound(f"the model {shown(body.model)} does not exist; served here: {card.name!r}", param="model")
+    check_model(body.model, card)
     if body.stream_options is not None and not body.stream:
         raise InvalidField("stream_options needs stream: true", param="stream_options")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())

@@ -1,9 +1,10 @@
-"""Converts model output to JSON predictions, for each task. The rules are those of transformers' pipelines."""
+"""Converts model output to what each route returns, for each task. The rules are those of transformers' pipelines."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import numpy.typing as npt
 from pydantic_core import to_json
 
 from deployments.engine.card import ModelCard
+from deployments.engine.outputs.scores import class_scores, ranking_scores, softmax
+from deployments.engine.outputs.tensors import build_tensors
 from deployments.errors import ModelFailed
-from deployments.messages import Ids, OutputOptions, Tokenized
+from deployments.messages import Ids, OutputOptions, Postprocessed, Tokenized
 
 Floats = npt.NDArray[np.float32]
 DEFAULT_FILLS = 5
@@ -29,24 +32,41 @@ class PredictionBuilder:
     def __init__(self, card: ModelCard, pretrained: Any = None) -> None:
         self._card, self._pretrained = card, pretrained
 
-    def fragments(
+    def build(
         self, tokenized: Tokenized, outputs: Sequence[Any], options: OutputOptions, texts: Sequence[str]
-    ) -> tuple[bytes, ...]:
-        """Return one JSON object per input, in order. Raises ModelFailed if an output is not finite."""
+    ) -> Postprocessed:
+        """Build what the route asks for. Raises ModelFailed if an output is not finite."""
         for index, output in enumerate(outputs):
             values = output if isinstance(output, np.ndarray) else output[0]
             if not np.isfinite(values).all():
                 raise ModelFailed(f"the model returned a non-finite number for input {index}")
-        if options.route == "/v1/embeddings":
-            return tuple(_openai_embedding(index, out, options) for index, out in enumerate(outputs))
+        if self._card.task == "embeddings":
+            outputs = [_finished(output, options) for output in outputs]
+        match options.route:
+            case "/v1/embeddings":
+                return Postprocessed(tuple(_openai_embedding(i, output, options) for i, output in enumerate(outputs)))
+            case "/embed":
+                return Postprocessed(tuple(to_json(output.tolist()) for output in outputs))
+            case "/similarity":
+                source, *others = outputs
+                return Postprocessed(tuple(to_json(float(source @ one)) for one in others))
+            case "/rerank" | "/v1/rerank":
+                return Postprocessed(tuple(map(to_json, _ranking(outputs, options, texts))))
+            case "/v2":
+                made = partial(self._predictions, tokenized, outputs, options, texts)
+                return Postprocessed((), build_tensors(self._card, tokenized, outputs, options, made))
+            case "/predict":
+                return Postprocessed(tuple(map(to_json, self._predictions(tokenized, outputs, options, texts))))
+
+    def _predictions(
+        self, tokenized: Tokenized, outputs: Sequence[Any], options: OutputOptions, texts: Sequence[str]
+    ) -> list[dict[str, Any]]:
         ids, offsets = list(tokenized.ids), list(tokenized.offsets or [])
-        return tuple(
-            to_json(
-                self._prediction(out, options, ids[i], offsets[i] if offsets else None, texts[i] if texts else "")
-                | {"truncated": tokenized.truncated[i]}
-            )
+        return [
+            self._prediction(out, options, ids[i], offsets[i] if offsets else None, texts[i] if texts else "")
+            | {"truncated": tokenized.truncated[i]}
             for i, out in enumerate(outputs)
-        )
+        ]
 
     def _prediction(
         self, output: Any, options: OutputOptions, ids: Ids, offsets: npt.NDArray[np.int32] | None, text: str
@@ -108,27 +128,36 @@ class PredictionBuilder:
 
 def classify(logits: Floats, card: ModelCard, top_k: int | None) -> dict[str, Any]:
     """Return the best label, and the ``top_k`` best (default: all) with their scores."""
-    match card.score_function:
-        case "softmax":
-            scores = softmax(logits)
-        case "sigmoid":
-            scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
-        case "none":
-            scores = logits
-    order = np.argsort(-scores, kind="stable")[: top_k or len(scores)]
+    scores = class_scores(logits, card)
+    order = np.argsort(-scores, kind="stable")[:top_k]
     ranked = [{"label": card.labels[i], "score": float(scores[i])} for i in order]
     return {**ranked[0], "scores": ranked}
 
 
-def softmax(logits: Floats) -> Floats:
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]
+def _finished(embedding: Floats, options: OutputOptions) -> Floats:
+    """Cut to the dimensions that are wanted and, unless that is not wanted, of norm 1."""
+    embedding = embedding[: options.dimensions]
+    if not options.normalize:
+        return embedding
+    finished: Floats = embedding / max(float(np.linalg.norm(embedding)), 1e-12)
+    return finished
 
 
 def _openai_embedding(index: int, embedding: Floats, options: OutputOptions) -> bytes:
-    if options.dimensions is not None:
-        embedding = embedding[: options.dimensions]
-        # A truncated unit vector has a norm below 1; OpenAI normalises again.
-        embedding = embedding / max(float(np.linalg.norm(embedding)), 1e-12)
     value = base64.b64encode(embedding.astype("<f4").tobytes()).decode() if options.base64 else embedding.tolist()
     return to_json({"object": "embedding", "index": index, "embedding": value})
+
+
+def _ranking(outputs: Sequence[Floats], options: OutputOptions, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The texts by relevance, best first, equal ones in the order of the request."""
+    scores = ranking_scores(outputs, raw=options.raw_scores)
+    order = np.argsort(-scores, kind="stable")[: options.top_k].tolist()
+    if options.route == "/rerank":
+        return [
+            {"index": i, "score": float(scores[i])} | ({"text": texts[i]} if options.wants_texts else {}) for i in order
+        ]
+    return [
+        {"index": i, "relevance_score": float(scores[i])}
+        | ({"document": {"text": texts[i]}} if options.wants_texts else {})
+        for i in order
+    ]

@@ -1,0 +1,1 @@
+"""What a model's output becomes: scores, predictions, tensors."""

@@ -1,0 +1,148 @@
+"""The inference routes: how each parses its body and frames its response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from deployments.config import LimitsConfig
+from deployments.engine.card import ModelCard
+from deployments.protocols import embeddings_inference, openai, rerank
+from deployments.protocols.errors import (
+    ErrorForm,
+    cohere_error,
+    embeddings_inference_error,
+    open_inference_error,
+    openai_error,
+)
+from deployments.protocols.fields import Answered, Incoming, ParsedRequest
+from deployments.protocols.generation import (
+    Answer,
+    ChatAnswer,
+    ChatBody,
+    CompletionAnswer,
+    CompletionBody,
+    ParsedGeneration,
+    parse_chat,
+    parse_completion,
+)
+from deployments.protocols.open_inference import rest, rpc
+
+Parse = Callable[[bytes, ModelCard, LimitsConfig], ParsedRequest]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One inference route.
+
+    ``parse`` takes an ``Incoming``, or, of a gRPC method, the message; ``frame`` makes the response of it.
+    """
+
+    path: str
+    """Also the route in telemetry: of a gRPC method, its name."""
+    operation: str
+    """``gen_ai.operation.name`` of its requests."""
+    body: type[BaseModel]
+    parse: Callable[[Any, ModelCard, LimitsConfig], ParsedRequest]
+    frame: Callable[[Answered], Any]
+    error: ErrorForm = openai_error
+
+    @property
+    def runs_model(self) -> bool:
+        """Or whether tokens are all that is wanted."""
+        return self.operation != "tokenize"
+
+
+def _of_body(parse: Parse) -> Callable[[Incoming, ModelCard, LimitsConfig], ParsedRequest]:
+    """Of a request, its body says everything."""
+    return lambda incoming, card, limits: parse(incoming.body, card, limits)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRoute:
+    """One route of language models."""
+
+    path: str
+    operation: str
+    """``gen_ai.operation.name`` of its requests."""
+    body: type[BaseModel]
+    parse: Callable[[bytes, ModelCard, LimitsConfig], ParsedGeneration]
+    answer: type[Answer]
+
+
+GENERATION_ROUTES = (
+    GenerationRoute("/v1/chat/completions", "chat", ChatBody, parse_chat, ChatAnswer),
+    GenerationRoute("/v1/completions", "text_completion", CompletionBody, parse_completion, CompletionAnswer),
+)
+ROUTES = (
+    Route(
+        "/v1/embeddings",
+        "embeddings",
+        openai.EmbeddingsBody,
+        _of_body(openai.parse_embeddings),
+        openai.frame_embeddings,
+    ),
+    Route("/predict", "predict", openai.PredictBody, _of_body(openai.parse_predict), openai.frame_predict),
+    Route(
+        "/embed",
+        "embeddings",
+        embeddings_inference.EmbedBody,
+        _of_body(embeddings_inference.parse_embed),
+        embeddings_inference.frame_list,
+        embeddings_inference_error,
+    ),
+    Route(
+        "/similarity",
+        "embeddings",
+        embeddings_inference.SimilarityBody,
+        _of_body(embeddings_inference.parse_similarity),
+        embeddings_inference.frame_list,
+        embeddings_inference_error,
+    ),
+    Route(
+        "/rerank",
+        "rerank",
+        embeddings_inference.RerankBody,
+        _of_body(embeddings_inference.parse_rerank),
+        embeddings_inference.frame_list,
+        embeddings_inference_error,
+    ),
+    Route(
+        "/tokenize",
+        "tokenize",
+        embeddings_inference.TokenizeBody,
+        _of_body(embeddings_inference.parse_tokenize),
+        embeddings_inference.frame_tokens,
+        embeddings_inference_error,
+    ),
+    *(
+        Route(path, "rerank", rerank.RerankBody, _of_body(rerank.parse_rerank), rerank.frame_rerank, cohere_error)
+        for path in ("/v1/rerank", "/v2/rerank")
+    ),
+)
+OPEN_INFERENCE = Route(
+    "/v2/models/{model}/infer", "infer", rest.InferBody, rest.parse_rest, rest.frame_rest, open_inference_error
+)
+"""With or without ``/versions/{version}``."""
+MODEL_INFER = Route(rpc.INFER, "infer", rest.InferBody, rpc.parse_rpc, rpc.frame_rpc)
+"""Over gRPC."""
+
+
+def body_schema(route: Route | GenerationRoute) -> dict[str, Any]:
+    """The request body for the OpenAPI document, its definitions in place."""
+    schema = route.body.model_json_schema()
+    in_place = _in_place(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": in_place}}}}
+
+
+def _in_place(part: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(part, list):
+        return [_in_place(one, definitions) for one in part]
+    if not isinstance(part, dict):
+        return part
+    if "$ref" in part:
+        return _in_place(definitions[part["$ref"].rpartition("/")[2]], definitions)
+    return {key: _in_place(value, definitions) for key, value in part.items()}
