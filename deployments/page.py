@@ -17,11 +17,12 @@ from ray.serve import Application
 
 from deployments import __version__
 from deployments.config import TelemetryConfig
-from deployments.errors import ApiError, ConfigError, InvalidField, QueueFull, SourceUnavailable
+from deployments.errors import ApiError, ConfigError, InvalidField, NotFound, QueueFull, SourceUnavailable
 from deployments.explain.options import PageConfig, duration_s, share
 from deployments.explain.render.html import as_html, content_security_policy
 from deployments.explain.render.text import as_json
 from deployments.explain.traces.http_api import SourceError
+from deployments.explain.traces.of_model import NoSuchModel
 from deployments.explain.traces.open import source_at
 from deployments.explain.verdict import Verdict, examine
 from deployments.http.keys import ApiKeys
@@ -29,6 +30,8 @@ from deployments.http.server import FastPathApp, error_response
 from deployments.telemetry.export.provider import destination
 
 Value = TypeVar("Value")
+_Wanted = tuple[int, float, str | None]
+"""Seconds, the share that counts as slow, and the model, None for all."""
 _MAX_WAITING, _RETRY_S = 16, 5
 _FORMS: dict[str, tuple[Callable[[Verdict], str], str]] = {
     "html": (as_html, "text/html"),
@@ -48,14 +51,17 @@ class DiagnosisPage:
         self._longest_s = max(duration_s(config.max_since), duration_s(config.since))
         self._reading = asyncio.Lock()
         self._waiting, self._rests_until_s = 0, 0.0
-        self._last: tuple[tuple[int, float], float, Verdict] | None = None
+        self._last: tuple[_Wanted, float, Verdict] | None = None
 
-    async def _page(self, since: str | None = None, slowest: str | None = None, format: str = "html") -> Response:
+    async def _page(
+        self, since: str | None = None, slowest: str | None = None, format: str = "html", model: str | None = None
+    ) -> Response:
         try:
             render, media_type = _known_form(format)
             wanted = (
                 _asked(duration_s, "since", since or self._config.since),
                 _asked(share, "slowest", slowest or self._config.slowest),
+                model,
             )
             if wanted[0] > self._longest_s:
                 raise InvalidField(f"since must be at most {self._config.max_since}", param="since")
@@ -64,7 +70,7 @@ class DiagnosisPage:
         except ApiError as error:
             return error_response(error, error.body())
 
-    async def _verdict(self, wanted: tuple[int, float]) -> Verdict:
+    async def _verdict(self, wanted: _Wanted) -> Verdict:
         """Run one reading at a time; a request that waited for one with the same parameters reuses its verdict.
 
         Whoever asks for what, reading takes at most a third of the time. Raises QueueFull.
@@ -86,9 +92,11 @@ class DiagnosisPage:
         finally:
             self._waiting -= 1
 
-    def _read(self, since_s: int, slowest: float) -> Verdict:
+    def _read(self, since_s: int, slowest: float, model: str | None) -> Verdict:
         try:
-            return examine(source_at(self._where), slowest, time.time_ns() - since_s * 10**9)
+            return examine(source_at(self._where, model), slowest, time.time_ns() - since_s * 10**9)
+        except NoSuchModel as error:
+            raise NotFound(str(error)) from None
         except (SourceError, FileNotFoundError) as error:
             raise SourceUnavailable(str(error)) from None
 

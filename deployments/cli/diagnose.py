@@ -22,6 +22,7 @@ from deployments.explain.requests.breakdown import break_down
 from deployments.explain.requests.request import split
 from deployments.explain.traces.files import Source, TraceFiles
 from deployments.explain.traces.http_api import SourceError, without_password
+from deployments.explain.traces.of_model import NoSuchModel, OfModel
 from deployments.explain.traces.open import source_at
 from deployments.explain.verdict import Verdict, examine
 
@@ -37,14 +38,20 @@ class NothingToShow(Exception):
 
 
 def why(
-    where: str, since_ns: int, slowest: float, form: Format, output: Path | None, against: Against | None = None
+    where: str,
+    since_ns: int,
+    slowest: float,
+    form: Format,
+    output: Path | None,
+    against: Against | None = None,
+    model: str | None = None,
 ) -> None:
     """Raises NothingToShow."""
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(opened(where))
+        source = stack.enter_context(opened(where, model))
         then = None
         if against is not None:
-            other = stack.enter_context(opened(against.source)) if against.source is not None else source
+            other = stack.enter_context(opened(against.source, model)) if against.source is not None else source
             then = other, against.since_ns, against.until_ns
         verdict = examine(source, slowest, since_ns, then)
         if then is None and any(finding.fix.changes for finding in verdict.findings):
@@ -94,13 +101,13 @@ def trace(trace_id: str | None, where: str) -> None:
     _say_what_is_broken(source)
 
 
-def live(where: str, since_s: int, slowest: float, every_s: float) -> None:
+def live(where: str, since_s: int, slowest: float, every_s: float, model: str | None = None) -> None:
     """Repeat ``why`` until interrupted. Raises NothingToShow if the source is a server that does not respond."""
     console = _console(sys.stdout)
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, transient=False) as shown:
         while True:
             begun = time.monotonic()
-            newest = _now(where, since_s, slowest)
+            newest = _now(where, since_s, slowest, model)
             if console.is_terminal:
                 shown.update(newest, refresh=True)
             else:
@@ -110,13 +117,15 @@ def live(where: str, since_s: int, slowest: float, every_s: float) -> None:
             time.sleep(max(every_s, 3 * (time.monotonic() - begun)))
 
 
-def _now(where: str, since_s: int, slowest: float) -> RenderableType:
+def _now(where: str, since_s: int, slowest: float, model: str | None) -> RenderableType:
     now_ns = time.time_ns()
     try:
-        source = source_at(where)
+        source = source_at(where, model)
         verdict = examine(source, slowest, now_ns - since_s * 10**9)
     except FileNotFoundError:
         return Text(f"no traces at {where} yet")
+    except NoSuchModel as error:
+        return Text(str(error))
     except SourceError as error:
         raise NothingToShow(str(error)) from None
     if not verdict.capture.survey.requests:
@@ -128,8 +137,11 @@ def _now(where: str, since_s: int, slowest: float) -> RenderableType:
 
 
 @contextlib.contextmanager
-def opened(where: str) -> Iterator[Source]:
-    """Open the source, with a progress bar on a terminal while a long file is read. Raises NothingToShow."""
+def opened(where: str, model: str | None = None) -> Iterator[Source]:
+    """Open the source, or one model's part of it, with a progress bar on a terminal while a long file is read.
+
+    Raises NothingToShow.
+    """
     console = Console(stderr=True)
     columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), DownloadColumn())
     try:
@@ -140,8 +152,8 @@ def opened(where: str) -> Iterator[Source]:
                 source.on_progress = lambda done, total: progress.update(
                     task, completed=done, total=total, visible=total > _LONG_BYTES
                 )
-            yield source
-    except (OSError, SourceError) as error:
+            yield source if model is None else OfModel(source, model)
+    except (OSError, SourceError, NoSuchModel) as error:
         raise NothingToShow(f"{error} (looked in {without_password(where)})") from None
 
 

@@ -37,7 +37,7 @@ class Asked:
         return found
 
 
-def predict(where: str, since_ns: int, asked: Asked, form: Literal["text", "json"]) -> None:
+def predict(where: str, since_ns: int, asked: Asked, form: Literal["text", "json"], model: str | None = None) -> None:
     """Raises ConfigError, NothingToShow."""
     changes = asked.by_key()
     if asked.is_search != (asked.target_p99_s is not None):
@@ -46,7 +46,7 @@ def predict(where: str, since_ns: int, asked: Asked, form: Literal["text", "json
         raise ConfigError("--search looks for the settings; it takes none")
     if not asked.is_search and not changes and asked.rate == 1:
         raise ConfigError("say what to change: KEY=VALUE, --replicas or --rate; or --search")
-    with opened(where) as source:
+    with opened(where, model) as source:
         try:
             recording = record(source, since_ns)
             if asked.target_p99_s is not None:

@@ -31,6 +31,7 @@ def as_json(verdict: Verdict) -> str:
         "schema": 1,
         "window": {"from": iso_time(begun), "to": iso_time(ended)},
         "requests": survey.requests,
+        "models": {name: round(count) for name, count in sorted(survey.models.items())},
         "incomplete": verdict.capture.incomplete,
         "errors": survey.errors,
         "latency_ms": percentiles(survey.latencies_ms, survey.latency_weights),
@@ -152,7 +153,13 @@ def headline(verdict: Verdict) -> str:
 
 
 def comparison(verdict: Verdict) -> Iterator[str]:
-    """Yield lines that say what the window is compared with, or since when requests take longer."""
+    """Yield lines that say whose requests these are, if it is not clear; what the window is compared with, or since
+    when requests take longer.
+    """
+    models = verdict.capture.survey.models
+    if len(models) > 1:
+        listed = ", ".join(f"{name} {count:.0f}" for name, count in sorted(models.items(), key=lambda one: -one[1]))
+        yield f"of {len(models)} models: {listed}; --model NAME looks at one alone"
     if verdict.against is not None:
         other = verdict.against.capture.survey
         found = percentiles(other.latencies_ms, other.latency_weights)

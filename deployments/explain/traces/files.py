@@ -40,16 +40,17 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 class Source(Protocol):
-    """A source of traces.
+    """A source of traces."""
 
-    Attributes:
-        broken: how many items the last query skipped because they could not be read.
-        lost: spans and records that the processes report as lost, in the period of the last ``spans`` call; 0 if there
-            are no metrics.
-    """
+    @property
+    def broken(self) -> int:
+        """How many items the last query skipped because they could not be read."""
 
-    broken: int
-    lost: int
+    @property
+    def lost(self) -> int:
+        """Spans and records that the processes report as lost, in the period of the last ``spans`` call; 0 if there
+        are no metrics.
+        """
 
     def newest(self) -> str:
         """Return the trace id of the request that ended last. Raises LookupError if there is none."""

@@ -7,14 +7,21 @@ from pathlib import Path
 from deployments.explain.traces.files import Source, TraceFiles
 from deployments.explain.traces.http_api import Api
 from deployments.explain.traces.jaeger import Jaeger
+from deployments.explain.traces.of_model import OfModel
 from deployments.explain.traces.tempo import Tempo
 
 
-def source_at(where: str) -> Source:
-    """Open a file, a folder, a Jaeger query service or Tempo as a source. Raises FileNotFoundError and SourceError.
+def source_at(where: str, model: str | None = None) -> Source:
+    """Open a file, a folder, a Jaeger query service or Tempo as a source, or one model's part of it.
 
-    A single request determines which of the two servers it is: Tempo has ``/api/echo``.
+    A single request determines which of the two servers it is: Tempo has ``/api/echo``. Raises FileNotFoundError and
+    SourceError.
     """
+    source = _source_at(where)
+    return source if model is None else OfModel(source, model)
+
+
+def _source_at(where: str) -> Source:
     if "://" not in where:
         return TraceFiles(Path(where))
     api = Api(where)

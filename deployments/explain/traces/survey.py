@@ -46,6 +46,7 @@ class Root:
     route: str = ""
     weight: float = 1.0
     """For how many requests it stands (``ai.sampling.weight``); 0 if it was kept for the sake of another."""
+    model: str = ""
 
     @classmethod
     def of(cls, span: Span) -> Root:
@@ -54,7 +55,13 @@ class Root:
         error = str(span.attributes.get(names.ERROR_TYPE) or ("error" if span.failed else ""))
         route = sys.intern(route_of(span))
         return cls(
-            span.key, span.start_ns, max(0, span.end_ns - span.start_ns), error, route, float(weight) if counts else 1.0
+            key=span.key,
+            started_ns=span.start_ns,
+            latency_ns=max(0, span.end_ns - span.start_ns),
+            error=error,
+            route=route,
+            weight=float(weight) if counts else 1.0,
+            model=sys.intern(str(span.attributes.get(names.AI_MODEL_NAME, ""))),
         )
 
     @property
@@ -75,6 +82,8 @@ class Survey:
     starts_ns: list[int] = field(default_factory=list)
     routes: list[str] = field(default_factory=list)
     """For how many each of ``latencies_ms`` stands, and when and where it came in, in its order."""
+    models: dict[str, float] = field(default_factory=dict)
+    """Requests by model."""
     read: int = 0
     """Requests whose traces were kept; ``requests`` is what they stand for."""
     window_ns: tuple[int, int] = (0, 0)
@@ -136,6 +145,7 @@ def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: f
         latency_weights=[root.weight for root in answered],
         starts_ns=[root.started_ns for root in answered],
         routes=[root.route for root in answered],
+        models=_by_model(counted),
         read=len(every),
         since_ns=since_ns,
         slow={root.key for root in slow},
@@ -149,6 +159,13 @@ def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: f
         found.window_ns = min(root.started_ns for root in every), max(root.ended_ns for root in every)
     found.trace_ids_to_read = {trace_id for trace_id, _ in found.slow | found.ordinary | found.failed}
     return found
+
+
+def _by_model(roots: Iterable[Root]) -> dict[str, float]:
+    found: Counter[str] = Counter()
+    for root in roots:
+        found[root.model] += root.weight  # type: ignore[assignment]
+    return dict(found)
 
 
 def _slow_of(answered: Sequence[Root], slowest: float) -> int:
