@@ -67,22 +67,20 @@ def build(args: dict[str, Any]) -> Application:
     tokenizer = _behind_the_ingress("Tokenizer", stages.tokenizer, config, num_cpus=0.2)
     model = _behind_the_ingress("Model", stages.model, config, num_cpus=1.0)
     postprocessor = _behind_the_ingress("Postprocessor", stages.postprocessor, config, num_cpus=0.1)
-    ingress = _deployment("Ingress", serve.ingress()(stages.ingress), config, num_cpus=0.2)
+    ingress = deployment("Ingress", serve.ingress()(stages.ingress), config, num_cpus=0.2)
     bound: Application = ingress.bind(config, tokenizer, model, postprocessor, int(time.time()))
     return bound
 
 
 def _behind_the_ingress(name: str, stage: type[Any], config: AppConfig, *, num_cpus: float) -> Any:
     """A stage that is called through the channel: callers learn of its replicas from the router of their handles."""
-    arguments: dict[str, Any] = {
-        "request_router_class": ROUTER,
-        "request_router_kwargs": {"deployment": name},
-    }
+    arguments: dict[str, Any] = {"request_router_class": ROUTER}
     router = RequestRouterConfig(**arguments)
-    return _deployment(name, stage, config, num_cpus=num_cpus, request_router_config=router).bind(config)
+    return deployment(name, stage, config, num_cpus=num_cpus, request_router_config=router).bind(config)
 
 
-def _deployment(name: str, stage: type[Any], config: AppConfig, *, num_cpus: float, **options: Any) -> Any:
+def deployment(name: str, stage: type[Any], config: AppConfig, *, num_cpus: float, **options: Any) -> Any:
+    """A deployment with the defaults of this application."""
     return serve.deployment(
         name=name,
         max_ongoing_requests=DEFAULT_MAX_ONGOING_REQUESTS,

@@ -58,6 +58,8 @@ class ModelCard:
     score_function: Literal["softmax", "sigmoid", "none"]
     end_tokens: tuple[int, ...] = ()
     """Tokens that end a generated text."""
+    beside: tuple[str, ...] = ()
+    """Other models that are served at the same place."""
 
     @classmethod
     def load(cls, config: ModelConfig) -> ModelCard:

@@ -14,6 +14,8 @@ from deployments.config import LimitsConfig
 from deployments.errors import BodyTooSlow, Cancelled, DeadlinePassed, QueueFull, TooLarge
 
 _DIGITS = 18
+ARRIVED = "slowlens.arrived_ns"
+"""In the scope: when the request arrived, if something has looked into its body since then."""
 _FREE_BYTES = 64 * 1024
 """Of each body, outside the budget: who sends little is not refused because others send much."""
 
@@ -59,6 +61,7 @@ class Body:
 
     def __init__(self, budget: BodyBudget, limits: LimitsConfig, http: Request) -> None:
         self._budget, self._limits, self._http = budget, limits, http
+        self._arrived_ns: int = http.scope.get(ARRIVED, 0) or time.monotonic_ns()
         announced = http.headers.get("content-length", "")
         self._announced = int(announced[:_DIGITS]) if announced.isdecimal() else None
         self.held = 0
@@ -73,14 +76,15 @@ class Body:
         limit, parts, size = self._limits.max_body_bytes, list[bytes](), 0
         if self._announced is not None and self._announced > limit:
             raise TooLarge(f"the body has {self._announced} bytes; at most {limit} are allowed")
-        left_s, most_s = (deadline_ns - time.monotonic_ns()) / 1e9, self._limits.body_timeout_ms / 1e3
+        now_ns, most_s = time.monotonic_ns(), self._limits.body_timeout_ms / 1e3
+        left_s = (deadline_ns - now_ns) / 1e9
         try:
-            async with asyncio.timeout(min(left_s, most_s)):
+            async with asyncio.timeout(min(left_s, most_s - (now_ns - self._arrived_ns) / 1e9)):
                 async for part in self._http.stream():
                     size += len(part)
                     if size > limit:
                         raise TooLarge(f"the body has more than {limit} bytes, the maximum allowed")
-                    self._hold(size)
+                    self.hold(size)
                     parts.append(part)
         except ClientDisconnect:
             raise Cancelled("the client hung up") from None
@@ -93,7 +97,8 @@ class Body:
         self.was_left = False
         return b"".join(parts)
 
-    def _hold(self, size: int) -> None:
+    def hold(self, size: int) -> None:
+        """Count so many bytes of it in the budget. Raises QueueFull."""
         more = max(0, size - _FREE_BYTES) - self.held
         if more > 0:
             self._budget.take(more)

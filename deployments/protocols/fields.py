@@ -102,8 +102,15 @@ class Framed:
 
 def check_model(model: str | None, card: ModelCard) -> None:
     """Raises ModelNotFound."""
+    if model in card.beside:
+        raise InvalidField(f"the model {shown(model)} does not serve this route; {card.name!r} does", param="model")
     if model is not None and model != card.name:
-        raise ModelNotFound(f"the model {shown(model)} does not exist; served here: {card.name!r}", param="model")
+        raise ModelNotFound(f"the model {shown(model)} does not exist; served here: {served(card)}", param="model")
+
+
+def served(card: ModelCard) -> str:
+    """The names of the models."""
+    return ", ".join(map(repr, (card.name, *card.beside)))
 
 
 def check_task(card: ModelCard, route: str, *tasks: Task) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from deployments.config import LimitsConfig
 from deployments.engine.card import ModelCard
+from deployments.messages import Task
 from deployments.protocols import embeddings_inference, openai, rerank
 from deployments.protocols.errors import (
     ErrorForm,
@@ -31,6 +32,8 @@ from deployments.protocols.generation import (
 )
 from deployments.protocols.open_inference import rest, rpc
 
+PREDICT_TASKS: tuple[Task, ...] = ("embeddings", "text-classification", "token-classification", "fill-mask")
+ENCODER_TASKS: tuple[Task, ...] = (*PREDICT_TASKS, "text-ranking")
 Parse = Callable[[bytes, ModelCard, LimitsConfig], ParsedRequest]
 
 
@@ -45,6 +48,8 @@ class Route:
     """Also the route in telemetry: of a gRPC method, its name."""
     operation: str
     """``gen_ai.operation.name`` of its requests."""
+    tasks: tuple[Task, ...]
+    """Of the models that it is for; others refuse it by name."""
     body: type[BaseModel]
     parse: Callable[[Any, ModelCard, LimitsConfig], ParsedRequest]
     frame: Callable[[Answered], Any]
@@ -81,14 +86,18 @@ ROUTES = (
     Route(
         "/v1/embeddings",
         "embeddings",
+        ("embeddings",),
         openai.EmbeddingsBody,
         _of_body(openai.parse_embeddings),
         openai.frame_embeddings,
     ),
-    Route("/predict", "predict", openai.PredictBody, _of_body(openai.parse_predict), openai.frame_predict),
+    Route(
+        "/predict", "predict", PREDICT_TASKS, openai.PredictBody, _of_body(openai.parse_predict), openai.frame_predict
+    ),
     Route(
         "/embed",
         "embeddings",
+        ("embeddings",),
         embeddings_inference.EmbedBody,
         _of_body(embeddings_inference.parse_embed),
         embeddings_inference.frame_list,
@@ -97,6 +106,7 @@ ROUTES = (
     Route(
         "/similarity",
         "embeddings",
+        ("embeddings",),
         embeddings_inference.SimilarityBody,
         _of_body(embeddings_inference.parse_similarity),
         embeddings_inference.frame_list,
@@ -105,6 +115,7 @@ ROUTES = (
     Route(
         "/rerank",
         "rerank",
+        ("text-ranking",),
         embeddings_inference.RerankBody,
         _of_body(embeddings_inference.parse_rerank),
         embeddings_inference.frame_list,
@@ -113,21 +124,36 @@ ROUTES = (
     Route(
         "/tokenize",
         "tokenize",
+        ENCODER_TASKS,
         embeddings_inference.TokenizeBody,
         _of_body(embeddings_inference.parse_tokenize),
         embeddings_inference.frame_tokens,
         embeddings_inference_error,
     ),
     *(
-        Route(path, "rerank", rerank.RerankBody, _of_body(rerank.parse_rerank), rerank.frame_rerank, cohere_error)
+        Route(
+            path,
+            "rerank",
+            ("text-ranking",),
+            rerank.RerankBody,
+            _of_body(rerank.parse_rerank),
+            rerank.frame_rerank,
+            cohere_error,
+        )
         for path in ("/v1/rerank", "/v2/rerank")
     ),
 )
 OPEN_INFERENCE = Route(
-    "/v2/models/{model}/infer", "infer", rest.InferBody, rest.parse_rest, rest.frame_rest, open_inference_error
+    "/v2/models/{model}/infer",
+    "infer",
+    ENCODER_TASKS,
+    rest.InferBody,
+    rest.parse_rest,
+    rest.frame_rest,
+    open_inference_error,
 )
 """With or without ``/versions/{version}``."""
-MODEL_INFER = Route(rpc.INFER, "infer", rest.InferBody, rpc.parse_rpc, rpc.frame_rpc)
+MODEL_INFER = Route(rpc.INFER, "infer", ENCODER_TASKS, rest.InferBody, rpc.parse_rpc, rpc.frame_rpc)
 """Over gRPC."""
 
 

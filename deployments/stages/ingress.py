@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request, Response
@@ -22,7 +22,7 @@ from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ApiError, ModelNotFound, NoReplicaReady
-from deployments.http.bodies import Body, BodyBudget
+from deployments.http.bodies import ARRIVED, Body, BodyBudget
 from deployments.http.front import Front
 from deployments.http.headers import client_address, request_id_of, timeout_ms
 from deployments.http.keys import ApiKeys
@@ -38,7 +38,7 @@ from deployments.messages import (
     TokenizeRequest,
 )
 from deployments.protocols.errors import ErrorForm, openai_error
-from deployments.protocols.fields import Answered, Framed, Incoming, ParsedRequest
+from deployments.protocols.fields import Answered, Framed, Incoming, ParsedRequest, check_model
 from deployments.protocols.open_inference.rest import path_params
 from deployments.protocols.routes import OPEN_INFERENCE, ROUTES, Route, body_schema
 from deployments.stages.open_inference import OpenInference
@@ -55,6 +55,15 @@ _STAGES: tuple[Service, ...] = ("tokenizer", "model", "postprocessor")
 _logger = logging.getLogger("slowlens.ingress")
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the ingresses of several models in one process have in common."""
+
+    telemetry: Telemetry
+    meter: EventLoopMeter
+    models: tuple[str, ...] = ()
+
+
 class IngressStage(OpenInference, Stoppable):
     """One replica of the ingress. Must be made on the event loop that it runs on.
 
@@ -64,6 +73,7 @@ class IngressStage(OpenInference, Stoppable):
         created_unix_s: when the application was built, for ``/v1/models``.
         placement: where this replica runs; by default obtained from Ray.
         directory: says which replicas the deployment of a handle has.
+        shared: what it has in common with the ingresses of other models in its process, if there are any.
 
     Attributes:
         results: types of what the three other stages return.
@@ -81,14 +91,20 @@ class IngressStage(OpenInference, Stoppable):
         *,
         placement: Placement | None = None,
         directory: Callable[[DeploymentHandle[Any]], Directory] = ServeDirectory,
+        shared: Shared | None = None,
     ) -> None:
         started_s = time.monotonic()
-        placement = placement or prepare_replica(has_channel=False)
         self._config, self._limits = config, config.limits
         self._card = ModelCard.load(config.model)
         self._created_unix_s = created_unix_s
-        self._telemetry = Telemetry("ingress", config, self._card.name, placement.identity)
-        self._meter = EventLoopMeter(started_s)
+        self._owns_telemetry = shared is None
+        if shared is None:
+            placement = placement or prepare_replica(has_channel=False)
+            shared = Shared(
+                Telemetry("ingress", config, self._card.name, placement.identity), EventLoopMeter(started_s)
+            )
+        self._telemetry, self._meter = shared.telemetry, shared.meter
+        self._card = replace(self._card, beside=tuple(name for name in shared.models if name != self._card.name))
         self._advice, self._front = RetryAdvice(), Front()
         self._bodies, self._keys = BodyBudget(config.limits), ApiKeys(config.security.api_keys)
         self._tokenizer, self._model, self._postprocessor = (
@@ -103,7 +119,7 @@ class IngressStage(OpenInference, Stoppable):
         for replicas in self._replica_sets.values():
             replicas.on_keep = self._telemetry.keep
             replicas.start()
-        self._open_inference = self._endpoint(OPEN_INFERENCE)
+        self.infer_endpoint = self.endpoint(OPEN_INFERENCE)
         self._is_open = True
 
     # --- the path of a request ---
@@ -138,6 +154,8 @@ class IngressStage(OpenInference, Stoppable):
             request_id=request_id_of(http.headers),
             headers=http.headers,
             front_ns=self._front.elapsed_ns(http.headers),
+            model=self._card.name,
+            arrived_ns=http.scope.get(ARRIVED, 0),
         )
 
     async def _infer(
@@ -233,50 +251,48 @@ class IngressStage(OpenInference, Stoppable):
 
     # --- everything else over HTTP ---
 
-    def _models(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "id": self._card.name,
-                "object": "model",
-                "created": self._created_unix_s,
-                "owned_by": "slowlens",
-            }
-        ]
+    @property
+    def card(self) -> ModelCard:
+        return self._card
+
+    def listed(self) -> dict[str, Any]:
+        """The model, as OpenAI lists it."""
+        return {"id": self._card.name, "object": "model", "created": self._created_unix_s, "owned_by": "slowlens"}
 
     async def _list_models(self) -> Response:
-        return json_response({"object": "list", "data": self._models()})
+        return json_response({"object": "list", "data": [self.listed()]})
 
     async def _show_model(self, model: str) -> Response:
-        if model != self._card.name:
-            error = ModelNotFound(
-                f"the model {model[:80]!r} does not exist; served here: {self._card.name!r}", param="model"
-            )
+        try:
+            check_model(model, self._card)
+        except ModelNotFound as error:
             return error_response(error, error.body())
-        return json_response(self._models()[0])
+        return json_response(self.listed())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for the autoscaling policy. Requests in the ingress wait for other stages, not for it."""
         return replace(self._meter.report(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0).stats()
 
     async def _healthz(self) -> Response:
-        unready = self._unready()
+        unready = self.unready()
         return json_response({"status": "ok"}) if unready is None else error_response(unready, unready.body())
 
-    def _unready(self) -> NoReplicaReady | None:
+    def unready(self) -> NoReplicaReady | None:
+        """Why no request could be served, if that is so."""
         missing = [stage for stage, replicas in self._replica_sets.items() if not replicas.is_ready]
         return NoReplicaReady(f"no replica is ready: {', '.join(missing)}", retry_after_s=5) if missing else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the routes. Serve calls this once, after the constructor."""
         app = FastPathApp(
-            {route.path: self._endpoint(route) for route in self._routes()},
+            {route.path: self.endpoint(route) for route in self.routes()},
             self._keys,
             find=self._find,
             title="slowlens",
             version=__version__,
             description="Transformer inference that can tell you why a request was slow.",
         )
-        for route in self._routes():
+        for route in self.routes():
             app.add_api_route(
                 route.path,
                 self._documented,
@@ -291,15 +307,22 @@ class IngressStage(OpenInference, Stoppable):
         app.add_api_route("/healthz", self._healthz, methods=["GET"], summary="Whether every stage has a warm replica")
         return app
 
-    def _routes(self) -> Sequence[Any]:
+    def routes(self) -> Sequence[Any]:
+        """Those that a request for inference may take, by their path."""
         return ROUTES
+
+    def serves(self, route: Any) -> bool:
+        """Whether a route is for models of this task."""
+        return self._card.task in route.tasks
 
     def _find(self, path: str) -> tuple[Endpoint, Mapping[str, str]] | None:
         """The route whose path contains the model's name."""
         params = path_params(path)
-        return (self._open_inference, params) if params is not None else None
+        return (self.infer_endpoint, params) if params is not None else None
 
-    def _endpoint(self, route: Any) -> Endpoint:
+    def endpoint(self, route: Any) -> Endpoint:
+        """What handles the requests of a route."""
+
         async def endpoint(request: Request, send: Any) -> Response | None:
             with self._meter.requests(1):
                 return await self._serve(request, route, send)
@@ -313,20 +336,22 @@ class IngressStage(OpenInference, Stoppable):
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Called by Serve once, when the replica is ready. Nobody needs to know anything of it."""
         self._telemetry.watch_loop()
-        self._telemetry.tell(self._keep)
+        self._telemetry.tell(self.keep)
         tune_garbage_collector()
         return {}
 
-    def _keep(self, kept: Sequence[Keep]) -> None:
+    def keep(self, kept: Sequence[Keep]) -> None:
+        """Tell the stages which traces are kept."""
         for replicas in self._replica_sets.values():
             replicas.keep(kept)
 
     async def _stop(self) -> None:
         """End the connections to the other stages, and stop. Serve has waited for the last request."""
-        if self._telemetry.is_retroactive:
+        if self._owns_telemetry and self._telemetry.is_retroactive:
             # The last decisions have to reach the stages.
             self._telemetry.flush()
             await asyncio.sleep(0)
         for replicas in self._replica_sets.values():
             await replicas.close()
-        self._telemetry.close()
+        if self._owns_telemetry:
+            self._telemetry.close()

@@ -54,7 +54,7 @@ class OpenInference:
     def _told(self, record: RequestRecord, error: Exception) -> ApiError:
         raise NotImplementedError
 
-    def _unready(self) -> NoReplicaReady | None:
+    def unready(self) -> NoReplicaReady | None:
         raise NotImplementedError
 
     # --- inference over gRPC ---
@@ -95,6 +95,7 @@ class OpenInference:
             headers=headers,
             front_ns=self._front.elapsed_ns(headers),
             rpc_method=rpc.INFER,
+            model=self._card.name,
         )
 
     def _shorten(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
@@ -112,10 +113,10 @@ class OpenInference:
         return _response("ServerLive", live=True)
 
     async def ServerReady(self, request: Any, grpc_context: Any) -> Any:  # noqa: ARG002, N802
-        return _response("ServerReady", ready=self._unready() is None)
+        return _response("ServerReady", ready=self.unready() is None)
 
     async def ModelReady(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        return self._tell("ModelReady", request, grpc_context, lambda: {"ready": self._unready() is None})
+        return self._tell("ModelReady", request, grpc_context, lambda: {"ready": self.unready() is None})
 
     async def ServerMetadata(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return self._tell("ServerMetadata", request, grpc_context, lambda: SERVER)
@@ -141,10 +142,10 @@ class OpenInference:
             ("/v2", self._server_metadata, "The server, as the Open Inference Protocol tells it"),
             ("/v2/health/live", self._live, "Whether the ingress runs"),
             ("/v2/health/ready", self._ready, "Whether every stage has a warm replica"),
-            ("/v2/models/{model:path}/versions/{version}/ready", self._model_ready, "Whether the model is ready"),
-            ("/v2/models/{model:path}/versions/{version}", self._model_metadata, "The model's tensors"),
-            ("/v2/models/{model:path}/ready", self._model_ready, "Whether the model is ready"),
-            ("/v2/models/{model:path}", self._model_metadata, "The model's tensors"),
+            ("/v2/models/{model:path}/versions/{version}/ready", self.model_ready, "Whether the model is ready"),
+            ("/v2/models/{model:path}/versions/{version}", self.show_metadata, "The model's tensors"),
+            ("/v2/models/{model:path}/ready", self.model_ready, "Whether the model is ready"),
+            ("/v2/models/{model:path}", self.show_metadata, "The model's tensors"),
             ("/info", self._info, "The model, as text-embeddings-inference tells it"),
         ):
             app.add_api_route(path, endpoint, methods=["GET"], summary=summary)
@@ -156,15 +157,15 @@ class OpenInference:
         return json_response({"live": True})
 
     async def _ready(self) -> Response:
-        is_ready = self._unready() is None
+        is_ready = self.unready() is None
         return json_response({"ready": is_ready}, 200 if is_ready else 503)
 
-    async def _model_ready(self, model: str, version: str = "") -> Response:
-        is_ready = self._unready() is None
+    async def model_ready(self, model: str, version: str = "") -> Response:
+        is_ready = self.unready() is None
         body = {"name": model, "ready": is_ready}
         return self._of_model(model, version, lambda: json_response(body, 200 if is_ready else 503))
 
-    async def _model_metadata(self, model: str, version: str = "") -> Response:
+    async def show_metadata(self, model: str, version: str = "") -> Response:
         return self._of_model(model, version, lambda: json_response(model_metadata(self._card)))
 
     def _of_model(self, model: str, version: str, respond: Callable[[], Response]) -> Response:

@@ -95,16 +95,17 @@ def _measure(record: object, _: Measures) -> None:
 def _(record: RequestRecord, measures: Measures) -> None:
     exemplar = _exemplar(record.context)
     latency_ns = record.ended_ns - record.started_ns
-    measures.record(metrics.LATENCY, latency_ns / 1e6, exemplar, {"outcome": record.outcome})
+    of_model = {"model": record.model}
+    measures.record(metrics.LATENCY, latency_ns / 1e6, exemplar, {**of_model, "outcome": record.outcome})
     spec, attributes = _of_protocol(record)
     if record.fault is not None:
         attributes[names.ERROR_TYPE] = record.fault.error_type
     measures.record(spec, latency_ns / 1e9, exemplar, attributes)
     for stage, hop in record.hops.items():
         if hop.has_reply:
-            measures.record(metrics.TRANSIT, hop.transit_ns / 1e6, exemplar, {"stage": stage})
-    of_tenant = {names.AI_TENANT: record.tenant} if record.tenant else {}
-    measures.count(metrics.REQUESTS, 1, {"outcome": record.outcome, **of_tenant})
+            measures.record(metrics.TRANSIT, hop.transit_ns / 1e6, exemplar, {**of_model, "stage": stage})
+    of_tenant = of_model | ({names.AI_TENANT: record.tenant} if record.tenant else {})
+    measures.count(metrics.REQUESTS, 1, {**of_tenant, "outcome": record.outcome})
     if record.fault is None:
         measures.count(metrics.TOKENS, record.tokens, of_tenant)
     if record.generation is not None:
@@ -143,7 +144,7 @@ def _measure_generation(record: RequestRecord, facts: GenerationFacts, measures:
         if further > 0:
             each_s = (last_ns - facts.first_token_ns) / 1e9 / further
             measures.record(metrics.TIME_PER_OUTPUT_TOKEN, each_s, exemplar, attributes)
-    measures.count(metrics.OUTPUT_TOKENS, facts.output_tokens)
+    measures.count(metrics.OUTPUT_TOKENS, facts.output_tokens, {"model": record.model})
 
 
 def _exemplar(context: SpanContext) -> Context:

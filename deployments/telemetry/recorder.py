@@ -151,13 +151,16 @@ class Telemetry:
         headers: Mapping[str, str],
         front_ns: int = 0,
         rpc_method: str = "",
+        model: str = "",
+        arrived_ns: int = 0,
     ) -> Iterator[RequestRecord]:
         """Record the root span. The block must set ``status``; the caller must turn an ApiError into a response.
 
-        With ``front_ns``, the request began so long ago, and was in what stands before the ingress until now.
+        With ``front_ns``, the request began so long before it arrived, and was in what stands before the ingress.
+        ``arrived_ns`` is when it arrived, if not now; ``model`` whose request it is, if not this telemetry's.
         """
         self.watch_thread()
-        parent, arrived_ns = from_headers(headers), time.monotonic_ns()
+        parent, arrived_ns = from_headers(headers), arrived_ns or time.monotonic_ns()
         record = RequestRecord(
             context=self._root_context(parent),
             parent=parent,
@@ -169,6 +172,7 @@ class Telemetry:
             client=client,
             started_ns=arrived_ns - front_ns,
             rpc_method=rpc_method,
+            model=model or self._model,
         )
         if front_ns:
             record.intervals.append(Interval("front", record.started_ns, arrived_ns))

@@ -304,6 +304,7 @@ class RequestRecord:
     rpc_method: str = ""
     """Of a gRPC call, ``service/method``; empty for HTTP."""
     rpc_status: str = ""
+    model: str = ""
 
     @property
     def caller(self) -> str:

@@ -231,7 +231,7 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_INPUT_LENGTH: record.input_length,
         names.AI_INPUT_TEXT: [text[:_TEXT_LIMIT] for text in record.texts] if record.texts is not None else None,
         names.AI_DEVICE: record.device or None,
-        names.AI_MODEL_NAME: make.model,
+        names.AI_MODEL_NAME: record.model,
         names.AI_TOTAL_LATENCY_MS: _ms(record.ended_ns - record.started_ns),
         **_protocol_attributes(record),
         names.CLIENT_ADDRESS: record.client or None,

@@ -64,11 +64,15 @@ class Directory(Protocol):
         ...
 
 
+Deployment = tuple[str, str]
+"""Names of an application and of a deployment in it."""
+
+
 class ServeDirectory:
     """The replicas of the deployment that a handle belongs to."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._name = handle.deployment_name
+        self._deployment = handle.app_name, handle.deployment_name
         # Also makes the handle's router, without a call.
         self._handle = handle.options(method_name="ready", _by_reference=False)
 
@@ -78,7 +82,7 @@ class ServeDirectory:
         def pass_on(addresses: Addresses) -> None:
             loop.call_soon_threadsafe(listener, addresses)
 
-        _publications.subscribe(self._name, pass_on)
+        _publications.subscribe(self._deployment, pass_on)
 
     async def wake(self) -> None:
         try:
@@ -92,17 +96,17 @@ class _Publications:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._last: dict[str, Addresses] = {}
-        self._listeners: dict[str, list[Listener]] = {}
+        self._last: dict[Deployment, Addresses] = {}
+        self._listeners: dict[Deployment, list[Listener]] = {}
 
-    def publish(self, deployment: str, addresses: Addresses) -> None:
+    def publish(self, deployment: Deployment, addresses: Addresses) -> None:
         with self._lock:
             self._last[deployment] = addresses
             listeners = tuple(self._listeners.get(deployment, ()))
         for listener in listeners:
             listener(addresses)
 
-    def subscribe(self, deployment: str, listener: Listener) -> None:
+    def subscribe(self, deployment: Deployment, listener: Listener) -> None:
         with self._lock:
             self._listeners.setdefault(deployment, []).append(listener)
             last = self._last.get(deployment, ())
@@ -112,7 +116,7 @@ class _Publications:
 _publications = _Publications()
 
 
-def publish(deployment: str, replicas: Iterable[RunningReplica]) -> None:
+def publish(deployment: Deployment, replicas: Iterable[RunningReplica]) -> None:
     """Tell who watches the deployment in this process that these are its replicas."""
     found = (Address.of(one.replica_id.unique_id, one.replica_metadata) for one in replicas)
     _publications.publish(deployment, tuple(address for address in found if address is not None))
@@ -120,9 +124,6 @@ def publish(deployment: str, replicas: Iterable[RunningReplica]) -> None:
 
 class ReplicaDirectory(FIFOMixin, RequestRouter):
     """``request_router_config.request_router_class`` of the deployments behind the ingress."""
-
-    def initialize_state(self, **kwargs: Any) -> None:
-        self._deployment: str = kwargs["deployment"]
 
     async def choose_replicas(
         self,
@@ -137,4 +138,4 @@ class ReplicaDirectory(FIFOMixin, RequestRouter):
         # Serve pickles this class by value: a global of its module would be a copy of it.
         from deployments.transport.discovery import publish
 
-        publish(self._deployment, replicas)
+        publish((self._deployment_id.app_name, self._deployment_id.name), replicas)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import httpx2
 
 from deployments.config import AppConfig
+from deployments.gateway import GatewayConfig, GatewayStage
 from deployments.stages.batch_runner import Entry, RunEntries, SubmitEntries
 from deployments.stages.channel_stage import ChannelStage
 from deployments.stages.generation.ingress import GenerationIngressStage
@@ -124,7 +125,46 @@ class GenerationApplication(Application):
         self.postprocessor = DetokenizerStage(self.config, placement=PLACEMENT)
 
 
-Made = TypeVar("Made", bound=Application)
+class ManyModels:
+    """Several applications behind a gateway, as ``gateway.build`` wires them.
+
+    Args:
+        applications: their ``args``, by name; each has an engine that is fake.
+    """
+
+    def __init__(self, **applications: dict[str, Any]) -> None:
+        self.applications: dict[str, Application] = {}
+        self.directories: dict[tuple[str, str], ListedReplicas] = {}
+        for name, args in applications.items():
+            is_generation = args["model"].get("task") == "text-generation"
+            self.applications[name] = (GenerationApplication if is_generation else Application)(**args)
+        self.gateway = GatewayStage(
+            GatewayConfig.parse({"applications": applications}),
+            7,
+            placement=PLACEMENT,
+            handles=lambda stage, application: cast(Any, (application, stage.lower())),
+            directory=self._directory,
+        )
+        self.app = self.gateway.__serve_build_asgi_app__()
+
+    def _directory(self, handle: Any) -> ListedReplicas:
+        application, stage = handle
+        return self.directories.setdefault((application, stage), ListedReplicas())
+
+    async def start(self) -> None:
+        for name, application in self.applications.items():
+            for stage, made in application.stages.items():
+                address = await made.listen()
+                application.directories[stage].list(address)
+                self.directories[name, stage].list(address)
+
+    async def close(self) -> None:
+        await self.gateway.close()
+        for application in self.applications.values():
+            await application.close()
+
+
+Made = TypeVar("Made", Application, GenerationApplication, ManyModels)
 
 
 def run_with_client(make: Callable[[], Made], use: Callable[[httpx2.AsyncClient, Made], Awaitable[None]]) -> None:

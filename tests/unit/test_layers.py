@@ -35,6 +35,7 @@ LAYERS = [
     {"explain", "autoscaling", "transport", "http", "protocols"},
     {"stages", "simulate", "page"},
     {"app", "cli"},
+    {"gateway"},
 ]
 ONLY_IN = {
     "opentelemetry": {"telemetry"},
@@ -43,9 +44,9 @@ ONLY_IN = {
     "transformers": {"engine"},
     "tokenizers": {"engine"},
     "huggingface_hub": {"engine"},
-    "fastapi": {"http", "stages", "page"},
+    "fastapi": {"gateway", "http", "stages", "page"},
     "starlette": {"http"},
-    "ray": {"app", "autoscaling", "cli", "page", "stages", "transport"},
+    "ray": {"app", "autoscaling", "cli", "gateway", "page", "stages", "transport"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = sorted({path.parent for path in MODULES})

@@ -19,7 +19,7 @@ from deployments.engine.card import ModelCard
 from deployments.engine.outputs.tensors import TensorSpec, output_specs
 from deployments.errors import InvalidField, ModelNotFound
 from deployments.messages import OutputOptions, TensorOption
-from deployments.protocols.fields import ParsedRequest, checked_inputs, checked_text, shown
+from deployments.protocols.fields import ParsedRequest, checked_inputs, checked_text, served, shown
 from deployments.protocols.openai import check_dimensions, check_top_k
 
 VERSION = "1"
@@ -65,7 +65,7 @@ class InferRequest:
 def check_served(model: str, version: str, card: ModelCard) -> None:
     """Raises ModelNotFound."""
     if model != card.name:
-        raise ModelNotFound(f"the model {shown(model)} does not exist; served here: {card.name!r}", param="model_name")
+        raise ModelNotFound(f"the model {shown(model)} does not exist; served here: {served(card)}", param="model_name")
     if version not in ("", VERSION):
         raise ModelNotFound(
             f"model {card.name!r} has no version {shown(version)}; its version is {VERSION!r}", param="model_version"

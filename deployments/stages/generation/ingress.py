@@ -128,8 +128,11 @@ class GenerationIngressStage(IngressStage):
         super().__init__(*args, **options)
         self._detokenizer = Detokenizer(self._postprocessor)
 
-    def _routes(self) -> Sequence[GenerationRoute]:
+    def routes(self) -> Sequence[GenerationRoute]:
         return GENERATION_ROUTES
+
+    def serves(self, route: Any) -> bool:  # noqa: ARG002
+        return True
 
     async def _serve(self, http: Request, route: Any, send: Any) -> Response | None:
         with self._record(http, route.path) as record, self._bodies.body(http) as body:

@@ -24,7 +24,7 @@ class Handle:
     """Stands for a ``DeploymentHandle``."""
 
     def __init__(self, name: str, error: Exception | None = None) -> None:
-        self.deployment_name = name
+        self.app_name, self.deployment_name = "app", name
         self.calls = 0
         self._error = error
 
@@ -44,13 +44,14 @@ def directory(handle: Handle) -> ServeDirectory:
 
 def test_who_watches_gets_the_replicas_that_there_are_and_every_change() -> None:
     async def run() -> None:
-        publish("Watched", [running(ADDRESS)])
+        publish(("app", "Watched"), [running(ADDRESS)])
         seen: list[Addresses] = []
         directory(Handle("Watched")).watch(seen.append)
         # From the router's thread.
-        await asyncio.to_thread(publish, "Watched", [running(ADDRESS), running(None, "replica-2")])
-        await asyncio.to_thread(publish, "Other", [running(ADDRESS)])
-        await asyncio.to_thread(publish, "Watched", [])
+        await asyncio.to_thread(publish, ("app", "Watched"), [running(ADDRESS), running(None, "replica-2")])
+        await asyncio.to_thread(publish, ("app", "Other"), [running(ADDRESS)])
+        await asyncio.to_thread(publish, ("other", "Watched"), [running(ADDRESS)])
+        await asyncio.to_thread(publish, ("app", "Watched"), [])
         while len(seen) < 3:
             await asyncio.sleep(0.001)
         assert seen == [(ADDRESS,), (ADDRESS,), ()]
