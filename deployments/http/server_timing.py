@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from deployments.telemetry.generation.facts import GenerationFacts
 from deployments.telemetry.records import HopRecord, RequestRecord
 
 
@@ -31,22 +30,20 @@ def server_timing(record: RequestRecord) -> str:
     return _header(parts)
 
 
-def generation_timing(
-    record: RequestRecord, facts: GenerationFacts | None, model_sent_ns: int, *, is_over: bool
-) -> str:
+def generation_timing(record: RequestRecord, *, is_over: bool) -> str:
     """Milliseconds of a generation by stage: what is known at its first token, and the rest if it is over.
 
     ``transit`` is the cost of the hops up to the first token. ``decode`` is all that follows it. For a request that
     failed before it, the time in the model replica is reported under ``queue``.
     """
-    now_ns = time.monotonic_ns()
+    facts, now_ns = record.generation, time.monotonic_ns()
     validate = next((i for i in record.intervals if i.name == "validate"), None)
     tokenizer, model = record.hops.get("tokenizer"), record.hops.get("model")
     has_token = facts is not None and facts.first_token_ns > 0
     first_ns = facts.first_token_ns if facts is not None and has_token else now_ns
     queue_ns = facts.queue_ns if facts is not None and has_token else model.held_ns if model is not None else 0
     prefill_ns = facts.prefill_ns if facts is not None else 0
-    to_token_ns = first_ns - model_sent_ns if model_sent_ns else 0
+    to_token_ns = first_ns - facts.model_sent_ns if facts is not None and facts.model_sent_ns else 0
     parts = {
         "validate": validate.ended_ns - validate.started_ns if validate else 0,
         "tokenize": tokenizer.held_ns if tokenizer else 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -158,11 +158,17 @@ def parse(kind: type[Parsed], body: bytes) -> Parsed:
 def _section(kind: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
     """The body's part that a path of field names leads to."""
     for part in path:
-        annotation = kind.model_fields[part].annotation if isinstance(part, str) and part in kind.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return kind
-        kind = annotation
+        # The number of an element says nothing of its type.
+        if isinstance(part, str) and part in kind.model_fields:
+            kind = _model_in(kind.model_fields[part].annotation) or kind
     return kind
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field consists of, alone, in a list or as one of several types."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for one in get_args(annotation) if (found := _model_in(one)) is not None), None)
 
 
 def checked_inputs(value: Any, param: str, limits: LimitsConfig, *, tokens_allowed: bool) -> Inputs:

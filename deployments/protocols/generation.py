@@ -12,7 +12,7 @@ from pydantic_core import to_json
 from deployments.config import GenerationConfig, LimitsConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import InvalidField
-from deployments.messages import ChatMessage, RenderRequest, Sampling, TokenText
+from deployments.messages import ChatMessage, RenderRequest, Sampling, TensorOption, TokenText
 from deployments.protocols.fields import Body, check_model, parse, shown
 
 _COMPLETION_TOKENS = 16
@@ -123,6 +123,12 @@ class ParsedGeneration:
     wants_usage: bool
     wants_logprobs: bool
     model: str
+    timeout_ms: float | None = None
+    priority: str | None = None
+    """As in X-Priority. Both are fields of the body in some APIs."""
+    response_id: str = ""
+    tensors: tuple[TensorOption, ...] = ()
+    """Output tensors to return, for ``/v2``."""
 
     @property
     def texts(self) -> tuple[str, ...]:

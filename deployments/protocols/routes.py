@@ -19,7 +19,7 @@ from deployments.protocols.errors import (
     open_inference_error,
     openai_error,
 )
-from deployments.protocols.fields import Answered, Incoming, ParsedRequest
+from deployments.protocols.fields import Incoming, ParsedRequest
 from deployments.protocols.generation import (
     Answer,
     ChatAnswer,
@@ -30,6 +30,7 @@ from deployments.protocols.generation import (
     parse_chat,
     parse_completion,
 )
+from deployments.protocols.open_inference import generation as generation_infer
 from deployments.protocols.open_inference import rest, rpc
 
 PREDICT_TASKS: tuple[Task, ...] = ("embeddings", "text-classification", "token-classification", "fill-mask")
@@ -41,7 +42,9 @@ Parse = Callable[[bytes, ModelCard, LimitsConfig], ParsedRequest]
 class Route:
     """One inference route.
 
-    ``parse`` takes an ``Incoming``, or, of a gRPC method, the message; ``frame`` makes the response of it.
+    ``parse`` takes an ``Incoming``, or, of a gRPC method, the message, and returns a ``ParsedRequest``. ``frame`` makes
+    the response of an ``Answered``. For language models they are a ``ParsedGeneration``, and it with the card and the
+    choices.
     """
 
     path: str
@@ -51,8 +54,8 @@ class Route:
     tasks: tuple[Task, ...]
     """Of the models that it is for; others refuse it by name."""
     body: type[BaseModel]
-    parse: Callable[[Any, ModelCard, LimitsConfig], ParsedRequest]
-    frame: Callable[[Answered], Any]
+    parse: Callable[[Any, ModelCard, LimitsConfig], Any]
+    frame: Callable[..., Any]
     error: ErrorForm = openai_error
 
     @property
@@ -153,6 +156,24 @@ OPEN_INFERENCE = Route(
     open_inference_error,
 )
 """With or without ``/versions/{version}``."""
+GENERATION_INFER = Route(
+    "/v2/models/{model}/infer",
+    "text_completion",
+    ("text-generation",),
+    rest.InferBody,
+    generation_infer.parse_rest,
+    generation_infer.frame_rest,
+    open_inference_error,
+)
+"""The same for language models."""
+GENERATION_MODEL_INFER = Route(
+    rpc.INFER,
+    "text_completion",
+    ("text-generation",),
+    rest.InferBody,
+    generation_infer.parse_rpc,
+    generation_infer.frame_rpc,
+)
 MODEL_INFER = Route(rpc.INFER, "infer", ENCODER_TASKS, rest.InferBody, rpc.parse_rpc, rpc.frame_rpc)
 """Over gRPC."""
 

@@ -39,8 +39,9 @@ from deployments.messages import (
 )
 from deployments.protocols.errors import ErrorForm, openai_error
 from deployments.protocols.fields import Answered, Framed, Incoming, ParsedRequest, check_model
+from deployments.protocols.generation import ParsedGeneration
 from deployments.protocols.open_inference.rest import path_params
-from deployments.protocols.routes import OPEN_INFERENCE, ROUTES, Route, body_schema
+from deployments.protocols.routes import OPEN_INFERENCE, ROUTES, body_schema
 from deployments.stages.open_inference import OpenInference
 from deployments.stages.replica import Placement, Stoppable, prepare_replica, tune_garbage_collector
 from deployments.telemetry.carrier import traceparent
@@ -80,6 +81,7 @@ class IngressStage(OpenInference, Stoppable):
     """
 
     results: ClassVar[tuple[type[Any], ...]] = (Tokenized, Predicted, Postprocessed)
+    _http_infer: ClassVar[Any] = OPEN_INFERENCE
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class IngressStage(OpenInference, Stoppable):
         for replicas in self._replica_sets.values():
             replicas.on_keep = self._telemetry.keep
             replicas.start()
-        self.infer_endpoint = self.endpoint(OPEN_INFERENCE)
+        self.infer_endpoint = self.endpoint(self._http_infer)
         self._is_open = True
 
     # --- the path of a request ---
@@ -141,8 +143,11 @@ class IngressStage(OpenInference, Stoppable):
             except Exception as error:
                 response = self._failed(record, error, body, route.error)
             response.headers["traceresponse"] = traceparent(record.context)
-            response.headers["Server-Timing"] = server_timing(record)
+            response.headers["Server-Timing"] = self._timing(record)
             return response
+
+    def _timing(self, record: RequestRecord) -> str:
+        return server_timing(record)
 
     def _record(self, http: Request, path: str) -> AbstractContextManager[RequestRecord]:
         return self._telemetry.request(
@@ -159,7 +164,7 @@ class IngressStage(OpenInference, Stoppable):
         )
 
     async def _infer(
-        self, route: Route, record: RequestRecord, headers: Mapping[str, str], read: Callable[[], Awaitable[Any]]
+        self, route: Any, record: RequestRecord, headers: Mapping[str, str], read: Callable[[], Awaitable[Any]]
     ) -> Any:
         """Take a request through the stages, and return the response as its route frames it.
 
@@ -212,7 +217,11 @@ class IngressStage(OpenInference, Stoppable):
         record.timeout_ms = timeout if timeout != self._limits.default_timeout_ms else None
 
     def _apply_fields(
-        self, record: RequestRecord, request: ParsedRequest, share: Share, headers: Mapping[str, str]
+        self,
+        record: RequestRecord,
+        request: ParsedRequest | ParsedGeneration,
+        share: Share,
+        headers: Mapping[str, str],
     ) -> Share:
         """What the body says of the deadline and of the priority, where its API has fields for them."""
         if request.timeout_ms is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 from fastapi import FastAPI, Response
@@ -21,14 +21,13 @@ from deployments.http.front import Front
 from deployments.http.headers import client_address, request_id_of
 from deployments.http.keys import ApiKeys
 from deployments.http.server import RetryAdvice, error_response, json_response
-from deployments.http.server_timing import server_timing
 from deployments.protocols.embeddings_inference import info
 from deployments.protocols.errors import open_inference_error
 from deployments.protocols.open_inference import protobuf, rpc
 from deployments.protocols.open_inference.metadata import SERVER, model_metadata
 from deployments.protocols.open_inference.service import TIME_LEFT
 from deployments.protocols.open_inference.tensors import check_served
-from deployments.protocols.routes import MODEL_INFER, Route
+from deployments.protocols.routes import MODEL_INFER
 from deployments.telemetry.carrier import traceparent
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import RequestRecord
@@ -45,10 +44,15 @@ class OpenInference:
     _meter: EventLoopMeter
     _front: Front
     _advice: RetryAdvice
+    _model_infer: ClassVar[Any] = MODEL_INFER
+    """The route of gRPC's inference."""
 
     async def _infer(
-        self, route: Route, record: RequestRecord, headers: Mapping[str, str], read: Callable[[], Awaitable[Any]]
+        self, route: Any, record: RequestRecord, headers: Mapping[str, str], read: Callable[[], Awaitable[Any]]
     ) -> Any:
+        raise NotImplementedError
+
+    def _timing(self, record: RequestRecord) -> str:
         raise NotImplementedError
 
     def _told(self, record: RequestRecord, error: Exception) -> ApiError:
@@ -68,7 +72,7 @@ class OpenInference:
                 return request
 
             try:
-                answer = await self._infer(MODEL_INFER, record, headers, read)
+                answer = await self._infer(self._model_infer, record, headers, read)
                 record.status, record.rpc_status = 200, grpc.StatusCode.OK.name
                 self._advice.served(record.caller)
             except asyncio.CancelledError as error:
@@ -79,10 +83,21 @@ class OpenInference:
                 told = self._told(record, error)
                 record.rpc_status = rpc.status_of(told).name
                 answer = _refuse(grpc_context, told, "ModelInfer")
-                _trail(grpc_context, record, told)
+                self._trail(grpc_context, record, told)
             else:
-                _trail(grpc_context, record)
+                self._trail(grpc_context, record)
             return answer
+
+    def _trail(self, context: Any, record: RequestRecord, error: ApiError | None = None) -> None:
+        """Send what HTTP responses have in their headers."""
+        trailing = [
+            ("x-request-id", record.request_id),
+            ("traceresponse", traceparent(record.context)),
+            ("server-timing", self._timing(record)),
+        ]
+        if error is not None and error.retry_after_s is not None:
+            trailing.append(("retry-after", str(error.retry_after_s)))
+        context.set_trailing_metadata(trailing)
 
     def _call(self, headers: Mapping[str, str], context: Any) -> Any:
         return self._telemetry.request(
@@ -200,15 +215,3 @@ def _refuse(context: Any, error: ApiError, method: str) -> Any:
     context.set_code(rpc.status_of(error))
     context.set_details(rpc.details_of(error, error.message))
     return _response(method)
-
-
-def _trail(context: Any, record: RequestRecord, error: ApiError | None = None) -> None:
-    """What HTTP responses have in their headers."""
-    trailing = [
-        ("x-request-id", record.request_id),
-        ("traceresponse", traceparent(record.context)),
-        ("server-timing", server_timing(record)),
-    ]
-    if error is not None and error.retry_after_s is not None:
-        trailing.append(("retry-after", str(error.retry_after_s)))
-    context.set_trailing_metadata(trailing)

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -18,6 +17,7 @@ from deployments.engine.fake import fake_score, fake_token_id
 from deployments.errors import ConfigError
 from deployments.gateway import GatewayConfig, build
 from deployments.protocols.open_inference import protobuf
+from tests.support.grpc import CallContext
 from tests.support.local import ManyModels, run_with_client
 
 Client = httpx2.AsyncClient
@@ -123,22 +123,6 @@ def test_what_there_is_to_read_is_of_all_models() -> None:
 
 
 def test_calls_over_grpc_go_to_their_model_too() -> None:
-    class Context(SimpleNamespace):
-        def invocation_metadata(self) -> list[tuple[str, str]]:
-            return []
-
-        def peer(self) -> str:
-            return "ipv4:10.0.0.1:5"
-
-        def set_code(self, code: Any) -> None:
-            self.code = code
-
-        def set_details(self, details: str) -> None:
-            self.details = details
-
-        def set_trailing_metadata(self, trailing: Any) -> None:
-            self.trailing = dict(trailing)
-
     request, _ = protobuf.METHODS["ModelInfer"]
     ready_request, _ = protobuf.METHODS["ModelReady"]
 
@@ -146,13 +130,13 @@ def test_calls_over_grpc_go_to_their_model_too() -> None:
         await ready(client, "large")
         sent = request(model_name="large", id="7")
         sent.inputs.add(name="text", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a b")
-        answer = await many.gateway.ModelInfer(sent, Context())
-        unknown = Context()
+        answer = await many.gateway.ModelInfer(sent, CallContext())
+        unknown = CallContext()
         await many.gateway.ModelInfer(request(model_name="huge"), unknown)
 
         assert (answer.model_name, answer.id) == ("large", "7")
         assert [output.name for output in answer.outputs] == ["embedding", "truncated"]
-        assert (await many.gateway.ModelReady(ready_request(name="large"), Context())).ready
+        assert (await many.gateway.ModelReady(ready_request(name="large"), CallContext())).ready
         assert unknown.details.startswith("model_not_found: the model 'huge' does not exist; served here: 'small'")
 
     with_client(use)

@@ -19,7 +19,7 @@ SERVICE = "inference.GRPCInferenceService"
 
 def compile_proto() -> bytes:
     """Compile the ``.proto``. Needs grpcio-tools."""
-    from grpc_tools import protoc  # type: ignore[import-untyped]
+    from grpc_tools import protoc
 
     protoc.main(["protoc", f"-I{PROTO.parent}", f"--descriptor_set_out={COMPILED}", str(PROTO)])
     return COMPILED.read_bytes()

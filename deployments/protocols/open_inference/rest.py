@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,22 +42,23 @@ class InferBody(Body):
 
 def parse_rest(incoming: Incoming, card: ModelCard, limits: LimitsConfig) -> ParsedRequest:
     """Raises InvalidJson, InvalidField, ModelNotFound or TooLarge."""
+    return parse_infer(request_of(incoming), card, limits)
+
+
+def request_of(incoming: Incoming) -> InferRequest:
+    """Raises InvalidJson or InvalidField."""
     header, binary = _split(incoming)
     body = parse(InferBody, header)
     parameters = dict(body.parameters or {})
     are_raw = _flag(parameters.pop("binary_data_output", False), "parameters.binary_data_output")
-    return parse_infer(
-        InferRequest(
-            model=incoming.path_params["model"],
-            version=incoming.path_params.get("version") or "",
-            id=body.id or "",
-            parameters=parameters,
-            inputs=_inputs(body, binary),
-            outputs=[_output(one, are_raw) for one in body.outputs] if body.outputs else None,
-            are_raw=are_raw,
-        ),
-        card,
-        limits,
+    return InferRequest(
+        model=incoming.path_params["model"],
+        version=incoming.path_params.get("version") or "",
+        id=body.id or "",
+        parameters=parameters,
+        inputs=_inputs(body, binary),
+        outputs=[_output(one, are_raw) for one in body.outputs] if body.outputs else None,
+        are_raw=are_raw,
     )
 
 
@@ -135,11 +136,18 @@ def _flag(value: Any, param: str) -> bool:
 
 
 def frame_rest(answered: Answered) -> Framed:
-    options, tensors = answered.request.options.tensors, answered.postprocessed.tensors
-    head: dict[str, Any] = {"model_name": answered.card.name, "model_version": VERSION}
-    if answered.request.response_id:
-        head["id"] = answered.request.response_id
-    outputs = [_framed(one, is_raw=option.is_raw) for one, option in zip(tensors, options, strict=True)]
+    request = answered.request
+    return framed(answered.card, request.response_id, request.options.tensors, answered.postprocessed.tensors)
+
+
+def framed(
+    card: ModelCard, response_id: str, options: Sequence[TensorOption], tensors: Sequence[OutputTensor]
+) -> Framed:
+    """The response with these tensors, each as its option wants it."""
+    head: dict[str, Any] = {"model_name": card.name, "model_version": VERSION}
+    if response_id:
+        head["id"] = response_id
+    outputs = [_output_of(one, is_raw=option.is_raw) for one, option in zip(tensors, options, strict=True)]
     header = b'%b,"outputs":[%b]}' % (to_json(head)[:-1], b",".join(outputs))
     if not any(option.is_raw for option in options):
         return Framed(header)
@@ -147,7 +155,7 @@ def frame_rest(answered: Answered) -> Framed:
     return Framed(header + binary, "application/octet-stream", {HEADER_LENGTH: str(len(header))})
 
 
-def _framed(one: OutputTensor, *, is_raw: bool) -> bytes:
+def _output_of(one: OutputTensor, *, is_raw: bool) -> bytes:
     head: dict[str, Any] = {"name": one.name, "datatype": one.datatype, "shape": one.shape}
     if is_raw:
         return to_json({**head, "parameters": {"binary_data_size": len(one.data)}})

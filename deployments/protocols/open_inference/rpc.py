@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -11,7 +11,7 @@ import numpy as np
 from deployments.config import LimitsConfig
 from deployments.engine.card import ModelCard
 from deployments.errors import ApiError, InvalidField, TooLarge
-from deployments.messages import TensorOption
+from deployments.messages import OutputTensor, TensorOption
 from deployments.protocols.fields import Answered, ParsedRequest
 from deployments.protocols.open_inference import protobuf
 from deployments.protocols.open_inference.tensors import (
@@ -50,22 +50,23 @@ def details_of(error: ApiError, message: str) -> str:
 
 def parse_rpc(message: Any, card: ModelCard, limits: LimitsConfig) -> ParsedRequest:
     """Parse a ``ModelInferRequest``. Raises ModelNotFound, InvalidField or TooLarge."""
+    return parse_infer(request_of(message, limits), card, limits)
+
+
+def request_of(message: Any, limits: LimitsConfig) -> InferRequest:
+    """Raises InvalidField or TooLarge."""
     size = message.ByteSize()
     if size > limits.max_body_bytes:
         raise TooLarge(f"the message has {size} bytes; at most {limits.max_body_bytes} are allowed")
     outputs = [TensorOption(one.name, True) for one in message.outputs]
-    return parse_infer(
-        InferRequest(
-            model=message.model_name,
-            version=message.model_version,
-            id=message.id[:256],
-            parameters=_parameters(message.parameters),
-            inputs=_inputs(message),
-            outputs=outputs or None,
-            are_raw=True,
-        ),
-        card,
-        limits,
+    return InferRequest(
+        model=message.model_name,
+        version=message.model_version,
+        id=message.id[:256],
+        parameters=_parameters(message.parameters),
+        inputs=_inputs(message),
+        outputs=outputs or None,
+        are_raw=True,
     )
 
 
@@ -99,11 +100,13 @@ def _values(one: Any, raw: bytes | None) -> Any:
 
 
 def frame_rpc(answered: Answered) -> Any:
-    """The ``ModelInferResponse``: each tensor in ``raw_output_contents``."""
-    response = protobuf.METHODS["ModelInfer"][1](
-        model_name=answered.card.name, model_version=VERSION, id=answered.request.response_id
-    )
-    for one in answered.postprocessed.tensors:
+    return framed(answered.card, answered.request.response_id, answered.postprocessed.tensors)
+
+
+def framed(card: ModelCard, response_id: str, tensors: Sequence[OutputTensor]) -> Any:
+    """The ``ModelInferResponse`` with these tensors, each in ``raw_output_contents``."""
+    response = protobuf.METHODS["ModelInfer"][1](model_name=card.name, model_version=VERSION, id=response_id)
+    for one in tensors:
         response.outputs.add(name=one.name, datatype=one.datatype, shape=one.shape)
         response.raw_output_contents.append(one.data)
     return response

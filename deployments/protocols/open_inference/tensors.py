@@ -33,8 +33,10 @@ def input_specs(card: ModelCard) -> tuple[TensorSpec, ...]:
     """The input tensors of a model: the first alone, or the others; of a cross-encoder all."""
     if card.task == "text-ranking":
         return TensorSpec(QUERY, "BYTES", (1,)), TensorSpec(TEXTS, "BYTES", (-1,))
+    if card.task == "text-generation":
+        return (TensorSpec(TEXT, "BYTES", (1,)),)
     text = TensorSpec(TEXT, "BYTES", (-1,))
-    if card.task in ("token-classification", "text-generation"):
+    if card.task == "token-classification":
         # Entities are found by their place in the text.
         return (text,)
     return text, TensorSpec(IDS, "INT64", (-1, -1)), TensorSpec(MASK, "INT64", (-1, -1))
@@ -75,29 +77,27 @@ def check_served(model: str, version: str, card: ModelCard) -> None:
 def parse_infer(request: InferRequest, card: ModelCard, limits: LimitsConfig) -> ParsedRequest:
     """Raises ModelNotFound, InvalidField or TooLarge."""
     check_served(request.model, request.version, card)
-    given = _by_name(request.inputs, card)
-    outputs = _outputs(request, card)
+    given = by_name(request.inputs, card)
+    outputs = wanted_outputs(request, card)
     parameters = dict(request.parameters)
-    truncate = _take(parameters, "truncate", bool, True)
-    top_k = _take(parameters, "top_k", int, None, least=1)
-    dimensions = _take(parameters, "dimensions", int, None, least=1)
-    normalize = _take(parameters, "normalize", bool, True)
-    raw_scores = _take(parameters, "raw_scores", bool, False)
-    timeout_us = _take(parameters, "timeout", int, None, least=0)
-    priority = _priority(parameters)
-    if parameters:
-        unknown = next(iter(parameters))
-        known = "dimensions, normalize, priority, raw_scores, timeout, top_k, truncate"
-        raise InvalidField(f"parameters.{unknown[:_MAX_NAME]} is not known; known: {known}", param="parameters")
+    truncate = take(parameters, "truncate", bool, True)
+    top_k = take(parameters, "top_k", int, None, least=1)
+    dimensions = take(parameters, "dimensions", int, None, least=1)
+    normalize = take(parameters, "normalize", bool, True)
+    raw_scores = take(parameters, "raw_scores", bool, False)
+    timeout_us = take(parameters, "timeout", int, None, least=0)
+    priority = take_priority(parameters)
+    check_all_taken(parameters, "dimensions, normalize, priority, raw_scores, timeout, top_k, truncate")
     check_top_k(top_k, card, "parameters.top_k")
     check_dimensions(dimensions, card)
     inputs, query = _inputs(given, card, limits)
+    param = TEXTS if query is not None else IDS if IDS in given else TEXT
     options = OutputOptions(
         "/v2", top_k=top_k, dimensions=dimensions, normalize=normalize, raw_scores=raw_scores, tensors=outputs
     )
     return ParsedRequest(
         inputs,
-        "inputs",
+        param,
         truncate,
         options,
         card.name,
@@ -111,7 +111,7 @@ def parse_infer(request: InferRequest, card: ModelCard, limits: LimitsConfig) ->
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _by_name(inputs: Sequence[InputTensor], card: ModelCard) -> dict[str, InputTensor]:
+def by_name(inputs: Sequence[InputTensor], card: ModelCard) -> dict[str, InputTensor]:
     """Check names, datatypes and shapes."""
     specs = {spec.name: spec for spec in input_specs(card)}
     given: dict[str, InputTensor] = {}
@@ -151,10 +151,10 @@ def _check_shape(one: InputTensor, spec: TensorSpec) -> None:
 def _inputs(given: Mapping[str, InputTensor], card: ModelCard, limits: LimitsConfig) -> tuple[Any, str | None]:
     """The inputs, and what they are compared with by a cross-encoder."""
     if card.task == "text-ranking":
-        query = _needed(given, QUERY)
+        query = needed(given, QUERY)
         if len(query.values) != 1:
             raise InvalidField(f"the input {QUERY!r} must have one element; got {len(query.values)}", param=QUERY)
-        texts = checked_inputs(list(_needed(given, TEXTS).values), TEXTS, limits, tokens_allowed=False)
+        texts = checked_inputs(list(needed(given, TEXTS).values), TEXTS, limits, tokens_allowed=False)
         return texts, checked_text(query.values[0], QUERY, QUERY, "a string", limits)
     if IDS in given:
         if TEXT in given:
@@ -162,10 +162,10 @@ def _inputs(given: Mapping[str, InputTensor], card: ModelCard, limits: LimitsCon
         return checked_inputs(_rows(given), IDS, limits, tokens_allowed=True), None
     if MASK in given:
         raise InvalidField(f"the input {MASK!r} needs {IDS!r}", param="inputs")
-    return checked_inputs(list(_needed(given, TEXT).values), TEXT, limits, tokens_allowed=False), None
+    return checked_inputs(list(needed(given, TEXT).values), TEXT, limits, tokens_allowed=False), None
 
 
-def _needed(given: Mapping[str, InputTensor], name: str) -> InputTensor:
+def needed(given: Mapping[str, InputTensor], name: str) -> InputTensor:
     if name not in given:
         raise InvalidField(f"the input {name!r} is required", param="inputs")
     return given[name]
@@ -188,7 +188,7 @@ def _rows(given: Mapping[str, InputTensor]) -> list[list[int]]:
 # --- outputs and parameters -------------------------------------------------------------------------------------------
 
 
-def _outputs(request: InferRequest, card: ModelCard) -> tuple[TensorOption, ...]:
+def wanted_outputs(request: InferRequest, card: ModelCard) -> tuple[TensorOption, ...]:
     names = [spec.name for spec in output_specs(card)]
     if request.outputs is None:
         return tuple(TensorOption(name, request.are_raw) for name in names)
@@ -200,19 +200,30 @@ def _outputs(request: InferRequest, card: ModelCard) -> tuple[TensorOption, ...]
     return tuple(request.outputs)
 
 
-def _take(parameters: dict[str, Any], name: str, kind: type, default: Any, *, least: int | None = None) -> Any:
+def check_all_taken(parameters: Mapping[str, Any], known: str) -> None:
+    """Raises InvalidField."""
+    if parameters:
+        unknown = next(iter(parameters))
+        raise InvalidField(f"parameters.{unknown[:_MAX_NAME]} is not known; known: {known}", param="parameters")
+
+
+def take(parameters: dict[str, Any], name: str, kind: type, default: Any, *, least: float | None = None) -> Any:
     """Remove a parameter and return it. Raises InvalidField if it is of another type, or too small."""
     value = parameters.pop(name, default)
     if value is default:
         return value
-    is_of_kind = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    is_of_kind = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+    is_of_kind = is_of_kind and (kind is not int or -(2**63) <= value < 2**63)
     if not is_of_kind or (least is not None and not least <= value < 2**31):
-        rule = {bool: "true or false", int: f"an integer, {least} or more"}[kind]
+        more = "" if least is None else f", {least:g} or more"
+        rule = {bool: "true or false", int: f"an integer{more}", float: f"a number{more}"}[kind]
         raise InvalidField(f"parameters.{name} must be {rule}; got {shown(value)}", param=f"parameters.{name}")
     return value
 
 
-def _priority(parameters: dict[str, Any]) -> str | None:
+def take_priority(parameters: dict[str, Any]) -> str | None:
     """As in X-Priority, or as Triton numbers them: 0 for none, 1 for the highest."""
     value: Any = parameters.pop("priority", None)
     if value is None or value in PRIORITIES:

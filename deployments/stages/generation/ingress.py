@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from fastapi import Request, Response
@@ -27,6 +27,7 @@ from deployments.messages import (
     Generated,
     GenerateRequest,
     Ids,
+    Share,
     TextState,
     TokenDelta,
     TokenDeltas,
@@ -34,7 +35,13 @@ from deployments.messages import (
     TokenLogprobs,
 )
 from deployments.protocols.generation import Answer, ChoiceText, ParsedGeneration, max_tokens_of, usage_of
-from deployments.protocols.routes import GENERATION_ROUTES, GenerationRoute
+from deployments.protocols.routes import (
+    GENERATION_INFER,
+    GENERATION_MODEL_INFER,
+    GENERATION_ROUTES,
+    GenerationRoute,
+    Route,
+)
 from deployments.stages.generation.detokenizer import Detokenizer
 from deployments.stages.ingress import IngressStage
 from deployments.telemetry.carrier import traceparent
@@ -123,6 +130,8 @@ class GenerationIngressStage(IngressStage):
     """One replica of the ingress of a language model, see ``IngressStage``."""
 
     results: ClassVar[tuple[type[Any], ...]] = (Tokenized, Generated, Detokenized)
+    _http_infer: ClassVar[Any] = GENERATION_INFER
+    _model_infer: ClassVar[Any] = GENERATION_MODEL_INFER
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -135,6 +144,8 @@ class GenerationIngressStage(IngressStage):
         return True
 
     async def _serve(self, http: Request, route: Any, send: Any) -> Response | None:
+        if isinstance(route, Route):
+            return await super()._serve(http, route, send)
         with self._record(http, route.path) as record, self._bodies.body(http) as body:
             reply = _Reply(record, send)
             try:
@@ -148,9 +159,7 @@ class GenerationIngressStage(IngressStage):
             except Exception as error:
                 response = self._failed(record, error, body)
                 response.headers["traceresponse"] = traceparent(record.context)
-                response.headers["Server-Timing"] = generation_timing(
-                    record, record.generation, reply.model_sent_ns, is_over=True
-                )
+                response.headers["Server-Timing"] = self._timing(record)
                 if not reply.has_begun:
                     return response
                 # The status has been sent. What follows is an event, and the end of the stream.
@@ -162,22 +171,11 @@ class GenerationIngressStage(IngressStage):
     async def _generate(
         self, http: Request, route: GenerationRoute, record: RequestRecord, reply: _Reply, body: Body
     ) -> None:
-        with self._telemetry.interval(record, "validate"):
-            self._set_deadline(record, timeout_ms(http.headers, self._limits))
-            record.operation = route.operation
-            share = self._keys.share_of(http.headers)
-            record.tenant = share.tenant
-            self._model.refuse_early(record.deadline_ns, share)
-            content = await body.read(record.deadline_ns)
-            parsed = route.parse(content, self._card, self._limits)
-            record.requested_model = parsed.model
-            record.input_count, record.input_length = 1, sum(map(len, parsed.texts))
-            if self._config.telemetry.capture_text:
-                record.texts = parsed.texts
+        async def read() -> bytes:
+            return await body.read(record.deadline_ns)
 
+        parsed, share = await self._validated(route, record, http.headers, read)
         rendered: Tokenized = await self._tokenizer.call(record, parsed.prompt)
-        record.tokens = sum(rendered.ids.lengths)
-        most = max_tokens_of(parsed, record.tokens, self._card, self._config.generation)
         answer = route.answer(
             uuid.uuid4().hex,
             int(time.time()),
@@ -185,19 +183,7 @@ class GenerationIngressStage(IngressStage):
             wants_logprobs=parsed.wants_logprobs,
             wants_usage=parsed.wants_usage,
         )
-        generation = _Generation(parsed, _facts(parsed, answer.id, most), rendered.ids.values)
-        record.generation = generation.facts
-        request = GenerateRequest(
-            ids=rendered.ids.values,
-            max_tokens=most,
-            sampling=parsed.sampling,
-            choices=parsed.choices,
-            # Stop strings are found in text, so tokens must come as they are made.
-            is_streamed=parsed.is_streamed or bool(parsed.stop),
-            param=parsed.prompt.param,
-            share=share,
-        )
-        reply.model_sent_ns = record.boundary_ns
+        generation, request = self._begun(record, parsed, rendered, share, answer.id)
         async with self._generating(http, record, request, generation):
             texts = self._texts(record, generation)
             if parsed.is_streamed:
@@ -210,14 +196,72 @@ class GenerationIngressStage(IngressStage):
             with self._telemetry.interval(record, "respond"):
                 await reply.whole(answer.in_whole([one.text for one in generation.choices], _usage(record, generation)))
 
+    async def _infer(
+        self, route: Route, record: RequestRecord, headers: Mapping[str, str], read: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """The same for the Open Inference Protocol, which has whole answers only."""
+        parsed, share = await self._validated(route, record, headers, read)
+        rendered: Tokenized = await self._tokenizer.call(record, parsed.prompt)
+        generation, request = self._begun(record, parsed, rendered, share, parsed.response_id or uuid.uuid4().hex)
+        async with self._generating(None, record, request, generation):
+            async for _ in self._texts(record, generation):
+                pass
+        record.device = generation.facts.device
+        with self._telemetry.interval(record, "respond"):
+            return route.frame(parsed, self._card, [one.text for one in generation.choices])
+
+    async def _validated(
+        self, route: Any, record: RequestRecord, headers: Mapping[str, str], read: Callable[[], Awaitable[Any]]
+    ) -> tuple[ParsedGeneration, Share]:
+        with self._telemetry.interval(record, "validate"):
+            self._set_deadline(record, timeout_ms(headers, self._limits))
+            record.operation = route.operation
+            share = self._keys.share_of(headers)
+            record.tenant = share.tenant
+            self._model.refuse_early(record.deadline_ns, share)
+            parsed: ParsedGeneration = route.parse(await read(), self._card, self._limits)
+            share = self._apply_fields(record, parsed, share, headers)
+            record.requested_model = parsed.model
+            record.input_count, record.input_length = 1, sum(map(len, parsed.texts))
+            if self._config.telemetry.capture_text:
+                record.texts = parsed.texts
+            return parsed, share
+
+    def _begun(
+        self, record: RequestRecord, parsed: ParsedGeneration, rendered: Tokenized, share: Share, response_id: str
+    ) -> tuple[_Generation, GenerateRequest]:
+        """A generation, and the call of the model that it waits for."""
+        record.tokens = sum(rendered.ids.lengths)
+        most = max_tokens_of(parsed, record.tokens, self._card, self._config.generation)
+        facts = _facts(parsed, response_id, most)
+        facts.model_sent_ns = record.boundary_ns
+        record.generation = facts
+        request = GenerateRequest(
+            ids=rendered.ids.values,
+            max_tokens=most,
+            sampling=parsed.sampling,
+            choices=parsed.choices,
+            # Stop strings are found in text, so tokens must come as they are made.
+            is_streamed=parsed.is_streamed or bool(parsed.stop),
+            param=parsed.prompt.param,
+            share=share,
+        )
+        return _Generation(parsed, facts, rendered.ids.values), request
+
+    def _timing(self, record: RequestRecord) -> str:
+        return generation_timing(record, is_over=True)
+
     @contextlib.asynccontextmanager
     async def _generating(
-        self, http: Request, record: RequestRecord, request: GenerateRequest, generation: _Generation
+        self, http: Request | None, record: RequestRecord, request: GenerateRequest, generation: _Generation
     ) -> AsyncIterator[None]:
-        """While the model is called, and its client is there. Whatever happens inside, the call ends with it."""
+        """While the model is called, and its client is there. Whatever happens inside, the call ends with it.
+
+        Without ``http``, a client that leaves cancels the task.
+        """
         call = asyncio.ensure_future(self._model.call(record, request, generation.progress))
         call.add_done_callback(generation.ended)
-        leaving = asyncio.ensure_future(_leaves(http, generation))
+        leaving = asyncio.ensure_future(_leaves(http, generation)) if http is not None else None
         try:
             async with asyncio.timeout((record.deadline_ns - time.monotonic_ns()) / 1e9 + _GRACE_S):
                 yield
@@ -226,7 +270,8 @@ class GenerationIngressStage(IngressStage):
         except TimeoutError:
             raise DeadlinePassed("the deadline passed while the answer was sent") from None
         finally:
-            leaving.cancel()
+            if leaving is not None:
+                leaving.cancel()
             if not call.done():
                 call.cancel()
             with contextlib.suppress(BaseException):
@@ -279,7 +324,7 @@ class GenerationIngressStage(IngressStage):
             if not reply.has_begun:
                 began_ns = time.monotonic_ns()
                 facts.stream = StreamRecord(began_ns, began_ns)
-                await reply.begin(facts)
+                await reply.begin()
                 events = [first for i in range(len(offsets)) if (first := answer.first(i)) is not None]
             for index, item in news:
                 if item.text or item.logprobs:
@@ -300,11 +345,10 @@ class _Reply:
 
     def __init__(self, record: RequestRecord, send: Any) -> None:
         self.record, self._send = record, send
-        self.model_sent_ns = 0
         self.has_begun = False
 
-    async def begin(self, facts: GenerationFacts) -> None:
-        timing = generation_timing(self.record, facts, self.model_sent_ns, is_over=False)
+    async def begin(self) -> None:
+        timing = generation_timing(self.record, is_over=False)
         await self._start("text/event-stream; charset=utf-8", timing, ((b"cache-control", b"no-cache"),))
 
     async def events(self, events: Sequence[bytes], facts: GenerationFacts) -> None:
@@ -326,8 +370,7 @@ class _Reply:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def whole(self, body: bytes) -> None:
-        assert self.record.generation is not None
-        timing = generation_timing(self.record, self.record.generation, self.model_sent_ns, is_over=True)
+        timing = generation_timing(self.record, is_over=True)
         await self._start("application/json", timing, ((b"content-length", str(len(body)).encode()),))
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 

@@ -49,6 +49,8 @@ class GenerationFacts:
     """When the first tokens had arrived in the ingress; 0 if none did."""
     last_token_ns: int = 0
     device: str = ""
+    model_sent_ns: int = 0
+    """When the model was called; 0 if it was not."""
     stream: StreamRecord | None = None
 
     def attributes(self, started_ns: int) -> dict[str, bool | int | float | str | list[str] | None]:
