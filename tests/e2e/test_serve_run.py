@@ -14,7 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
 
 from deployments.cli.serve import FAST
 from deployments.telemetry import metrics, names
@@ -92,6 +95,41 @@ def test_200_concurrent_requests_produce_200_complete_traces(running: Running) -
 
     check_batches(running.receiver, traces, trace_ids)
     assert coverage(traces, trace_ids) >= 0.95
+
+
+def test_a_call_over_grpc_is_one_complete_trace(running: Running) -> None:
+    traceparent, trace_id, caller_span = new_traceparent()
+    text = triton.InferInput("text", [2], "BYTES")
+    text.set_data_from_numpy(np.array([b"over gRPC", b"as bytes"], dtype=object))
+    with closing(triton.InferenceServerClient("127.0.0.1:9000")) as client:
+        assert client.is_server_live()
+        result = client.infer(
+            "all-MiniLM-L6-v2",
+            [text],
+            headers={"traceparent": traceparent, "x-request-id": "over-grpc"},
+            client_timeout=20,
+        )
+        with pytest.raises(InferenceServerException) as refused:
+            client.infer("another", [text])
+    over_http = call(PORT, "POST", "/v1/embeddings", {"input": ["over gRPC", "as bytes"]})
+    spans = running.receiver.wait_for(lambda spans: {s.name for s in spans if s.trace_id == trace_id} >= WHOLE_TRACE)
+    trace = [span for span in spans if span.trace_id == trace_id]
+    root = one(trace, names.PREDICT)
+
+    expected = [one["embedding"] for one in over_http.json()["data"]]
+    assert result.as_numpy("embedding").tolist() == [pytest.approx(row, abs=1e-5) for row in expected]
+    assert (refused.value.status(), refused.value.message().partition(":")[0]) == (
+        "StatusCode.NOT_FOUND",
+        "model_not_found",
+    )
+    assert root.parent_id == caller_span
+    assert tree(trace, root) == WHOLE_TREE
+    assert len(trace) == len(WHOLE_TRACE)
+    assert root.attributes["rpc.method"] == "inference.GRPCInferenceService/ModelInfer"
+    assert root.attributes["rpc.response.status_code"] == "OK"
+    assert root.attributes["ai.request_id"] == "over-grpc"
+    # The caller's deadline is the request's.
+    assert 15_000 < root.attributes["ai.timeout_ms"] <= 20_500
 
 
 def check_batches(receiver: OtlpReceiver, traces: dict[str, list[Span]], trace_ids: set[str]) -> None:

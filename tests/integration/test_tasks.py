@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import pipeline
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from tests.support.http import call
 from tests.support.models import save_model
@@ -84,3 +85,35 @@ def test_fill_mask(served: Callable[[str], tuple[int, Path]]) -> None:
     assert call(port, "POST", "/predict", {"inputs": "[MASK]", "parameters": {"top_k": 101}}).status == 422
     many = call(port, "POST", "/predict", {"inputs": "[MASK] " * 17})
     assert (many.status, many.error["message"].rpartition("; ")[2]) == (422, "got 17")
+
+
+def test_text_ranking(served: Callable[[str], tuple[int, Path]]) -> None:
+    port, folder = served("text-ranking")
+    query, texts = "alice likes the cat", [*TEXTS, " ".join(["the big dog runs from"] * 12)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    encoded = tokenizer([query] * len(texts), texts, truncation=True, padding=True, return_tensors="pt")
+    assert encoded["token_type_ids"].any(), "the model tells the two texts apart"
+    assert encoded["input_ids"].shape[1] == 32, "the last pair is truncated"
+    with torch.no_grad():
+        logits = model(**encoded).logits[:, 0]
+
+    raw = call(port, "POST", "/rerank", {"query": query, "texts": texts, "raw_scores": True})
+    scores = {one["index"]: one["score"] for one in raw.json()}
+    assert [scores[i] for i in range(len(texts))] == pytest.approx(logits.tolist(), abs=1e-4)
+    cohere = call(port, "POST", "/v1/rerank", {"query": query, "documents": texts, "top_n": 2})
+    best = logits.argsort(descending=True)[:2].tolist()
+    assert [one["index"] for one in cohere.json()["results"]] == best
+    assert [one["relevance_score"] for one in cohere.json()["results"]] == pytest.approx(
+        logits.sigmoid()[best].tolist(), abs=1e-5
+    )
+    refused = call(port, "POST", "/rerank", {"query": query, "texts": texts, "truncate": False})
+    whole = len(tokenizer(query, texts[-1])["input_ids"])
+    assert (refused.status, refused.json()["error_type"]) == (422, "Validation")
+    assert f"texts[4], with the query, is {whole} tokens long; the model takes at most 32" in refused.json()["error"]
+
+    tokens = call(port, "POST", "/tokenize", {"inputs": [texts[2]]}).json()[0]
+    expected = tokenizer(texts[2], return_offsets_mapping=True)
+    assert [one["id"] for one in tokens] == expected["input_ids"]
+    assert [(one["start"], one["stop"]) for one in tokens[1:-1]] == expected["offset_mapping"][1:-1]
+    assert [one["text"] for one in (tokens[0], tokens[-1])] == ["[CLS]", "[SEP]"]

@@ -33,12 +33,14 @@ _SENTENCE = "the a cat dog sat on mat in london paris alice bob likes runs to fr
 WORDS = [*_SENTENCE.split(), "##s", "##ed"]
 _HEADS = {
     "text-classification": BertForSequenceClassification,
+    "text-ranking": BertForSequenceClassification,
     "token-classification": BertForTokenClassification,
     "fill-mask": BertForMaskedLM,
 }
 _LABELS = {
     "text-classification": ["negative", "neutral", "positive"],
     "token-classification": ["O", "B-PER", "B-LOC"],
+    "text-ranking": ["LABEL_0"],
     "fill-mask": [],
 }
 
@@ -68,7 +70,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     backend.normalizer = BertNormalizer()
     backend.pre_tokenizer = BertPreTokenizer()
     backend.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
