@@ -38,6 +38,7 @@ class FakeConfig(Section):
     base_ms: Milliseconds = Field(0.0, description="Fixed time per run, whatever its content.")
     per_token_us: Annotated[float, Field(ge=0)] = Field(0.0, description="Additional time per padded token of a run.")
     load_ms: Milliseconds = Field(0.0, description="Time to load.")
+    hidden_size: Positive = Field(4, description="Length of its embeddings: 4 numbers, repeated.")
     poison_token: int | None = Field(None, description="A run that contains this token id raises.")
     memory_tokens: Positive | None = Field(None, description="A run with more padded tokens runs out of memory.")
     hold_path: str | None = Field(None, description="Runs block while this file exists.")

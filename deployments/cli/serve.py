@@ -52,8 +52,9 @@ FAST: dict[str, Setting] = {
         "0.5", "Run the control loop of Serve's controller twice a second, not ten times."
     ),
 }
-_HTTP_PORT, _HAPROXY_PORTS = 8000, (8404, 9101)
+_HTTP_PORT, _GRPC_PORT, _HAPROXY_PORTS = 8000, 9000, (8404, 9101)
 IMPORT_PATH, PAGE_IMPORT_PATH = "deployments.app:build", "deployments.page:build"
+GATEWAY_IMPORT_PATH = "deployments.gateway:build"
 
 
 def launch(config: Path, arguments: Sequence[str]) -> int:
@@ -80,7 +81,7 @@ def environment_for(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def check(config: Path) -> tuple[int, ...]:
-    """Validate ``args`` of every slowlens application in the file, and return the port of HTTP. Raises ConfigError."""
+    """Validate ``args`` of every slowlens application in the file, and return its ports. Raises ConfigError."""
     try:
         content: Any = yaml.safe_load(config.read_text())
     except FileNotFoundError:
@@ -97,10 +98,22 @@ def check(config: Path) -> tuple[int, ...]:
             ModelCard.load(AppConfig.parse(application.get("args") or {}).model)
         elif path == PAGE_IMPORT_PATH:
             PageConfig.parse(application.get("args") or {})
-    options = content.get("http_options")
-    port = options.get("port", _HTTP_PORT) if isinstance(options, dict) else _HTTP_PORT
+        elif path == GATEWAY_IMPORT_PATH:
+            # Imported only here so that others do not wait for it.
+            from deployments.gateway import GatewayConfig
+
+            _check_policies(application.get("deployments") or [])
+            GatewayConfig.parse(application.get("args") or {}).parsed()
+    ports = [_port_of(content.get("http_options"), _HTTP_PORT)]
+    grpc_options = content.get("grpc_options")
+    if isinstance(grpc_options, dict) and grpc_options.get("grpc_servicer_functions"):
+        ports.append(_port_of(grpc_options, _GRPC_PORT))
     # Anything else is left for Serve to refuse.
-    return (port,) if isinstance(port, int) else ()
+    return tuple(port for port in ports if isinstance(port, int))
+
+
+def _port_of(options: Any, default: int) -> Any:
+    return options.get("port", default) if isinstance(options, dict) else default
 
 
 def _check_policies(deployments: list[Any]) -> None:
@@ -120,4 +133,6 @@ def _check_ports(ports: Sequence[int]) -> None:
     for port in ports:
         holder = holder_of(port)
         if holder is not None:
-            raise ConfigError(f"port {port} is taken by {holder}; stop that, or choose another (http_options.port)")
+            raise ConfigError(
+                f"port {port} is taken by {holder}; stop that, or choose another (http_options.port, grpc_options.port)"
+            )

@@ -296,7 +296,7 @@ def _fake_card(config: ModelConfig) -> ModelCard:
         task=config.task if config.task in ("text-generation", "text-ranking") else "embeddings",
         max_length=config.max_length or 256,
         vocab_size=30_000,
-        hidden_size=4,
+        hidden_size=config.fake.hidden_size,
         pooling="mean",
         lower_case=False,
         prompt="",

@@ -85,7 +85,7 @@ class FakeEngine:
 
     def __init__(self, config: FakeConfig, *, ranks: bool = False) -> None:
         self._config = config
-        self._output = fake_score if ranks else fake_embedding
+        self._ranks = ranks
 
     def load(self, phase: Phase) -> WarmUp:
         with phase("weights"):
@@ -107,6 +107,9 @@ class FakeEngine:
         time.sleep(self._run_s(padded))
         outputs = [self._output([int(i) for i in ids]) for ids in batch]
         return Run(outputs, (time.perf_counter() - started) * 1e3, padded, (len(batch), len(outputs[0])))
+
+    def _output(self, ids: Sequence[int]) -> np.ndarray:
+        return fake_score(ids) if self._ranks else np.resize(fake_embedding(ids), self._config.hidden_size)
 
     def _run_s(self, padded_tokens: int) -> float:
         return self._config.base_ms / 1e3 + padded_tokens * self._config.per_token_us / 1e6

@@ -23,7 +23,6 @@ from tritonclient.utils import InferenceServerException
 
 from deployments.cli.main import main
 from tests.support.http import call
-from tests.support.models import save_language_model, save_model
 from tests.support.process import ROOT, serve_run
 
 PORT, GRPC_PORT = 8000, 9000
@@ -35,16 +34,12 @@ TEXTS = ["a cat sat on the mat", "paris is in france"]
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """``slowlens serve serve_models.yaml``, with small models in place of those that need a network."""
+    """``slowlens serve serve_models.yaml``, with the fake engine in place of the larger models."""
     folder = tmp_path_factory.mktemp("models")
     config: dict[str, Any] = yaml.safe_load((ROOT / "serve_models.yaml").read_text())
     applications = {one["name"]: one for one in config["applications"]}
-    sources = {
-        "reranker": save_model("text-ranking", folder / "ranker"),
-        "llm": save_language_model(folder / "llm"),
-    }
-    for name, source in sources.items():
-        applications[name]["args"]["model"]["source"] = str(source)
+    for name, task in (("reranker", "text-ranking"), ("llm", "text-generation")):
+        applications[name]["args"]["model"] |= {"engine": "fake", "task": task}
     # YAML repeats what is aliased; so does this.
     applications["gateway"]["args"]["applications"] = {
         name: one["args"] for name, one in applications.items() if name != "gateway"
@@ -168,7 +163,9 @@ def test_open_inference_grpc(expected: Any) -> None:
     assert np.allclose(np.frombuffer(bytes.fromhex(data), "<f4").reshape(shape), expected, atol=1e-5)
 
 
-def test_huggingface_hub(expected: Any) -> None:
+def test_huggingface_hub(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tests keep it from the hub, and with that from everything.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     embedded = InferenceClient(f"{BASE}/embed").feature_extraction(TEXTS[0], normalize=True, truncate=True)
     similar = InferenceClient(f"{BASE}/similarity").sentence_similarity(TEXTS[0], other_sentences=TEXTS)
     told = InferenceClient(f"{BASE}/v1").chat_completion(

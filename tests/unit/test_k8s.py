@@ -237,7 +237,7 @@ def test_ray_and_pipeline_pods_have_network_policies(resources: list[dict[str, A
         if "podSelector" in rule["from"][0] and not rule["from"][0]["podSelector"]
     ]
 
-    assert open_to_callers == [8000]
+    assert open_to_callers == [8000, 9000]
     for deployment in (one for one in resources if one["kind"] == "Deployment"):
         labels = deployment["spec"]["template"]["metadata"]["labels"]
         selectors = [policy["podSelector"]["matchLabels"] for policy in policies.values()]

@@ -34,8 +34,9 @@ LAYERS = [
     {"explain.verdict"},
     {"explain", "autoscaling", "transport", "http", "protocols"},
     {"stages", "simulate", "page"},
-    {"app", "cli"},
+    {"app"},
     {"gateway"},
+    {"cli"},
 ]
 ONLY_IN = {
     "opentelemetry": {"telemetry"},
