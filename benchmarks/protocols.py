@@ -163,7 +163,7 @@ async def measure(rounds: int, seconds: float, mark: str) -> list[dict[str, Any]
 def table(rows: list[dict[str, Any]]) -> str:
     def middle(protocol: str, shape: tuple[int, int], key: str) -> float:
         return statistics.median(
-            row[key] for row in rows if row["protocol"] == protocol and (row["clients"], row["inputs"]) == shape
+            float(row[key]) for row in rows if row["protocol"] == protocol and (row["clients"], row["inputs"]) == shape
         )
 
     lines = [
