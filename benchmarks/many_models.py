@@ -86,7 +86,7 @@ def phase(seconds: float, first_per_s: float, seed: int) -> dict[str, list[Answe
 
 
 def p99_ms(answers: list[Answered]) -> float:
-    return percentile(good(answers), 0.99) * 1e3
+    return float(percentile(good(answers), 0.99) * 1e3)
 
 
 def main() -> None:
@@ -102,9 +102,8 @@ def main() -> None:
         env = {"RAY_USAGE_STATS_ENABLED": "0", **environment_for({})}
         with running(Server("slowlens", command, PORT, env, Path(__file__).parents[1]), Path(folder) / "log", _wait):
             phase(5.0, USUAL_PER_S, 0)
-            print(
-                "| round | model | p99 ms | with the first overloaded | ratio | failed |\n| --- | --- | --- | --- | --- | --- |"
-            )
+            print("| round | model | p99 ms | with the first overloaded | ratio | failed |")
+            print("| --- | --- | --- | --- | --- | --- |")
             for number in range(options.rounds):
                 # The same times of arrival in both.
                 usual = phase(options.seconds, USUAL_PER_S, 10 * number)

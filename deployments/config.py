@@ -267,6 +267,14 @@ class SamplingConfig(Section):
     )
 
 
+class PrometheusConfig(Section):
+    port: Port | None = Field(
+        None,
+        description="Serve each node's metrics at `/metrics` on this port, in Prometheus' format. Default: do not.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all interfaces. There is no key.")
+
+
 class TelemetryConfig(Section):
     environment: str | None = Field(
         None,
@@ -288,6 +296,9 @@ class TelemetryConfig(Section):
     )
     gpu_sample_interval_s: Annotated[float, Field(gt=0)] = Field(
         0.25, description="Interval between NVML readings, taken in the background."
+    )
+    prometheus: PrometheusConfig = Field(
+        default_factory=PrometheusConfig, description="Metrics for a Prometheus that scrapes, without a Collector."
     )
     sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="Which requests' traces are kept.")
     capture_text: bool = Field(

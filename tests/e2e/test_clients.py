@@ -19,13 +19,14 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 import yaml
 from huggingface_hub import InferenceClient
+from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 from deployments.cli.main import main
 from tests.support.http import call
 from tests.support.process import ROOT, serve_run
 
-PORT, GRPC_PORT = 8000, 9000
+PORT, GRPC_PORT, METRICS_PORT = 8000, 9000, 9464
 BASE = f"http://127.0.0.1:{PORT}"
 ENCODER, RANKER, CHAT = "all-MiniLM-L6-v2", "ms-marco-MiniLM-L6-v2", "SmolLM2-135M-Instruct"
 GATEWAY = {"application": "gateway"}
@@ -40,6 +41,9 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     applications = {one["name"]: one for one in config["applications"]}
     for name, task in (("reranker", "text-ranking"), ("llm", "text-generation")):
         applications[name]["args"]["model"] |= {"engine": "fake", "task": task}
+    for one in applications.values():
+        one["args"].setdefault("telemetry", {})["prometheus"] = {"port": METRICS_PORT}
+    del applications["gateway"]["args"]["telemetry"]
     # YAML repeats what is aliased; so does this.
     applications["gateway"]["args"]["applications"] = {
         name: one["args"] for name, one in applications.items() if name != "gateway"
@@ -207,3 +211,31 @@ def test_why_looks_at_one_of_the_models(state: Path, capsys: pytest.CaptureFixtu
     assert all(set(verdict["models"]) == {model} for model, verdict in found.items())
     assert main(["why", "--source", source, "--model", "another"]) == 1
     assert "there are some of" in capsys.readouterr().err
+
+
+def test_prometheus_finds_all_models_at_one_target(state: Path) -> None:
+    requests = [
+        ("/v1/embeddings", {"input": "a", "model": ENCODER}),
+        ("/v1/rerank", {"query": "a", "documents": TEXTS}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 2}),
+    ]
+    assert [call(PORT, "POST", path, body).status for path, body in requests] == [200] * 3
+    models = set[str]()
+    while models < {ENCODER, RANKER, CHAT}:
+        scraped = call(METRICS_PORT, "GET", "/metrics").body.decode()
+        models = {
+            sample.labels["model"]
+            for family in text_string_to_metric_families(scraped)
+            for sample in family.samples
+            if sample.name == "ai_inference_requests_total" and sample.value
+        }
+
+    labels = {
+        (name, content)
+        for family in text_string_to_metric_families(scraped)
+        for sample in family.samples
+        for name, content in sample.labels.items()
+    }
+    services = {content for name, content in labels if name == "service_name"}
+    assert services == {f"slowlens.{stage}" for stage in ("ingress", "tokenizer", "model", "postprocessor")}
+    assert not [content for _, content in labels if "SERVE_REPLICA" in content]

@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from opentelemetry.metrics import Meter
 from opentelemetry.sdk.metrics import AlwaysOffExemplarFilter, MeterProvider
 from opentelemetry.sdk.metrics.export import (
     ConsoleMetricExporter,
     MetricExporter,
+    MetricReader,
     PeriodicExportingMetricReader,
 )
 from opentelemetry.sdk.resources import Resource
@@ -37,6 +38,9 @@ from deployments.telemetry.export.failures import say_failures_once
 from deployments.telemetry.export.sinks import NoSink, SdkSink, SpanSink, StoreSink
 from deployments.telemetry.export.store import JsonLines, JsonLinesMetricExporter
 from deployments.telemetry.names import Service
+
+if TYPE_CHECKING:
+    from deployments.telemetry.export.prometheus import PrometheusTarget
 
 Signal = Literal["traces", "metrics"]
 _MB = 1_000_000
@@ -90,6 +94,7 @@ class Provider:
     def __init__(self, service: Service, config: AppConfig, identity: ReplicaIdentity) -> None:
         say_failures_once()
         self._config, self._identity = config.telemetry, identity
+        self._prometheus: PrometheusTarget | None = None
         self.resource = make_resource(service, config, identity)
         # The SDK counts what its queues drop and what its exporters fail to deliver (otel.sdk.*), if enabled.
         os.environ.setdefault("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "true")
@@ -103,6 +108,8 @@ class Provider:
 
     def close(self) -> None:
         """Flush what is left, but do not wait for an unresponsive collector: the replica has to stop in time."""
+        if self._prometheus is not None:
+            self._prometheus.close()
         flushes = [
             threading.Thread(target=shutdown, name="slowlens-flush", daemon=True)
             for shutdown in (self.sink.close, self._meters.shutdown)
@@ -147,7 +154,14 @@ class Provider:
         exporter = self._metric_exporter()
         environment_says = "OTEL_METRIC_EXPORT_INTERVAL" in os.environ
         interval_ms = None if environment_says else self._config.metric_interval_s * 1000
-        readers = [PeriodicExportingMetricReader(exporter, interval_ms)] if exporter is not None else []
+        readers: list[MetricReader] = []
+        if exporter is not None:
+            readers.append(PeriodicExportingMetricReader(exporter, interval_ms))
+        if self._config.prometheus.port is not None:
+            from deployments.telemetry.export.prometheus import PrometheusTarget
+
+            self._prometheus = PrometheusTarget(self._config.prometheus.host, self._config.prometheus.port)
+            readers.append(self._prometheus.reader)
         # Who is measured is not known to be kept then, and an exemplar must lead to a trace.
         is_retroactive = self._config.sampling.mode == "retroactive"
         exemplars = AlwaysOffExemplarFilter() if is_retroactive else None
