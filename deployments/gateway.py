@@ -194,7 +194,7 @@ class GatewayStage(Stoppable):
         return await self._of("").ServerLive(request, grpc_context)
 
     async def ServerReady(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        return await self._readiest().ServerReady(request, grpc_context)
+        return await self._least_ready().ServerReady(request, grpc_context)
 
     async def ModelReady(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         return await self._of(request.name).ModelReady(request, grpc_context)
@@ -218,8 +218,12 @@ class GatewayStage(Stoppable):
             return json_response({"status": "ok", "models": states})
         return error_response(unready, unready.body())
 
+    def _least_ready(self) -> IngressStage:
+        """The Open Inference Protocol's server is ready when all its models are."""
+        return max(self._ingresses.values(), key=lambda ingress: ingress.unready() is not None)
+
     async def _ready(self) -> Response:
-        is_ready = self._readiest().unready() is None
+        is_ready = self._least_ready().unready() is None
         return json_response({"ready": is_ready}, 200 if is_ready else 503)
 
     async def _live(self) -> Response:
@@ -271,8 +275,9 @@ class GatewayStage(Stoppable):
             ("/v1/models", self._list_models, "The served models"),
             ("/v1/models/{model:path}", self._show_model, "A served model"),
             ("/v2", self._server_metadata, "The server, as the Open Inference Protocol tells it"),
+            ("/v2/", self._server_metadata, "The same"),
             ("/v2/health/live", self._live, "Whether the gateway runs"),
-            ("/v2/health/ready", self._ready, "Whether a model is ready"),
+            ("/v2/health/ready", self._ready, "Whether all models are ready"),
             (f"{versioned}/ready", self._model_ready, "Whether a model is ready"),
             (versioned, self._model_metadata, "A model's tensors"),
             ("/v2/models/{model:path}/ready", self._model_ready, "Whether a model is ready"),

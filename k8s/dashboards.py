@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from deployments.telemetry.metrics import MetricSpec
 from k8s.metrics import label, series
 
 RATE = "$__rate_interval"
+MODEL = 'model=~"$model"'
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH, _HEIGHT = 12, 8
 _DEPLOYMENT = label("ai.autoscaling.deployment")
@@ -363,7 +365,21 @@ def dashboard(uid: str) -> dict[str, Any]:
                     "query": "prometheus",
                     "current": {},
                     "hide": 0,
-                }
+                },
+                {
+                    "name": "model",
+                    "label": "Model",
+                    "type": "query",
+                    "datasource": _DATASOURCE,
+                    "query": f"label_values({series(metrics.REQUESTS)}, model)",
+                    "refresh": 2,
+                    "multi": True,
+                    "includeAll": True,
+                    # Also of series without a model.
+                    "allValue": ".*",
+                    "current": {"text": "All", "value": "$__all"},
+                    "hide": 0,
+                },
             ]
         },
         "annotations": {"list": []},
@@ -400,7 +416,7 @@ def _panel(number: int, panel: Panel) -> dict[str, Any]:
             {
                 "refId": ref,
                 "datasource": _DATASOURCE,
-                "expr": query.expr,
+                "expr": _of_model(query.expr),
                 "legendFormat": query.legend,
                 "exemplar": query.exemplars,
                 "range": True,
@@ -408,6 +424,15 @@ def _panel(number: int, panel: Panel) -> dict[str, Any]:
             for ref, query in _refs(panel)
         ],
     }
+
+
+def _of_model(expr: str) -> str:
+    """The query for the models that are chosen, where its metrics have a model."""
+    for spec in metrics.METRICS:
+        if "model" in spec.attributes:
+            named = rf"\b({series(spec)}(?:_bucket|_sum|_count)?)\b(?:{{([^}}]*)}})?"
+            expr = re.sub(named, lambda found: f"{found[1]}{{{','.join(filter(None, (MODEL, found[2])))}}}", expr)
+    return expr
 
 
 def _refs(panel: Panel) -> list[tuple[str, Query]]:

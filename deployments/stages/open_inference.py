@@ -155,6 +155,7 @@ class OpenInference:
         """Routes of the protocol besides inference, and text-embeddings-inference's ``/info``."""
         for path, endpoint, summary in (
             ("/v2", self._server_metadata, "The server, as the Open Inference Protocol tells it"),
+            ("/v2/", self._server_metadata, "The same"),
             ("/v2/health/live", self._live, "Whether the ingress runs"),
             ("/v2/health/ready", self._ready, "Whether every stage has a warm replica"),
             ("/v2/models/{model:path}/versions/{version}/ready", self.model_ready, "Whether the model is ready"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tritonclient.grpc as triton
 import yaml
+from tritonclient.utils import InferenceServerException
 
 from deployments.autoscaling.settings import POLICY
 from deployments.telemetry import metrics
@@ -39,6 +43,12 @@ SCALING = {
     "policy": {"policy_function": POLICY, "policy_kwargs": {"target_queue_wait_ms": 1, "target_utilization": 0.001}},
 }
 CONFIG = {
+    "grpc_options": {
+        "port": 9000,
+        "grpc_servicer_functions": [
+            "deployments.protocols.open_inference.service:add_GRPCInferenceServiceServicer_to_server"
+        ],
+    },
     "applications": [
         {
             "name": "slowlens",
@@ -63,7 +73,7 @@ CONFIG = {
             },
             "deployments": [{"name": "Model", "ray_actor_options": {"num_cpus": 0.2}}],
         },
-    ]
+    ],
 }
 
 
@@ -202,11 +212,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
         "OTEL_METRIC_EXPORT_INTERVAL": "500",
     }
     stopped = threading.Event()
+    text = triton.InferInput("text", [1], "BYTES")
+    text.set_data_from_numpy(np.array([b"a b c"], dtype=object))
 
     def ask() -> None:
+        over_grpc = triton.InferenceServerClient("127.0.0.1:9000")
         while not stopped.is_set():
             call(PORT, "POST", "/v1/embeddings", {"input": ["a b c", "d"]})
             call(PORT, "POST", "/v1/embeddings", {"input": ""})
+            with contextlib.suppress(InferenceServerException):
+                over_grpc.infer("fake", [text], headers={"application": "slowlens"})
             call(PORT, "POST", "/lm/v1/completions", {"prompt": "a b c", "n": 3, "max_tokens": 40})
             time.sleep(0.05)
 
@@ -235,11 +250,10 @@ def panels() -> list[Any]:
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="the real NVML is found here first")
 @pytest.mark.parametrize("expr", panels())
 def test_every_panel_query_returns_data(expr: str, server: Prometheus) -> None:
-    found = server.wait_for(expr.replace("$__rate_interval", "10s"))
+    asked = expr.replace("$__rate_interval", "10s").replace("$model", ".*")
+    found = server.wait_for(asked)
 
-    assert all(series["value"][1] != "NaN" for series in found) or server.wait_for(
-        f"({expr.replace('$__rate_interval', '10s')}) >= 0"
-    )
+    assert all(series["value"][1] != "NaN" for series in found) or server.wait_for(f"({asked}) >= 0")
 
 
 @needs_prometheus
