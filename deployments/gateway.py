@@ -33,7 +33,7 @@ from deployments.http.server import Endpoint, FastPathApp, error_response, json_
 from deployments.protocols.embeddings_inference import info
 from deployments.protocols.open_inference.metadata import SERVER
 from deployments.protocols.open_inference.rest import path_params
-from deployments.protocols.routes import body_schema
+from deployments.protocols.routes import OPEN_INFERENCE, body_schema
 from deployments.stages.generation.ingress import GenerationIngressStage
 from deployments.stages.ingress import IngressStage, Shared
 from deployments.stages.replica import Placement, Stoppable, prepare_replica, tune_garbage_collector
@@ -262,7 +262,7 @@ class GatewayStage(Stoppable):
             version=__version__,
             description="Transformer inference that can tell you why a request was slow.",
         )
-        for route in routes.values():
+        for route in (*routes.values(), OPEN_INFERENCE):
             app.add_api_route(
                 route.path,
                 self._documented,

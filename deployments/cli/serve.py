@@ -48,6 +48,9 @@ FAST: dict[str, Setting] = {
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": Setting(
         "75", "How long a client of HAProxy may send or take nothing, instead of an hour."
     ),
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": Setting(
+        "67108864", "Largest message over gRPC, in bytes, instead of 2 GiB. `limits.max_body_bytes` is checked later."
+    ),
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": Setting(
         "0.5", "Run the control loop of Serve's controller twice a second, not ten times."
     ),

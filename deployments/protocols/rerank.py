@@ -77,7 +77,7 @@ def frame_rerank(answered: Answered) -> Framed:
     meta = {"api_version": {"version": "1"}, "billed_units": {"search_units": 1}}
     usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
     return Framed(
-        b'{"id":%b,"model":%b,"results":[%b],"meta":%b,"usage":%b}'
+        b'{"id":%b,"object":"list","model":%b,"results":[%b],"meta":%b,"usage":%b}'
         % (
             to_json(answered.request.response_id),
             to_json(answered.card.name),

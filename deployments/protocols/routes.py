@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -179,10 +180,17 @@ MODEL_INFER = Route(rpc.INFER, "infer", ENCODER_TASKS, rest.InferBody, rpc.parse
 
 
 def body_schema(route: Route | GenerationRoute) -> dict[str, Any]:
-    """The request body for the OpenAPI document, its definitions in place."""
+    """The request for the OpenAPI document: the body, its definitions in place, and parameters of the path."""
     schema = route.body.model_json_schema()
     in_place = _in_place(schema, schema.pop("$defs", {}))
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": in_place}}}}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", route.path)
+    ]
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": in_place}}},
+        **({"parameters": parameters} if parameters else {}),
+    }
 
 
 def _in_place(part: Any, definitions: dict[str, Any]) -> Any:

@@ -301,7 +301,7 @@ class IngressStage(OpenInference, Stoppable):
             version=__version__,
             description="Transformer inference that can tell you why a request was slow.",
         )
-        for route in self.routes():
+        for route in (*self.routes(), self._http_infer):
             app.add_api_route(
                 route.path,
                 self._documented,

@@ -65,7 +65,7 @@ class OpenInference:
 
     async def ModelInfer(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
         headers = _metadata(grpc_context)
-        with self._meter.requests(1), self._call(headers, grpc_context) as record:
+        with self._meter.requests(1), self._call(request, headers, grpc_context) as record:
 
             async def read() -> Any:
                 self._shorten(record, headers)
@@ -99,14 +99,15 @@ class OpenInference:
             trailing.append(("retry-after", str(error.retry_after_s)))
         context.set_trailing_metadata(trailing)
 
-    def _call(self, headers: Mapping[str, str], context: Any) -> Any:
+    def _call(self, request: Any, headers: Mapping[str, str], context: Any) -> Any:
         return self._telemetry.request(
             method="POST",
             path=f"/{rpc.INFER}",
             scheme="http",
             route=rpc.INFER,
             client=client_address(headers, _peer(context)),
-            request_id=request_id_of(headers),
+            # The protocol has an id too.
+            request_id=request_id_of({"x-request-id": request.id, **headers}),
             headers=headers,
             front_ns=self._front.elapsed_ns(headers),
             rpc_method=rpc.INFER,

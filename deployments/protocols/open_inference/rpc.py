@@ -18,6 +18,7 @@ from deployments.protocols.open_inference.tensors import (
     VERSION,
     InferRequest,
     InputTensor,
+    check_texts,
     from_raw,
     parse_infer,
     text_of,
@@ -92,6 +93,7 @@ def _values(one: Any, raw: bytes | None) -> Any:
     if raw is not None:
         return from_raw(one.name, one.datatype, raw)
     if one.datatype == "BYTES":
+        check_texts(one.name, len(one.contents.bytes_contents))
         return [text_of(one.name, value) for value in one.contents.bytes_contents]
     if one.datatype == "INT64":
         return np.array(one.contents.int64_contents, dtype=np.int64)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from deployments.config import LimitsConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.outputs.tensors import TensorSpec, output_specs
-from deployments.errors import InvalidField, ModelNotFound
+from deployments.errors import InvalidField, ModelNotFound, TooLarge
 from deployments.messages import OutputOptions, TensorOption
 from deployments.protocols.fields import ParsedRequest, checked_inputs, checked_text, served, shown
 from deployments.protocols.openai import check_dimensions, check_top_k
@@ -26,6 +26,8 @@ VERSION = "1"
 """Of every model: there is one at a time."""
 TEXT, IDS, MASK, QUERY, TEXTS = "text", "input_ids", "attention_mask", "query", "texts"
 _MAX_NAME = 80
+_MAX_TEXTS = 65_536
+"""In one tensor, before they are decoded: limits.max_inputs is below it."""
 PRIORITIES = ("interactive", "batch")
 
 
@@ -137,14 +139,12 @@ def _check_shape(one: InputTensor, spec: TensorSpec) -> None:
     shape = list(one.shape)
     # A column of texts is taken for a list of them: so clients send them to models that batch.
     is_column = spec.datatype == "BYTES" and len(shape) == 2 and shape[1] == 1
+    told = str(shape[:4])[:_MAX_NAME]
     if any(size < 0 for size in shape) or (len(shape) != len(spec.shape) and not is_column):
-        raise InvalidField(
-            f"the input {one.name!r} must have the shape {list(spec.shape)}; got {shape}", param="inputs"
-        )
+        raise InvalidField(f"the input {one.name!r} must have the shape {list(spec.shape)}; got {told}", param="inputs")
     if prod(shape) != len(one.values):
         raise InvalidField(
-            f"the input {one.name!r} has the shape {shape}, {prod(shape)} elements, and {len(one.values)} are there",
-            param="inputs",
+            f"the input {one.name!r} has the shape {told}, and {len(one.values)} elements are there", param="inputs"
         )
 
 
@@ -252,6 +252,12 @@ def from_raw(name: str, datatype: str, data: bytes | memoryview) -> Sequence[str
     )
 
 
+def check_texts(name: str, count: int) -> None:
+    """Raises TooLarge."""
+    if count > _MAX_TEXTS:
+        raise TooLarge(f"the input {shown(name)} has {count} elements or more; at most {_MAX_TEXTS} are read")
+
+
 def text_of(name: str, data: bytes | memoryview) -> str:
     """Raises InvalidField."""
     try:
@@ -268,5 +274,6 @@ def _parts(name: str, data: bytes | memoryview) -> list[memoryview]:
         if start + 4 > len(view) or end > len(view):
             raise InvalidField(f"the input {shown(name)} ends within an element", param="inputs")
         parts.append(view[start + 4 : end])
+        check_texts(name, len(parts))
         start = end
     return parts

@@ -139,8 +139,9 @@ def test_tensors_as_bytes_both_ways() -> None:
         ({"inputs": [text_input("a", name="texts")]}, "has no input 'texts'; it has text, input_ids, attention_mask"),
         ({"inputs": [text_input("a", datatype="FP32")]}, "must consist of integers"),
         ({"inputs": [text_input("a", datatype="FP32", data=[1])]}, "must have the datatype BYTES; got 'FP32'"),
-        ({"inputs": [text_input("a", shape=[2])]}, "has the shape [2], 2 elements, and 1 are there"),
+        ({"inputs": [text_input("a", shape=[2])]}, "has the shape [2], and 1 elements are there"),
         ({"inputs": [text_input("a", shape=[-1])]}, "must have the shape [-1]; got [-1]"),
+        ({"inputs": [text_input("a", shape=[9**99] * 30_000)]}, "must have the shape [-1]; got [2951266543065"),
         ({"inputs": [text_input("a"), text_input("b")]}, "the input 'text' is there twice"),
         ({"inputs": [text_input("")]}, "text[0] must not be an empty string"),
         ({"inputs": [text_input("a", data=None)]}, "the input 'text' has no data"),
@@ -188,6 +189,27 @@ def test_what_is_wrong_with_the_bytes_is_told(header: str, body: bytes, message:
         answer = await client.post(INFER, content=body, headers={"Inference-Header-Content-Length": header})
         assert answer.status_code == 400
         assert message in answer.json()["error"]
+
+    with_client(use)
+
+
+def test_more_texts_than_are_read_are_not_read_to_their_end() -> None:
+    async def use(client: Client, _: Application) -> None:
+        header = (
+            b'{"inputs":[{"name":"text","datatype":"BYTES","shape":[9],"parameters":{"binary_data_size":3000000}}]}'
+        )
+        headers = {"Inference-Header-Content-Length": str(len(header))}
+        answer = await client.post(INFER, content=header + b"\0" * 3_000_000, headers=headers)
+        assert answer.status_code == 400
+        assert "at most 65536 are read" in answer.json()["error"]
+
+    with_client(use)
+
+
+def test_the_route_is_in_the_openapi_document() -> None:
+    async def use(client: Client, _: Application) -> None:
+        described = (await client.get("/openapi.json")).json()["paths"]["/v2/models/{model}/infer"]["post"]
+        assert [one["name"] for one in described["parameters"]] == ["model"]
 
     with_client(use)
 
