@@ -125,3 +125,5 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 _KINDS: dict[str, type[ApiError]] = {kind.__name__: kind for kind in ApiError.__subclasses__()}
+OUTCOMES = ("ok", *sorted({kind.outcome for kind in _KINDS.values()}))
+"""All values of ``outcome``."""

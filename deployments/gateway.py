@@ -133,9 +133,10 @@ class GatewayStage(Stoppable):
         configs = config.parsed()
         cards = {application: ModelCard.load(one.model) for application, one in configs.items()}
         first = next(iter(configs.values()))
-        self._telemetry = Telemetry("ingress", first, "", placement.identity)
+        models = tuple(card.name for card in cards.values())
+        self._telemetry = Telemetry("ingress", first, "", placement.identity, models=models)
         self._meter = EventLoopMeter(started_s)
-        shared = Shared(self._telemetry, self._meter, tuple(card.name for card in cards.values()))
+        shared = Shared(self._telemetry, self._meter, models)
         self._ingresses: dict[str, IngressStage] = {}
         """By model."""
         for application, one in configs.items():

@@ -61,6 +61,11 @@ def _by_deployment(spec: metrics.MetricSpec) -> str:
     return f"max by ({_DEPLOYMENT}) ({series(spec)})"
 
 
+def _lost_lately(lost: str) -> str:
+    """PromQL for what a counter counted within 15 minutes, its first value included where it begins with one."""
+    return f"(sum (increase({lost}[15m])) or vector(0)) + (sum ({lost} unless {lost} offset 15m) or vector(0))"
+
+
 def _burn(window: str) -> str:
     """PromQL for the burn rate: how many times faster than allowed the error budget is used."""
     ours = f'{series(metrics.REQUESTS)}{{outcome=~"error|overloaded|deadline"}}'
@@ -140,10 +145,11 @@ ALERTS = (
     ),
     Alert(
         "SlowlensSpansDropped",
-        " + ".join(f"(sum (rate({lost}[5m])) or vector(0))" for lost in _LOSSES) + " > 0",
-        "5m",
+        " + ".join(map(_lost_lately, _LOSSES)) + " > 0",
+        # One loss is enough: it is told for as long as the window is.
+        "0s",
         "warning",
-        "Telemetry is being lost: {{ $value | humanize }} records and spans per second",
+        "Telemetry was lost: {{ $value | humanize }} records and spans within 15 minutes",
         "telemetry_loss says what is missing. Check the Collector: its memory, its queue, its backend.",
         "15m",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import string
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from deployments.errors import ConfigError
 from deployments.explain.options import Against, against, duration_s, factor, share, target_s
 
 Value = TypeVar("Value")
+_TRACE_ID_DIGITS = 32
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,6 +108,13 @@ def _argument(parse: Callable[[str], Value]) -> Callable[[str], Value]:
     return told
 
 
+def _trace_id(text: str) -> str:
+    """Raises ValueError."""
+    if len(text) != _TRACE_ID_DIGITS or not set(text) <= set(string.hexdigits):
+        raise ValueError(f"{text!r} must be a trace id, {_TRACE_ID_DIGITS} hexadecimal digits")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="slowlens", description="Transformer inference that can tell you why a request was slow."
@@ -134,7 +143,12 @@ def parser() -> argparse.ArgumentParser:
     verdict.add_argument("--format", choices=("text", "json", "html"), default="text")
     verdict.add_argument("-o", dest="output", type=Path, metavar="FILE", help="output file; default: standard output")
     one = commands.add_parser("trace", help="show one request as a waterfall, with its batch")
-    one.add_argument("trace_id", nargs="?", help="in hex, as in the traceresponse header; default: the newest request")
+    one.add_argument(
+        "trace_id",
+        nargs="?",
+        type=_argument(_trace_id),
+        help="in hex, as in the traceresponse header; default: the newest request",
+    )
     _add_source(one)
     other = commands.add_parser(
         "what-if",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.trace import NonRecordingSpan, SpanContext, set_span_in_context
 
+from deployments.errors import OUTCOMES
 from deployments.telemetry import metrics, names
 from deployments.telemetry.carrier import from_carrier
 from deployments.telemetry.generation.facts import GenerationFacts
@@ -34,17 +36,31 @@ Reading = Callable[[], Iterable[tuple[float, dict[str, Any]]]]
 
 
 class Measures:
-    """The instruments of one process."""
+    """The instruments of one process.
 
-    def __init__(self, meter: Meter, service: Service, model: str) -> None:
+    Args:
+        model: the model that measurements are of, unless they say another.
+        models: all that it serves; by default that one.
+    """
+
+    def __init__(self, meter: Meter, service: Service, model: str, models: Sequence[str] = ()) -> None:
         self._meter, self.model = meter, model
         self._instruments: dict[str, Any] = {
             spec.name: self._create(spec)
             for spec in metrics.METRICS
             if spec.kind != "gauge" and spec.service in (service, "every")
         }
+        self._begin_at_zero(models or (model,))
         self._counts: Counter[tuple[MetricSpec, tuple[tuple[str, str | int], ...]]] = Counter()
         self._lock = threading.Lock()
+
+    def _begin_at_zero(self, models: Sequence[str]) -> None:
+        """What must not be missed is there from the start: a counter that begins with a count has no increase."""
+        for spec in (metrics.DROPPED_RECORDS, metrics.UNWRITTEN_SPANS):
+            self._instruments[spec.name].add(0, self._complete(spec, {}))
+        if metrics.REQUESTS.name in self._instruments:
+            for one, outcome in itertools.product(models, OUTCOMES):
+                self._instruments[metrics.REQUESTS.name].add(0, {"model": one, "outcome": outcome})
 
     def _create(self, spec: MetricSpec) -> Any:
         if spec.kind == "counter":

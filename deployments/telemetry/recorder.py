@@ -68,6 +68,7 @@ class Telemetry:
         model: the served model's name.
         identity: this process's identity in Ray.
         gpus: the devices assigned to this replica.
+        models: the names of all served models, if there are several.
         max_records: records that wait for the telemetry thread; more are lost, and counted.
     """
 
@@ -79,10 +80,11 @@ class Telemetry:
         identity: ReplicaIdentity,
         gpus: Sequence[str] = (),
         max_records: int = MAX_RECORDS,
+        models: Sequence[str] = (),
     ) -> None:
         self._config, self._model = config, model
         self._provider = Provider(service, config, identity)
-        self._measures = Measures(self._provider.meter(), service, model)
+        self._measures = Measures(self._provider.meter(), service, model, models)
         self._ids = RandomIdGenerator()
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
         self._run_delay, self._throttling, self._garbage = RunDelay(), Throttling(), GarbageWatch()

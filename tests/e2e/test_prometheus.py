@@ -140,6 +140,26 @@ CASES: dict[str, tuple[dict[str, str], str, set[str]]] = {
         "12m",
         {"SlowlensSpansDropped"},
     ),
+    "spans dropped once": (
+        {'ai_telemetry_dropped_records_total{instance="a"}': "0x20 200x60"},
+        "23m",
+        {"SlowlensSpansDropped"},
+    ),
+    "spans dropped once, half an hour ago": (
+        {'ai_telemetry_dropped_records_total{instance="a"}': "0x20 200x60"},
+        "50m",
+        set(),
+    ),
+    "spans dropped once, by a counter that begins with it": (
+        {'otel_sdk_exporter_span_exported_total{instance="b", error_type="timeout"}': "_x20 200x60"},
+        "22m",
+        {"SlowlensSpansDropped"},
+    ),
+    "a replica that lost some and left": (
+        {'ai_telemetry_dropped_records_total{instance="b"}': "0x5 9x15 _x60"},
+        "40m",
+        set(),
+    ),
     "spans that found the queue full": (
         {'otel_sdk_processor_span_processed_total{instance="a", error_type="queue_full"}': rising(60)},
         "12m",

@@ -108,9 +108,18 @@ class Api:
             )
         return found
 
-    def objects(self, path: str, query: dict[str, str], key: str) -> list[dict[str, Any]]:
-        """Return the list of objects that a response has under ``key``; empty if there is none. Raises SourceError."""
-        found = (self.json(path, query) or {}).get(key) or []
+    def objects(self, path: str, query: dict[str, str], key: str, *, is_search: bool = False) -> list[dict[str, Any]]:
+        """Return the list of objects that a response has under ``key``; empty if there is none.
+
+        A 404 is that too, but for a search: there, it is no store of traces. Raises SourceError.
+        """
+        content = self.json(path, query)
+        if content is None and is_search:
+            raise SourceError(
+                f"{self.url} returned 404 for {path}: it is neither a Jaeger query service nor Tempo, or it is "
+                "below another path"
+            )
+        found = (content or {}).get(key) or []
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise SourceError(f"{self.url} did not answer {path} as Jaeger's and Tempo's HTTP APIs specify")
         return found

@@ -60,7 +60,7 @@ class Jaeger(Backend):
 
     def _search(self, service: str, operation: str, more: dict[str, str]) -> list[dict[str, Any]]:
         query = {"service": service, "operation": operation, **more}
-        return self._api.objects("/api/traces", query, "data")
+        return self._api.objects("/api/traces", query, "data", is_search=True)
 
     def _spans(self, trace_id: str) -> list[Span]:
         traces = self._api.objects(f"/api/traces/{quote(trace_id)}", {}, "data")

@@ -51,7 +51,7 @@ class Tempo(Backend):
 
     def _search(self, more: dict[str, str], name: str = names.PREDICT) -> list[dict[str, Any]]:
         query = f'{{ name = "{name}" }} | select(span.error.type, status)'
-        found = self._api.objects("/api/search", {"q": query, **more}, "traces")
+        found = self._api.objects("/api/search", {"q": query, **more}, "traces", is_search=True)
         known = [one for one in found if _is_summary(one)]
         self.broken += len(found) - len(known)
         return known

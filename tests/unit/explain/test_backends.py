@@ -257,6 +257,20 @@ def test_a_trace_that_cannot_be_shown(api: dict[str, Any], message: str, capsys:
     assert message in capsys.readouterr().err
 
 
+def test_a_server_that_knows_no_traces_is_no_empty_store(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving({"/api/v1/query": {}}) as asked:
+        for command in ("why", "trace"):
+            assert main([command, "--source", asked.url]) == 1
+            assert "returned 404 for /api/traces: it is neither a Jaeger" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["zzz", "0x12", "d" * 31, "d" * 33])
+def test_what_is_no_trace_id_is_not_asked_for(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["trace", given, "--source", "http://127.0.0.1:9"])
+    assert f"{given!r} must be a trace id, 32 hexadecimal digits" in capsys.readouterr().err
+
+
 def test_an_unreachable_backend(capsys: pytest.CaptureFixture[str]) -> None:
     with serving({}) as asked:
         pass

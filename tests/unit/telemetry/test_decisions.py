@@ -98,6 +98,8 @@ def test_a_new_decision_emits_a_span_and_metrics(tmp_path: Path) -> None:
         "ai.autoscaling.queue_wait_ms": 900,
         "ai.autoscaling.target_queue_wait_ms": 500,
         "ai.autoscaling.decisions": 1,
+        "ai.telemetry.dropped_records": 0,
+        "ai.telemetry.unwritten_spans": 0,
     }
 
 

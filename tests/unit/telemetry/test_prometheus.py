@@ -70,11 +70,12 @@ def scrape(port: int, path: str = "/metrics") -> str:
 
 
 def value(text: str, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+    """The series that are not zero."""
     return {
         tuple(sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name == name
+        if sample.name == name and sample.value
     }
 
 
