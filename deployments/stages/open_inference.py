@@ -7,6 +7,7 @@ details, set on the context: Serve would log what is raised here, with its stack
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar
 
@@ -16,9 +17,9 @@ from fastapi import FastAPI, Response
 from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig, LimitsConfig
 from deployments.engine.card import ModelCard
-from deployments.errors import ApiError, NoReplicaReady
+from deployments.errors import ApiError, InvalidField, NoReplicaReady
 from deployments.http.front import Front
-from deployments.http.headers import client_address, request_id_of
+from deployments.http.headers import client_address, request_id_of, timeout_ms
 from deployments.http.keys import ApiKeys
 from deployments.http.server import RetryAdvice, error_response, json_response
 from deployments.protocols.embeddings_inference import info
@@ -31,6 +32,8 @@ from deployments.protocols.routes import MODEL_INFER
 from deployments.telemetry.carrier import traceparent
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import RequestRecord
+
+_SHORTEST_MS = 0.001
 
 
 class OpenInference:
@@ -64,11 +67,10 @@ class OpenInference:
     # --- inference over gRPC ---
 
     async def ModelInfer(self, request: Any, grpc_context: Any) -> Any:  # noqa: N802
-        headers = _metadata(grpc_context)
+        headers = self._headers(grpc_context)
         with self._meter.requests(1), self._call(request, headers, grpc_context) as record:
 
             async def read() -> Any:
-                self._shorten(record, headers)
                 return request
 
             try:
@@ -114,14 +116,16 @@ class OpenInference:
             model=self._card.name,
         )
 
-    def _shorten(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
-        """The caller's own deadline is the request's, if it is the earlier one."""
-        left_ms = headers.get(TIME_LEFT)
-        if left_ms is None:
-            return
-        deadline_ns = record.started_ns + int(float(left_ms) * 1e6)
-        if deadline_ns < record.deadline_ns:
-            record.deadline_ns, record.timeout_ms = deadline_ns, float(left_ms)
+    def _headers(self, context: Any) -> dict[str, str]:
+        """The call's metadata, in which its own deadline is the timeout, if it is the earlier one."""
+        headers = _metadata(context)
+        left_ms = headers.pop(TIME_LEFT, None)
+        if left_ms is not None:
+            # A timeout that is none is told by whoever reads it next.
+            with contextlib.suppress(InvalidField):
+                timeout = min(timeout_ms(headers, self._limits), max(float(left_ms), _SHORTEST_MS))
+                headers["x-request-timeout-ms"] = str(timeout)
+        return headers
 
     # --- the other methods ---
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 
 from deployments.config import AppConfig
@@ -39,8 +41,12 @@ def embed(texts: Sequence[str] = TEXTS, **model: object) -> Run:
     return engine.run(engine.collate([one.ids for one in encoded]))
 
 
+def cosine(a: Any, b: Any) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
 def least_cosine(one: Run, other: Run) -> float:
-    return min(float(a @ b) for a, b in zip(one.outputs, other.outputs, strict=True))
+    return min(cosine(a, b) for a, b in zip(one.outputs, other.outputs, strict=True))
 
 
 @pytest.fixture(scope="module")

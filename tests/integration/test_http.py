@@ -246,7 +246,19 @@ def test_openapi_describes_the_request_bodies(port: int) -> None:
     paths = call(port, "GET", "/openapi.json").json()["paths"]
     body = paths["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
 
-    assert set(paths) == {"/v1/embeddings", "/predict", "/v1/models", "/v1/models/{model}", "/healthz"}
+    assert set(paths) == {
+        "/v1/embeddings",
+        "/predict",
+        "/v1/models",
+        "/v1/models/{model}",
+        "/healthz",
+        "/v1/rerank",
+        "/v2/rerank",
+        *("/embed", "/similarity", "/rerank", "/tokenize", "/info"),
+        *("/v2", "/v2/", "/v2/health/live", "/v2/health/ready"),
+        *(f"/v2/models/{{model}}{rest}" for rest in ("", "/ready", "/infer", "/versions/{version}")),
+        "/v2/models/{model}/versions/{version}/ready",
+    }
     assert set(body["properties"]) == {"input", "model", "encoding_format", "dimensions", "user"}
     assert body["required"] == ["input"]
     assert call(port, "GET", "/docs").status == 200
