@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from deployments.protocols.open_inference import protobuf
 MODEL, WIDTH = "fake", 384
 TEXT = "the quick brown fox number {} jumps over the lazy dog"
 PORT, GRPC_PORT = 8000, 9000
-SHAPES = ((1, 1), (1, 16), (64, 1), (64, 16))
+Shape = tuple[int, int]
 """Clients, and inputs per request."""
 Send = Callable[[list[str]], Awaitable[int]]
 """Send a request for these texts, and return the size of the answer."""
@@ -131,7 +132,7 @@ async def closed_loop(send: Send, clients: int, inputs: int, seconds: float) -> 
     return {"requests": len(latencies), "p50_ms": statistics.median(latencies) * 1e3, "bytes": size}
 
 
-async def measure(rounds: int, seconds: float, mark: str) -> list[dict[str, Any]]:
+async def measure(shapes: Sequence[Shape], rounds: int, seconds: float, mark: str) -> list[dict[str, Any]]:
     rows = []
     options = [("grpc.max_receive_message_length", -1)]
     async with (
@@ -139,7 +140,7 @@ async def measure(rounds: int, seconds: float, mark: str) -> list[dict[str, Any]
         grpc.aio.insecure_channel(f"127.0.0.1:{GRPC_PORT}", options=options) as channel,
     ):
         for number in range(rounds + 1):
-            for clients, inputs in SHAPES:
+            for clients, inputs in shapes:
                 for name, send in protocols(session, channel).items():
                     pids = processes(mark)
                     before_s, began_s = cpu_seconds(pids), time.monotonic()
@@ -160,8 +161,8 @@ async def measure(rounds: int, seconds: float, mark: str) -> list[dict[str, Any]
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    def middle(protocol: str, shape: tuple[int, int], key: str) -> float:
+def table(shapes: Sequence[Shape], rows: list[dict[str, Any]]) -> str:
+    def middle(protocol: str, shape: Shape, key: str) -> float:
         return statistics.median(
             float(row[key]) for row in rows if row["protocol"] == protocol and (row["clients"], row["inputs"]) == shape
         )
@@ -170,7 +171,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| clients | inputs | protocol | requests/s | p50 ms | server CPU ms | KB |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for shape in SHAPES:
+    for shape in shapes:
         for protocol in dict.fromkeys(row["protocol"] for row in rows):
             values = [middle(protocol, shape, key) for key in ("per_s", "p50_ms", "cpu_ms", "bytes")]
             lines.append(
@@ -184,8 +185,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--inputs", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--front", choices=("haproxy", "python"), default="haproxy")
     options = parser.parse_args()
+    shapes = list(itertools.product(options.clients, options.inputs))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "protocols.yaml"
         path.write_text(json.dumps(config()))
@@ -195,8 +199,8 @@ def main() -> None:
         command = [str(Path(sys.executable).with_name("serve")), "run", str(path)]
         server = Server("slowlens", command, PORT, env, Path(__file__).parents[1])
         with running(server, Path(folder) / "serve.log") as mark:
-            rows = asyncio.run(measure(options.rounds, options.seconds, mark))
-    print(table(rows))
+            rows = asyncio.run(measure(shapes, options.rounds, options.seconds, mark))
+    print(table(shapes, rows))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from deployments.cli.serve import FAST
+from deployments.protocols.open_inference import protobuf
 from deployments.telemetry import metrics, names
 from tests.support.http import Answer, call, new_traceparent
 from tests.support.otlp import OtlpReceiver
@@ -130,6 +133,39 @@ def test_a_call_over_grpc_is_one_complete_trace(running: Running) -> None:
     assert root.attributes["ai.request_id"] == "over-grpc"
     # The caller's deadline is the request's.
     assert 15_000 < root.attributes["ai.timeout_ms"] <= 20_500
+
+
+def test_a_call_over_grpc_that_is_cancelled_leaves_the_queue(running: Running) -> None:
+    traceparent, trace_id, _ = new_traceparent()
+    request, _ = protobuf.METHODS["ModelInfer"]
+    # Many seconds of work, of which a run takes half a second at most.
+    many = request(model_name="all-MiniLM-L6-v2")
+    many.inputs.add(name="text", datatype="BYTES", shape=[256]).contents.bytes_contents.extend(
+        b"%d " % number + b"word " * 240 for number in range(256)
+    )
+    with grpc.insecure_channel("127.0.0.1:9000") as channel:
+        infer: Any = channel.unary_unary(
+            f"/{protobuf.SERVICE}/ModelInfer", request_serializer=request.SerializeToString
+        )
+        under_way = infer.future(many, metadata=(("traceparent", traceparent),))
+        running.receiver.wait_for(lambda _: depth(running) > 100)
+        under_way.cancel()
+        with pytest.raises(grpc.FutureCancelledError):
+            under_way.result()
+    spans = running.receiver.wait_for(
+        lambda spans: any(s.trace_id == trace_id and s.name == names.PREDICT for s in spans), timeout_s=20
+    )
+    root = one([span for span in spans if span.trace_id == trace_id], names.PREDICT)
+
+    assert root.attributes["rpc.response.status_code"] == "CANCELLED"
+    assert root.attributes["error.type"] == "cancelled"
+    running.receiver.wait_for(lambda _: depth(running) == 0)
+
+
+def depth(running: Running) -> int:
+    """Inputs that wait, by the last metrics that have arrived."""
+    points = [point for _, metric, point in running.receiver.metrics() if metric.name == metrics.QUEUE_DEPTH.name]
+    return int(points[-1].as_int) if points else 0
 
 
 def check_batches(receiver: OtlpReceiver, traces: dict[str, list[Span]], trace_ids: set[str]) -> None:
