@@ -120,6 +120,8 @@ class TokenizeRequest(_Message, frozen=True):
     """Whether the tokens themselves are wanted (``Tokenized.tokens``, ``offsets``): then nothing is truncated."""
     adds_special_tokens: bool = True
     """False only with ``describes``."""
+    types: tuple[tuple[int, ...], ...] = ()
+    """Of token ids, their token types, for a cross-encoder: one for each id of each input."""
 
     @property
     def work(self) -> int:
@@ -133,7 +135,8 @@ class Tokenized(_Message, frozen=True):
     id, and 0 or 1 for the text that it belongs to (``token_type_ids``)."""
     truncated: tuple[bool, ...]
     offsets: Ragged | None = None
-    """Start and end of each token, ``[tokens, 2]``; ``(-1, -1)`` for special tokens. Only for token-classification."""
+    """Start and end of each token, ``[tokens, 2]``; ``(-1, -1)`` for special tokens, ``(-2, -2)`` for others whose text
+    is not known. Only for token-classification."""
     tokens: tuple[tuple[str, ...], ...] = ()
     """Of each input, its tokens as the vocabulary has them, if they were asked for."""
 

@@ -58,6 +58,8 @@ class ModelCard:
     score_function: Literal["softmax", "sigmoid", "none"]
     end_tokens: tuple[int, ...] = ()
     """Tokens that end a generated text."""
+    token_types: int = 1
+    """How many texts of an input it tells apart (``token_type_ids``)."""
     beside: tuple[str, ...] = ()
     """Other models that are served at the same place."""
 
@@ -88,6 +90,7 @@ class ModelCard:
             prompt=sentence.prompt if sentence else "",
             labels=labels,
             score_function=_score_function(model, len(labels)),
+            token_types=_integer(model, "type_vocab_size") or 1,
             end_tokens=_end_tokens(model, files.read("generation_config.json") or {}),
         )
 
@@ -303,4 +306,5 @@ def _fake_card(config: ModelConfig) -> ModelCard:
         labels=(),
         score_function="none",
         end_tokens=(2,),
+        token_types=2,
     )

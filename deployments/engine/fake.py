@@ -42,6 +42,7 @@ class FakeTokenizer:
 
     mask_token: str | None = None
     mask_token_id: int | None = None
+    special_ids = frozenset({1, 2})
 
     def __init__(self, max_length: int) -> None:
         self._max_length = max_length
@@ -105,7 +106,7 @@ class FakeEngine:
         while self._config.hold_path is not None and Path(self._config.hold_path).exists():
             time.sleep(0.002)
         time.sleep(self._run_s(padded))
-        outputs = [self._output([int(i) for i in ids]) for ids in batch]
+        outputs = [self._output((ids if ids.ndim == 1 else ids[:, 0]).tolist()) for ids in batch]
         return Run(outputs, (time.perf_counter() - started) * 1e3, padded, (len(batch), len(outputs[0])))
 
     def _output(self, ids: Sequence[int]) -> np.ndarray:

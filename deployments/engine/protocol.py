@@ -57,6 +57,7 @@ class Tokenizer(Protocol):
 
     mask_token: str | None
     mask_token_id: int | None
+    special_ids: frozenset[int]
 
     def encode(self, texts: Sequence[Text], *, with_offsets: bool) -> list[Encoded]:
         """Tokenize, truncating to the model's ``max_length``. Holds the GIL only to build the result."""

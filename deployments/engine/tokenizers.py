@@ -54,10 +54,11 @@ class FastTokenizer:
         self._whole.no_truncation()
         self._backend.enable_truncation(card.max_length)
         self._special_tokens: int = pretrained.num_special_tokens_to_add()
-        self._has_types = "token_type_ids" in pretrained.model_input_names
+        self._has_types = card.token_types > 1 and "token_type_ids" in pretrained.model_input_names
         self._lower_case, self._prompt = card.lower_case, card.prompt
         self.mask_token: str | None = pretrained.mask_token
         self.mask_token_id: int | None = pretrained.mask_token_id
+        self.special_ids: frozenset[int] = frozenset(pretrained.all_special_ids)
 
     def encode(self, texts: Sequence[Text], *, with_offsets: bool) -> list[Encoded]:
         prepared = [self._prepare(text) for text in texts]

@@ -59,6 +59,8 @@ class ParsedRequest:
     describes: bool = False
     """Whether the tokens are all that is wanted."""
     adds_special_tokens: bool = True
+    types: tuple[tuple[int, ...], ...] = ()
+    """Token types of token ids, see ``messages.TokenizeRequest``."""
     response_id: str = ""
     """Of the response, if its API has one that the client sets."""
 

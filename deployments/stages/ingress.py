@@ -193,6 +193,7 @@ class IngressStage(OpenInference, Stoppable):
                 query=request.query,
                 describes=request.describes,
                 adds_special_tokens=request.adds_special_tokens,
+                types=request.types,
             ),
         )
         record.tokens = sum(tokenized.ids.lengths)

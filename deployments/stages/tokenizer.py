@@ -14,7 +14,7 @@ from deployments.engine.card import ModelCard
 from deployments.engine.protocol import MAX_MASKS, Encoded, Text
 from deployments.engine.tokenizers import load_tokenizer
 from deployments.errors import InvalidField
-from deployments.messages import Envelope, Ragged, Tokenized, TokenizeRequest
+from deployments.messages import Envelope, Ids, Ragged, Tokenized, TokenizeRequest
 from deployments.stages.channel_stage import EventLoopStage, Handled
 from deployments.stages.replica import Placement, prepare_replica
 from deployments.telemetry.recorder import Telemetry
@@ -79,7 +79,7 @@ class TokenizerStage(EventLoopStage):
             if isinstance(value, str):
                 one = encoded_texts[value if request.query is None else (request.query, value)]
             else:
-                one = self._check_ids(value, index, request.param)
+                one = self._check_ids(value, index, request)
             encoded.append(self._truncate(one, index, request))
         result = _result(encoded, with_offsets=self._with_offsets)
         record.token_count = sum(result.ids.lengths)
@@ -91,8 +91,9 @@ class TokenizerStage(EventLoopStage):
         record.token_count = sum(result.ids.lengths)
         return Tokenized(result.ids, result.truncated, result.offsets, tuple(one.tokens for one in made))
 
-    def _check_ids(self, ids: Sequence[int], index: int, param: str) -> Encoded:
+    def _check_ids(self, ids: Sequence[int], index: int, request: TokenizeRequest) -> Encoded:
         """Check token ids supplied by the caller: used as they are if all are in the model's vocabulary."""
+        param = request.param
         array = np.array(ids, dtype=np.int64)
         wrong = np.flatnonzero((array < 0) | (array >= self._card.vocab_size))
         if wrong.size:
@@ -101,7 +102,13 @@ class TokenizerStage(EventLoopStage):
                 f"got {ids[int(wrong[0])]}",
                 param=param,
             )
-        return Encoded(array.astype(np.int32), len(array))
+        own: Ids = array.astype(np.int32)
+        if request.types:
+            own = np.stack([own, np.array(request.types[index], dtype=np.int32)], axis=1)
+        if not self._with_offsets:
+            return Encoded(own, len(own))
+        special = self._tokenizer.special_ids
+        return Encoded(own, len(own), [(-1, -1) if one in special else (-2, -2) for one in ids])
 
     def _truncate(self, encoded: Encoded, index: int, request: TokenizeRequest) -> Encoded:
         """Reject inputs that the model cannot take, and truncate token ids (texts are already truncated)."""
@@ -123,7 +130,8 @@ class TokenizerStage(EventLoopStage):
                 param=request.param,
             )
         if len(encoded.ids) > longest:
-            encoded = Encoded(encoded.ids[:longest], encoded.full_length)
+            offsets = encoded.offsets[:longest] if encoded.offsets is not None else None
+            encoded = Encoded(encoded.ids[:longest], encoded.full_length, offsets)
         if self._card.task == "fill-mask":
             self._check_masks(encoded, index, request.param)
         return encoded

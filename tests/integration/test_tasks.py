@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def test_token_classification(served: Callable[[str], tuple[int, Path]]) -> None
             assert ours.pop("score") == pytest.approx(theirs["score"], abs=1e-5)
             assert ours == {key: theirs[key] for key in ("entity", "word", "start", "end")}
 
+    ids = AutoTokenizer.from_pretrained(folder)(TEXTS[0])["input_ids"]
+    tensor = {"name": "input_ids", "datatype": "INT64", "shape": [1, len(ids)], "data": ids}
+    answer = call(port, "POST", f"/v2/models/{folder.name}/infer", {"inputs": [tensor]})
+    (of_ids,) = answer.json()["outputs"][0]["data"]
+    assert [(one["entity"], one["word"], one["start"]) for one in json.loads(of_ids)["entities"]] == [
+        (one["entity"], one["word"], None) for one in expected[0]
+    ]
+
 
 def test_fill_mask(served: Callable[[str], tuple[int, Path]]) -> None:
     port, folder = served("fill-mask")
@@ -117,3 +126,12 @@ def test_text_ranking(served: Callable[[str], tuple[int, Path]]) -> None:
     assert [one["id"] for one in tokens] == expected["input_ids"]
     assert [(one["start"], one["stop"]) for one in tokens[1:-1]] == expected["offset_mapping"][1:-1]
     assert [one["text"] for one in (tokens[0], tokens[-1])] == ["[CLS]", "[SEP]"]
+    pairs = tokenizer([query] * 2, texts[:2], padding=True)
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    inputs = [
+        {"name": name, "datatype": "INT64", "shape": [2, len(pairs[name][0])], "data": pairs[name]} for name in names
+    ]
+    of_ids = call(
+        port, "POST", f"/v2/models/{folder.name}/infer", {"inputs": inputs, "parameters": {"raw_scores": True}}
+    )
+    assert of_ids.json()["outputs"][0]["data"] == pytest.approx(logits[:2].tolist(), abs=1e-4)

@@ -91,17 +91,17 @@ class PredictionBuilder:
         entities = []
         for position, (start, end) in enumerate(offsets.tolist()):
             label = self._card.labels[best[position]]
-            if start < 0 or label == "O":
+            if start == -1 or label == "O":
                 continue
-            token = int(ids[position])
-            unknown = token == self._pretrained.unk_token_id
+            token, is_placed = int(ids[position]), start >= 0
+            has_text = is_placed and token == self._pretrained.unk_token_id
             entities.append(
                 {
                     "entity": label,
                     "score": float(scores[position, best[position]]),
-                    "word": text[start:end] if unknown else self._pretrained.convert_ids_to_tokens(token),
-                    "start": start,
-                    "end": end,
+                    "word": text[start:end] if has_text else self._pretrained.convert_ids_to_tokens(token),
+                    "start": start if is_placed else None,
+                    "end": end if is_placed else None,
                 }
             )
         return entities

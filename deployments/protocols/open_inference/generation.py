@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,14 @@ from deployments.engine.card import ModelCard
 from deployments.engine.outputs.tensors import tensor
 from deployments.errors import InvalidField
 from deployments.messages import OutputTensor, RenderRequest, Sampling
-from deployments.protocols.fields import Framed, Incoming, checked_text
+from deployments.protocols.fields import Framed, Incoming, checked_inputs, checked_text
 from deployments.protocols.generation import MAX_CHOICES, ChoiceText, ParsedGeneration
 from deployments.protocols.open_inference import rest, rpc
 from deployments.protocols.open_inference.tensors import (
+    IDS,
     TEXT,
     InferRequest,
+    InputTensor,
     by_name,
     check_all_taken,
     check_served,
@@ -40,10 +42,7 @@ def parse_rpc(message: Any, card: ModelCard, limits: LimitsConfig) -> ParsedGene
 
 def _parsed(request: InferRequest, card: ModelCard, limits: LimitsConfig) -> ParsedGeneration:
     check_served(request.model, request.version, card)
-    prompt = needed(by_name(request.inputs, card), TEXT)
-    if len(prompt.values) != 1:
-        raise InvalidField(f"the input {TEXT!r} must have one element; got {len(prompt.values)}", param=TEXT)
-    text = checked_text(prompt.values[0], TEXT, TEXT, "a string", limits)
+    prompt = _prompt(by_name(request.inputs, card), card, limits)
     parameters = dict(request.parameters)
     temperature = take(parameters, "temperature", float, 1.0, least=0)
     top_p = take(parameters, "top_p", float, 1.0, least=0)
@@ -64,7 +63,7 @@ def _parsed(request: InferRequest, card: ModelCard, limits: LimitsConfig) -> Par
     priority = take_priority(parameters)
     check_all_taken(parameters, "max_tokens, n, priority, seed, stop, temperature, timeout, top_k, top_p")
     return ParsedGeneration(
-        prompt=RenderRequest(TEXT, text=text),
+        prompt=prompt,
         sampling=Sampling(temperature, top_p, top_k, seed),
         max_tokens=max_tokens,
         max_tokens_param="parameters.max_tokens",
@@ -80,6 +79,24 @@ def _parsed(request: InferRequest, card: ModelCard, limits: LimitsConfig) -> Par
         response_id=request.id,
         tensors=wanted_outputs(request, card),
     )
+
+
+def _prompt(given: Mapping[str, InputTensor], card: ModelCard, limits: LimitsConfig) -> RenderRequest:
+    if IDS not in given:
+        prompt = needed(given, TEXT)
+        if len(prompt.values) != 1:
+            raise InvalidField(f"the input {TEXT!r} must have one element; got {len(prompt.values)}", param=TEXT)
+        return RenderRequest(TEXT, text=checked_text(prompt.values[0], TEXT, TEXT, "a string", limits))
+    if TEXT in given:
+        raise InvalidField(f"send the input {TEXT!r} or {IDS!r}, not both", param="inputs")
+    if given[IDS].shape[0] != 1:
+        raise InvalidField(f"the input {IDS!r} must have one row; got {given[IDS].shape[0]}", param=IDS)
+    ids = [int(one) for one in given[IDS].values]
+    (checked,) = checked_inputs([ids], IDS, limits, tokens_allowed=True)
+    wrong = next((one for one in ids if one >= card.vocab_size), None)
+    if wrong is not None:
+        raise InvalidField(f"{IDS} must consist of token ids from 0 to {card.vocab_size - 1}; got {wrong}", param=IDS)
+    return RenderRequest(IDS, ids=tuple(int(one) for one in checked))
 
 
 def frame_rest(parsed: ParsedGeneration, card: ModelCard, choices: Sequence[ChoiceText]) -> Framed:

@@ -25,6 +25,7 @@ from deployments.protocols.openai import check_dimensions, check_top_k
 VERSION = "1"
 """Of every model: there is one at a time."""
 TEXT, IDS, MASK, QUERY, TEXTS = "text", "input_ids", "attention_mask", "query", "texts"
+TYPES = "token_type_ids"
 _MAX_NAME = 80
 _MAX_TEXTS = 65_536
 """In one tensor, before they are decoded: limits.max_inputs is below it."""
@@ -32,16 +33,14 @@ PRIORITIES = ("interactive", "batch")
 
 
 def input_specs(card: ModelCard) -> tuple[TensorSpec, ...]:
-    """The input tensors of a model: the first alone, or the others; of a cross-encoder all."""
-    if card.task == "text-ranking":
-        return TensorSpec(QUERY, "BYTES", (1,)), TensorSpec(TEXTS, "BYTES", (-1,))
+    """The input tensors of a model: either the texts or the token ids, with what belongs to them."""
     if card.task == "text-generation":
-        return (TensorSpec(TEXT, "BYTES", (1,)),)
-    text = TensorSpec(TEXT, "BYTES", (-1,))
-    if card.task == "token-classification":
-        # Entities are found by their place in the text.
-        return (text,)
-    return text, TensorSpec(IDS, "INT64", (-1, -1)), TensorSpec(MASK, "INT64", (-1, -1))
+        return TensorSpec(TEXT, "BYTES", (1,)), TensorSpec(IDS, "INT64", (1, -1))
+    ids = TensorSpec(IDS, "INT64", (-1, -1)), TensorSpec(MASK, "INT64", (-1, -1))
+    if card.task == "text-ranking":
+        texts = TensorSpec(QUERY, "BYTES", (1,)), TensorSpec(TEXTS, "BYTES", (-1,))
+        return *texts, *ids, *((TensorSpec(TYPES, "INT64", (-1, -1)),) if card.token_types > 1 else ())
+    return TensorSpec(TEXT, "BYTES", (-1,)), *ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +93,7 @@ def parse_infer(request: InferRequest, card: ModelCard, limits: LimitsConfig) ->
     check_dimensions(dimensions, card)
     inputs, query = _inputs(given, card, limits)
     param = TEXTS if query is not None else IDS if IDS in given else TEXT
+    types = tuple(map(tuple, _rows(given, TYPES))) if TYPES in given else ()
     options = OutputOptions(
         "/v2", top_k=top_k, dimensions=dimensions, normalize=normalize, raw_scores=raw_scores, tensors=outputs
     )
@@ -104,6 +104,7 @@ def parse_infer(request: InferRequest, card: ModelCard, limits: LimitsConfig) ->
         options,
         card.name,
         query=query,
+        types=types,
         timeout_ms=timeout_us / 1e3 if timeout_us else None,
         priority=priority,
         response_id=request.id,
@@ -150,18 +151,19 @@ def _check_shape(one: InputTensor, spec: TensorSpec) -> None:
 
 def _inputs(given: Mapping[str, InputTensor], card: ModelCard, limits: LimitsConfig) -> tuple[Any, str | None]:
     """The inputs, and what they are compared with by a cross-encoder."""
+    others = [name for name in given if name in (TEXT, QUERY, TEXTS)]
+    if IDS in given:
+        if others:
+            raise InvalidField(f"send the input {others[0]!r} or {IDS!r}, not both", param="inputs")
+        return checked_inputs(_rows(given, IDS), IDS, limits, tokens_allowed=True), None
+    if MASK in given or TYPES in given:
+        raise InvalidField(f"the inputs {MASK!r} and {TYPES!r} need {IDS!r}", param="inputs")
     if card.task == "text-ranking":
         query = needed(given, QUERY)
         if len(query.values) != 1:
             raise InvalidField(f"the input {QUERY!r} must have one element; got {len(query.values)}", param=QUERY)
         texts = checked_inputs(list(needed(given, TEXTS).values), TEXTS, limits, tokens_allowed=False)
         return texts, checked_text(query.values[0], QUERY, QUERY, "a string", limits)
-    if IDS in given:
-        if TEXT in given:
-            raise InvalidField(f"send the input {TEXT!r} or {IDS!r}, not both", param="inputs")
-        return checked_inputs(_rows(given), IDS, limits, tokens_allowed=True), None
-    if MASK in given:
-        raise InvalidField(f"the input {MASK!r} needs {IDS!r}", param="inputs")
     return checked_inputs(list(needed(given, TEXT).values), TEXT, limits, tokens_allowed=False), None
 
 
@@ -171,13 +173,16 @@ def needed(given: Mapping[str, InputTensor], name: str) -> InputTensor:
     return given[name]
 
 
-def _rows(given: Mapping[str, InputTensor]) -> list[list[int]]:
-    """Token ids by input, without their padding."""
-    ids = np.asarray(given[IDS].values).reshape(given[IDS].shape)
+def _rows(given: Mapping[str, InputTensor], name: str) -> list[list[int]]:
+    """Token ids, or their types, by input, without padding."""
+    for other in (MASK, TYPES):
+        if other in given and given[other].shape != given[IDS].shape:
+            raise InvalidField(f"the inputs {IDS!r} and {other!r} must have the same shape", param=other)
+    ids = np.asarray(given[name].values).reshape(given[name].shape)
+    if name == TYPES and not np.isin(ids, (0, 1)).all():
+        raise InvalidField(f"the input {TYPES!r} must consist of zeros and ones", param=TYPES)
     if MASK not in given:
         return ids.tolist()  # type: ignore[no-any-return]
-    if given[MASK].shape != given[IDS].shape:
-        raise InvalidField(f"the inputs {IDS!r} and {MASK!r} must have the same shape", param=MASK)
     mask = np.asarray(given[MASK].values).reshape(ids.shape)
     lengths = mask.sum(axis=1)
     if not np.array_equal(mask, np.arange(ids.shape[1]) < lengths[:, None]):

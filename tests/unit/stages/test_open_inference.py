@@ -419,6 +419,29 @@ def test_a_cross_encoder_scores_texts_in_their_order() -> None:
     with_client(use, model={"engine": "fake", "name": "r", "task": "text-ranking"})
 
 
+def test_a_cross_encoder_takes_pairs_as_token_ids() -> None:
+    def tensor(name: str, data: list[list[int]]) -> dict[str, Any]:
+        return {"name": name, "datatype": "INT64", "shape": [len(data), len(data[0])], "data": data}
+
+    async def use(client: Client, _: Application) -> None:
+        ids, mask = tensor("input_ids", [[1, 5, 6, 2], [1, 7, 2, 0]]), tensor("attention_mask", [[1] * 4, [1, 1, 1, 0]])
+        types = tensor("token_type_ids", [[0, 0, 1, 1], [0, 1, 1, 0]])
+        query = {"name": "query", "datatype": "BYTES", "shape": [1], "data": ["q"]}
+        body = {"inputs": [ids, mask, types], "outputs": [{"name": "score"}], "parameters": {"raw_scores": True}}
+        answer = await client.post("/v2/models/r/infer", json=body)
+        wrong = await client.post("/v2/models/r/infer", json={"inputs": [ids, tensor("token_type_ids", [[2] * 4] * 2)]})
+        both = await client.post("/v2/models/r/infer", json={"inputs": [ids, query]})
+        alone = await client.post("/v2/models/r/infer", json={"inputs": [types]})
+
+        expected = [float(fake_score(row)[0]) for row in ([1, 5, 6, 2], [1, 7, 2])]
+        assert answer.json()["outputs"][0]["data"] == pytest.approx(expected)
+        assert "must consist of zeros and ones" in wrong.json()["error"]
+        assert "send the input 'query' or 'input_ids', not both" in both.json()["error"]
+        assert "need 'input_ids'" in alone.json()["error"]
+
+    with_client(use, model={"engine": "fake", "name": "r", "task": "text-ranking"})
+
+
 def test_a_language_model_completes_a_text() -> None:
     body = {"inputs": [text_input("a b")], "parameters": {"max_tokens": 3, "temperature": 0.0, "n": 2}}
 
@@ -432,6 +455,10 @@ def test_a_language_model_completes_a_text() -> None:
         context = CallContext()
         over_grpc = await application.ingress.ModelInfer(sent, context)
         wrong = await client.post("/v2/models/chat/infer", json={**body, "parameters": {"best_of": 2}})
+        prompt = [1, fake_token_id("a"), fake_token_id("b")]
+        ids = {"name": "input_ids", "datatype": "INT64", "shape": [1, 3], "data": prompt}
+        of_ids = await client.post("/v2/models/chat/infer", json={**body, "inputs": [ids]})
+        unknown = await client.post("/v2/models/chat/infer", json={"inputs": [{**ids, "data": [1, 2, 10**9]}]})
 
         text = whole.json()["choices"][0]["text"]
         assert text
@@ -439,6 +466,8 @@ def test_a_language_model_completes_a_text() -> None:
             {"name": "text", "datatype": "BYTES", "shape": [2], "data": [text, text]},
             {"name": "finish_reason", "datatype": "BYTES", "shape": [2], "data": ["length", "length"]},
         ]
+        assert of_ids.json()["outputs"] == over_http.json()["outputs"]
+        assert "input_ids must consist of token ids from 0 to 29999; got 1000000000" in unknown.json()["error"]
         raw = over_grpc.raw_output_contents[0]
         assert raw == struct.pack("<I", len(text.encode())) + text.encode()
         assert "decode" in context.trailing["server-timing"]
