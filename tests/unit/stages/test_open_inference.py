@@ -7,6 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import httpx2
 import numpy as np
 import pytest
 
+from deployments.config import ModelConfig
+from deployments.engine.card import ModelCard
 from deployments.engine.fake import fake_embedding, fake_score, fake_token_id
 from deployments.protocols.open_inference import protobuf
 from deployments.protocols.open_inference.service import TIME_LEFT
+from deployments.protocols.open_inference.tensors import input_specs
 from tests.support.grpc import CallContext
 from tests.support.local import Application, GenerationApplication, run_with_client
 
@@ -417,6 +421,14 @@ def test_a_cross_encoder_scores_texts_in_their_order() -> None:
         assert score["data"] == pytest.approx([ranked("q", "x"), ranked("q", "y z")])
 
     with_client(use, model={"engine": "fake", "name": "r", "task": "text-ranking"})
+
+
+@pytest.mark.parametrize(("types", "offered"), [(2, True), (1, False)])
+def test_token_types_are_taken_only_by_models_that_have_them(types: int, offered: bool) -> None:
+    """Others would fail on them, and on a GPU take the device with them."""
+    card = ModelCard.load(ModelConfig(engine="fake", task="text-ranking"))
+    specs = [spec.name for spec in input_specs(replace(card, token_types=types))]
+    assert ("token_type_ids" in specs) is offered
 
 
 def test_a_cross_encoder_takes_pairs_as_token_ids() -> None:
