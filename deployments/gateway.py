@@ -264,13 +264,7 @@ class GatewayStage(Stoppable):
             description="Transformer inference that can tell you why a request was slow.",
         )
         for route in (*routes.values(), OPEN_INFERENCE):
-            app.add_api_route(
-                route.path,
-                self._documented,
-                methods=["POST"],
-                openapi_extra=body_schema(route),
-                summary=route.operation,
-            )
+            app.document(route.path, openapi_extra=body_schema(route), summary=route.operation)
         versioned = "/v2/models/{model:path}/versions/{version}"
         for path, endpoint, summary in (
             ("/v1/models", self._list_models, "The served models"),
@@ -290,15 +284,11 @@ class GatewayStage(Stoppable):
         app.add_api_route("/healthz", self._healthz, methods=["HEAD"], include_in_schema=False)
         return app
 
-    async def _documented(self) -> Response:
-        """Stands for an inference route in the OpenAPI document; requests take the fast path."""
-        raise NotImplementedError
-
     # --- what Serve calls ---
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """For the autoscaling policy. Requests here wait for other stages, not for it."""
-        return replace(self._meter.report(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0).stats()
+        """For the autoscaling policy."""
+        return self._meter.report_of_ingress().stats()
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Once, when the replica is ready."""

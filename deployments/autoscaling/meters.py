@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from deployments.autoscaling.report import LoadReport
@@ -130,6 +131,10 @@ class EventLoopMeter:
             throughput=1 / self._each_s if self._each_s > 0 else 0.0,
             start_ms=self._start_ms,
         )
+
+    def report_of_ingress(self) -> LoadReport:
+        """The same without a queue: requests in an ingress wait for other stages, not for it."""
+        return replace(self.report(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0)
 
 
 class BatchQueueMeter:

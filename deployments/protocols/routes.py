@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
@@ -80,6 +80,7 @@ class GenerationRoute:
     body: type[BaseModel]
     parse: Callable[[bytes, ModelCard, LimitsConfig], ParsedGeneration]
     answer: type[Answer]
+    runs_model: ClassVar[bool] = True
 
 
 GENERATION_ROUTES = (

@@ -173,12 +173,7 @@ class IngressStage(OpenInference, Stoppable):
             read: returns what the route parses.
         """
         with self._telemetry.interval(record, "validate"):
-            self._set_deadline(record, timeout_ms(headers, self._limits))
-            record.operation = route.operation
-            share = self._keys.share_of(headers)
-            record.tenant = share.tenant
-            if route.runs_model:
-                self._model.refuse_early(record.deadline_ns, share)
+            share = self._admitted(route, record, headers)
             request = route.parse(await read(), self._card, self._limits)
             share = self._apply_fields(record, request, share, headers)
             self._describe(record, request)
@@ -212,6 +207,16 @@ class IngressStage(OpenInference, Stoppable):
 
         with self._telemetry.interval(record, "respond"):
             return route.frame(Answered(request, self._card, tokenized, postprocessed))
+
+    def _admitted(self, route: Any, record: RequestRecord, headers: Mapping[str, str]) -> Share:
+        """Refuse, before the body is read, who has no key or would be refused later anyway."""
+        self._set_deadline(record, timeout_ms(headers, self._limits))
+        record.operation = route.operation
+        share = self._keys.share_of(headers)
+        record.tenant = share.tenant
+        if route.runs_model:
+            self._model.refuse_early(record.deadline_ns, share)
+        return share
 
     def _set_deadline(self, record: RequestRecord, timeout: float) -> None:
         record.deadline_ns = record.started_ns + int(timeout * 1e6)
@@ -280,8 +285,8 @@ class IngressStage(OpenInference, Stoppable):
         return json_response(self.listed())
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve for the autoscaling policy. Requests in the ingress wait for other stages, not for it."""
-        return replace(self._meter.report(), queue_depth=0, oldest_age_ms=0.0, queue_wait_ms=0.0).stats()
+        """Called by Serve for the autoscaling policy."""
+        return self._meter.report_of_ingress().stats()
 
     async def _healthz(self) -> Response:
         unready = self.unready()
@@ -303,13 +308,7 @@ class IngressStage(OpenInference, Stoppable):
             description="Transformer inference that can tell you why a request was slow.",
         )
         for route in (*self.routes(), self._http_infer):
-            app.add_api_route(
-                route.path,
-                self._documented,
-                methods=["POST"],
-                openapi_extra=body_schema(route),
-                summary=route.operation,
-            )
+            app.document(route.path, openapi_extra=body_schema(route), summary=route.operation)
         self._add_open_inference(app)
         app.add_api_route("/v1/models", self._list_models, methods=["GET"], summary="The served model, as a list")
         app.add_api_route("/v1/models/{model:path}", self._show_model, methods=["GET"], summary="The served model")
@@ -338,10 +337,6 @@ class IngressStage(OpenInference, Stoppable):
                 return await self._serve(request, route, send)
 
         return endpoint
-
-    async def _documented(self) -> Response:
-        """Stands for an inference route in the OpenAPI document; requests take the fast path."""
-        raise NotImplementedError
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Called by Serve once, when the replica is ready. Nobody needs to know anything of it."""

@@ -18,7 +18,6 @@ from fastapi import Request, Response
 
 from deployments.errors import Cancelled, DeadlinePassed, InternalError
 from deployments.http.bodies import Body
-from deployments.http.headers import timeout_ms
 from deployments.http.server_timing import generation_timing
 from deployments.messages import (
     Detokenized,
@@ -214,11 +213,7 @@ class GenerationIngressStage(IngressStage):
         self, route: Any, record: RequestRecord, headers: Mapping[str, str], read: Callable[[], Awaitable[Any]]
     ) -> tuple[ParsedGeneration, Share]:
         with self._telemetry.interval(record, "validate"):
-            self._set_deadline(record, timeout_ms(headers, self._limits))
-            record.operation = route.operation
-            share = self._keys.share_of(headers)
-            record.tenant = share.tenant
-            self._model.refuse_early(record.deadline_ns, share)
+            share = self._admitted(route, record, headers)
             parsed: ParsedGeneration = route.parse(await read(), self._card, self._limits)
             share = self._apply_fields(record, parsed, share, headers)
             record.requested_model = parsed.model
