@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pydantic_core import to_json
 
 from deployments.engine.card import ModelCard
-from deployments.engine.outputs.scores import class_scores, ranking_scores, softmax
+from deployments.engine.outputs.scores import best_first, class_scores, ranking_scores, softmax
 from deployments.engine.outputs.tensors import build_tensors
 from deployments.errors import ModelFailed
 from deployments.messages import Ids, OutputOptions, Postprocessed, Tokenized
@@ -129,7 +129,7 @@ class PredictionBuilder:
 def classify(logits: Floats, card: ModelCard, top_k: int | None) -> dict[str, Any]:
     """Return the best label, and the ``top_k`` best (default: all) with their scores."""
     scores = class_scores(logits, card)
-    order = np.argsort(-scores, kind="stable")[:top_k]
+    order = best_first(scores, top_k)
     ranked = [{"label": card.labels[i], "score": float(scores[i])} for i in order]
     return {**ranked[0], "scores": ranked}
 
@@ -151,7 +151,7 @@ def _openai_embedding(index: int, embedding: Floats, options: OutputOptions) -> 
 def _ranking(outputs: Sequence[Floats], options: OutputOptions, texts: Sequence[str]) -> list[dict[str, Any]]:
     """The texts by relevance, best first, equal ones in the order of the request."""
     scores = ranking_scores(outputs, raw=options.raw_scores)
-    order = np.argsort(-scores, kind="stable")[: options.top_k].tolist()
+    order = best_first(scores, options.top_k).tolist()
     if options.route == "/rerank":
         return [
             {"index": i, "score": float(scores[i])} | ({"text": texts[i]} if options.wants_texts else {}) for i in order

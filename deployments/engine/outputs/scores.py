@@ -29,6 +29,11 @@ def ranking_scores(outputs: Sequence[Floats], *, raw: bool) -> Floats:
     return logits if raw else sigmoid(logits)
 
 
+def best_first(scores: Floats, top_k: int | None) -> npt.NDArray[np.intp]:
+    """The indices of the ``top_k`` highest (default: of all), equal ones in their order."""
+    return np.argsort(-scores, kind="stable")[:top_k]
+
+
 def softmax(logits: Floats) -> Floats:
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pydantic_core import to_json
 
 from deployments.engine.card import ModelCard
-from deployments.engine.outputs.scores import class_scores, ranking_scores
+from deployments.engine.outputs.scores import best_first, class_scores, ranking_scores
 from deployments.messages import OutputOptions, OutputTensor, Tokenized
 
 Floats = npt.NDArray[np.float32]
@@ -66,7 +66,7 @@ def build_tensors(
             built["embedding"] = "FP32", np.stack(outputs)
         case "text-classification":
             scores = [class_scores(output, card) for output in outputs]
-            best = [np.argsort(-one, kind="stable")[: options.top_k] for one in scores]
+            best = [best_first(one, options.top_k) for one in scores]
             built["score"] = "FP32", np.stack([one[order] for one, order in zip(scores, best, strict=True)])
             built["label"] = "BYTES", np.array([[card.labels[i] for i in order] for order in best], dtype=object)
         case "text-ranking":

@@ -91,9 +91,8 @@ def parse_infer(request: InferRequest, card: ModelCard, limits: LimitsConfig) ->
     check_all_taken(parameters, "dimensions, normalize, priority, raw_scores, timeout, top_k, truncate")
     check_top_k(top_k, card, "parameters.top_k")
     check_dimensions(dimensions, card)
-    inputs, query = _inputs(given, card, limits)
+    inputs, query, types = _inputs(given, card, limits)
     param = TEXTS if query is not None else IDS if IDS in given else TEXT
-    types = tuple(map(tuple, _rows(given, TYPES))) if TYPES in given else ()
     options = OutputOptions(
         "/v2", top_k=top_k, dimensions=dimensions, normalize=normalize, raw_scores=raw_scores, tensors=outputs
     )
@@ -149,13 +148,16 @@ def _check_shape(one: InputTensor, spec: TensorSpec) -> None:
         )
 
 
-def _inputs(given: Mapping[str, InputTensor], card: ModelCard, limits: LimitsConfig) -> tuple[Any, str | None]:
-    """The inputs, and what they are compared with by a cross-encoder."""
+def _inputs(
+    given: Mapping[str, InputTensor], card: ModelCard, limits: LimitsConfig
+) -> tuple[Any, str | None, tuple[tuple[int, ...], ...]]:
+    """The inputs; what they are compared with by a cross-encoder; of token ids, their types."""
     others = [name for name in given if name in (TEXT, QUERY, TEXTS)]
     if IDS in given:
         if others:
             raise InvalidField(f"send the input {others[0]!r} or {IDS!r}, not both", param="inputs")
-        return checked_inputs(_rows(given, IDS), IDS, limits, tokens_allowed=True), None
+        ids, types = _rows(given)
+        return checked_inputs(ids, IDS, limits, tokens_allowed=True), None, types
     if MASK in given or TYPES in given:
         raise InvalidField(f"the inputs {MASK!r} and {TYPES!r} need {IDS!r}", param="inputs")
     if card.task == "text-ranking":
@@ -163,8 +165,8 @@ def _inputs(given: Mapping[str, InputTensor], card: ModelCard, limits: LimitsCon
         if len(query.values) != 1:
             raise InvalidField(f"the input {QUERY!r} must have one element; got {len(query.values)}", param=QUERY)
         texts = checked_inputs(list(needed(given, TEXTS).values), TEXTS, limits, tokens_allowed=False)
-        return texts, checked_text(query.values[0], QUERY, QUERY, "a string", limits)
-    return checked_inputs(list(needed(given, TEXT).values), TEXT, limits, tokens_allowed=False), None
+        return texts, checked_text(query.values[0], QUERY, QUERY, "a string", limits), ()
+    return checked_inputs(list(needed(given, TEXT).values), TEXT, limits, tokens_allowed=False), None, ()
 
 
 def needed(given: Mapping[str, InputTensor], name: str) -> InputTensor:
@@ -173,21 +175,24 @@ def needed(given: Mapping[str, InputTensor], name: str) -> InputTensor:
     return given[name]
 
 
-def _rows(given: Mapping[str, InputTensor], name: str) -> list[list[int]]:
-    """Token ids, or their types, by input, without padding."""
+def _rows(given: Mapping[str, InputTensor]) -> tuple[list[list[int]], tuple[tuple[int, ...], ...]]:
+    """Token ids by input, without padding, and their types, if there are some."""
     for other in (MASK, TYPES):
         if other in given and given[other].shape != given[IDS].shape:
             raise InvalidField(f"the inputs {IDS!r} and {other!r} must have the same shape", param=other)
-    ids = np.asarray(given[name].values).reshape(given[name].shape)
-    if name == TYPES and not np.isin(ids, (0, 1)).all():
+    arrays = {name: np.asarray(one.values).reshape(one.shape) for name, one in given.items()}
+    if TYPES in arrays and not np.isin(arrays[TYPES], (0, 1)).all():
         raise InvalidField(f"the input {TYPES!r} must consist of zeros and ones", param=TYPES)
-    if MASK not in given:
-        return ids.tolist()  # type: ignore[no-any-return]
-    mask = np.asarray(given[MASK].values).reshape(ids.shape)
-    lengths = mask.sum(axis=1)
-    if not np.array_equal(mask, np.arange(ids.shape[1]) < lengths[:, None]):
+    rows, size = arrays[IDS].shape
+    lengths = arrays[MASK].sum(axis=1) if MASK in arrays else np.full(rows, size)
+    if MASK in arrays and not np.array_equal(arrays[MASK], np.arange(size) < lengths[:, None]):
         raise InvalidField(f"the input {MASK!r} must have ones, and then zeros, in each row", param=MASK)
-    return [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
+    cut = {
+        name: [row[:length].tolist() for row, length in zip(arrays[name], lengths.tolist(), strict=True)]
+        for name in (IDS, TYPES)
+        if name in arrays
+    }
+    return cut[IDS], tuple(map(tuple, cut.get(TYPES, ())))
 
 
 # --- outputs and parameters -------------------------------------------------------------------------------------------
