@@ -38,7 +38,7 @@ from deployments.stages.generation.ingress import GenerationIngressStage
 from deployments.stages.ingress import IngressStage, Shared
 from deployments.stages.replica import Placement, Stoppable, prepare_replica, tune_garbage_collector
 from deployments.telemetry.recorder import Telemetry
-from deployments.telemetry.retroactive.retention import Keep
+from deployments.telemetry.sampling.retention import Keep
 from deployments.transport.discovery import Directory, ServeDirectory
 
 _STAGES = ("Tokenizer", "Model", "Postprocessor")

@@ -21,9 +21,9 @@ from deployments.errors import ApiError, ConfigError, InvalidField, NotFound, Qu
 from deployments.explain.options import PageConfig, duration_s, share
 from deployments.explain.render.html import as_html, content_security_policy
 from deployments.explain.render.text import as_json
-from deployments.explain.traces.http_api import SourceError
 from deployments.explain.traces.of_model import NoSuchModel
 from deployments.explain.traces.open import source_at
+from deployments.explain.traces.servers.http_api import SourceError
 from deployments.explain.verdict import Verdict, examine
 from deployments.http.keys import ApiKeys
 from deployments.http.server import FastPathApp, error_response

@@ -21,9 +21,9 @@ from deployments.explain.render.waterfall import member_traces, members, spent, 
 from deployments.explain.requests.breakdown import break_down
 from deployments.explain.requests.request import split
 from deployments.explain.traces.files import Source, TraceFiles
-from deployments.explain.traces.http_api import SourceError, without_password
 from deployments.explain.traces.of_model import NoSuchModel, OfModel
 from deployments.explain.traces.open import source_at
+from deployments.explain.traces.servers.http_api import SourceError, without_password
 from deployments.explain.verdict import Verdict, examine
 
 Format = Literal["text", "json", "html"]

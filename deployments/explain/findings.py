@@ -39,7 +39,7 @@ class Finding:
 
 def traits(capture: Capture, concerned: Sequence[Request], stage: str) -> str:
     """What these requests have in common and others do not."""
-    return distinguishing_traits(concerned, capture.requests, capture.survey.window_ns, stage)
+    return distinguishing_traits(concerned, capture.requests, capture.survey.window_ns, stage, capture.weight)
 
 
 def failures(found: Capture, excess_ms: float, then: Capture | None) -> Iterator[Finding]:

@@ -21,9 +21,10 @@ from typing import Any
 
 from deployments.explain.causes import CAUSES
 from deployments.explain.requests.capture import Capture
-from deployments.explain.requests.parts import Parts, percentile
+from deployments.explain.requests.parts import Parts
 from deployments.explain.requests.request import Request, window_of
 from deployments.explain.traces.survey import Survey
+from deployments.explain.traces.weights import percentile
 
 _BINS, _OF_A_BIN, _LEAST_REQUESTS = 60, 6, 100
 _EDGE = 0.2

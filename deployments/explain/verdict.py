@@ -36,7 +36,6 @@ from deployments.explain.requests.parts import (
     first_token_parts_of,
     median,
     parts_of,
-    percentile,
     usual_of,
 )
 from deployments.explain.requests.pattern import clock, what_hindered
@@ -45,6 +44,7 @@ from deployments.explain.requests.scaling import orders_during, scaled_late
 from deployments.explain.token_gaps import TokenGap, token_gaps
 from deployments.explain.traces.files import Source
 from deployments.explain.traces.survey import survey
+from deployments.explain.traces.weights import percentile
 
 MIN_REQUESTS = 20
 """Minimum number of answered requests for distinguishing slow from ordinary ones."""
@@ -199,9 +199,9 @@ def _compare(verdict: Verdict) -> None:
     ]
     lasting = change.increases if change is not None else {}
     routes = {one.request.route for one in ordinary}
-    usual = {route: _usual([one.parts for one in ordinary if one.request.route == route]) for route in routes}
-    of_all = _usual([one.parts for one in ordinary])
-    starved = _usually_starved([one.parts for one in ordinary])
+    usual = {route: _usual([one for one in ordinary if one.request.route == route]) for route in routes}
+    of_all = _usual(ordinary)
+    starved = _usually_starved(ordinary)
     excess = []
     for one in verdict.answered:
         base = usual.get(one.request.route, of_all)
@@ -210,27 +210,28 @@ def _compare(verdict: Verdict) -> None:
         excess.append(more)
     slow = [(one, more) for one, more in zip(verdict.answered, excess, strict=True) if one.is_slow]
     of_each = [sum(max(0.0, ms) for ms in more.values()) for _, more in slow]
-    for _, more in slow:
+    weights = [one.weight for one, _ in slow]
+    for one, more in slow:
         for part in PARTS:
-            verdict.excess_ms[part] += more[part]
+            verdict.excess_ms[part] += one.weight * more[part]
     whole = verdict.whole_excess_ms
     # What a generation decodes is as long as its answer: waiting is compared with the time to its first token.
     useful = sum(ms for part, ms in of_all.items() if part not in ("decode", "decode_neighbours"))
-    by_chance = _by_chance(
-        verdict.capture, sum(one.weight for one, _ in slow) / max(1.0, verdict.capture.survey.answered)
-    )
+    of_slow = sum(weights)
+    by_chance = _by_chance(verdict.capture, of_slow / max(1.0, verdict.capture.survey.answered))
     for cause in CAUSES:
         amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
         if cause.name == "device_queue" and cause.name not in lasting:
             amounts = [ms if ms > by_chance else 0.0 for ms in amounts]
-        hit = sum(ms >= max(_MIN_MS, cause.least_of_useful * useful) for ms in amounts)
-        needed = max(_MIN_REQUESTS * len(slow), 1 if cause.is_stated else _MIN_HIT)
-        ruled = sum(ms > all_of_it / 2 for all_of_it, ms in zip(of_each, amounts, strict=True))
-        matters = sum(amounts) >= _MIN_SHARE * whole or ruled >= max(_MIN_HIT, _MIN_RULED * len(slow))
-        if (hit >= needed or cause.name in lasting) and matters and max(amounts) >= _MIN_MS:
+        hit = [ms >= max(_MIN_MS, cause.least_of_useful * useful) for ms in amounts]
+        ruled = [ms > all_of_it / 2 for all_of_it, ms in zip(of_each, amounts, strict=True)]
+        is_hit = sum(hit) >= (1 if cause.is_stated else _MIN_HIT) and _sum(hit, weights) >= _MIN_REQUESTS * of_slow
+        rules = sum(ruled) >= _MIN_HIT and _sum(ruled, weights) >= _MIN_RULED * of_slow
+        matters = _sum(amounts, weights) >= _MIN_SHARE * whole or rules
+        if (is_hit or cause.name in lasting) and matters and max(amounts) >= _MIN_MS:
             of_everybody = [sum(more[part] for part in cause.parts) for more in excess]
             gain = _gain(verdict.answered, of_everybody)
-            verdict.findings.append(_finding(cause, verdict, [one.request for one, _ in slow], amounts, whole, gain))
+            verdict.findings.append(_finding(cause, verdict, [one for one, _ in slow], amounts, whole, gain))
 
 
 def _compare_with(then: Period, now: Period, verdict: Verdict) -> None:
@@ -276,35 +277,42 @@ def _gain(answered: Sequence[Judged], amounts: Sequence[float]) -> tuple[float, 
     return (before, after) if after < (1 - _MIN_GAIN) * before else None
 
 
-def _usual(ordinary: Sequence[Parts]) -> Parts:
+def _sum(amounts: Sequence[float], weights: Sequence[float]) -> float:
+    """Over all that the requests stand for."""
+    return sum(amount * weight for amount, weight in zip(amounts, weights, strict=True))
+
+
+def _usual(ordinary: Sequence[Judged]) -> Parts:
     """Return what a request takes without any waiting: the median of each part that is work, zero for the rest."""
     idle = {part for cause in CAUSES if cause.baseline_is_zero for part in cause.parts}
-    return {part: 0.0 if part in idle else median([one[part] for one in ordinary]) for part in PARTS}
+    weights = [one.weight for one in ordinary]
+    return {part: 0.0 if part in idle else median([one.parts[part] for one in ordinary], weights) for part in PARTS}
 
 
-def _usually_starved(ordinary: Sequence[Parts]) -> float:
+def _usually_starved(ordinary: Sequence[Judged]) -> float:
     """The share of their time that ordinary requests wait for a CPU: what the application's own processes make.
 
     The lower quartile, so that a shortage that lasts for most of the window is not taken for usual.
     """
-    shares = sorted(parts["cpu_starved"] / max(1e-9, sum(parts.values())) for parts in ordinary)
-    return shares[len(shares) // 4] if shares else 0.0
+    shares = sorted((one.parts["cpu_starved"] / max(1e-9, sum(one.parts.values())), one.weight) for one in ordinary)
+    return percentile(shares, 0.25)
 
 
 def _finding(
     cause: Cause,
     verdict: Verdict,
-    slow: Sequence[Request],
+    slow: Sequence[Judged],
     amounts: Sequence[float],
     whole_ms: float,
     gain: tuple[float, float] | None,
 ) -> Finding:
-    hit = [(request, ms) for request, ms in zip(slow, amounts, strict=True) if ms >= _MIN_MS]
+    hit = [(one, ms) for one, ms in zip(slow, amounts, strict=True) if ms >= _MIN_MS]
     hit.sort(key=lambda pair: -pair[1])
-    concerned = [request for request, _ in hit]
-    middle, worst = median([ms for _, ms in hit]), hit[0][1]
+    concerned = [one.request for one, _ in hit]
+    count, of_slow = (round(sum(one.weight for one in ones)) for ones in ([one for one, _ in hit], slow))
+    middle, worst = median([ms for _, ms in hit], [one.weight for one, _ in hit]), hit[0][1]
     summary = (
-        f"{len(hit)} of {len(slow)} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
+        f"{count} of {of_slow} slow requests spent {middle:.0f} ms more than usual (median; worst {worst:.0f} ms) "
         f"{cause.what}{traits(verdict.capture, concerned, cause.stage)}{_behind(cause, verdict, concerned)}"
     )
     summary += what_hindered(concerned, [ms for _, ms in hit])
@@ -317,11 +325,11 @@ def _finding(
         loads = verdict.capture.loads
         orders = orders_during(verdict.capture.scalings, concerned, cause.stage.capitalize(), loads)
         summary += scaled_late(orders, loads, verdict.capture.survey.window_ns[1])
-    evidence = tuple((request.trace_id, ms) for request, ms in hit[:EVIDENCE])
-    share = sum(amounts) / whole_ms
+    evidence = tuple((one.request.trace_id, ms) for one, ms in hit[:EVIDENCE])
+    share = _sum(amounts, [one.weight for one in slow]) / whole_ms
     different = verdict.change.differences if verdict.change is not None else ()
     fix = _after(different, cause, cause.fix(verdict.capture, concerned))
-    return Finding(cause.name, min(1.0, share), len(hit), summary, fix, evidence, gain)
+    return Finding(cause.name, min(1.0, share), count, summary, fix, evidence, gain)
 
 
 def _after(differences: Sequence[str], cause: Cause, fix: Fix) -> Fix:
@@ -336,9 +344,12 @@ def _behind(cause: Cause, verdict: Verdict, concerned: Sequence[Request]) -> str
     if not cause.behind:
         return ""
     keys = {request.key for request in concerned}
-    count = sum(
-        one.parts[cause.behind] > sum(one.parts[part] for part in cause.parts) / 2
-        for one in verdict.answered
-        if one.request.key in keys
+    those = [one for one in verdict.answered if one.request.key in keys]
+    count, of = (
+        round(sum(one.weight for one in ones))
+        for ones in (
+            [one for one in those if one.parts[cause.behind] > sum(one.parts[part] for part in cause.parts) / 2],
+            those,
+        )
     )
-    return f"; {count} of {len(concerned)} waited behind the inputs of others" if count else ""
+    return f"; {count} of {of} waited behind the inputs of others" if count else ""

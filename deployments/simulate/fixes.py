@@ -24,7 +24,7 @@ def predict_fixes(verdict: Verdict, source: Source, since_ns: int) -> None:
     """Add to the findings of a verdict on this source what their first change of a setting is predicted to do."""
     counted = verdict.capture.survey
     known = [finding for finding in verdict.findings if _change_of(finding) is not None]
-    if not known or counted.requests > _MOST_REQUESTS or counted.is_sample:
+    if not known or counted.requests > _MOST_REQUESTS or counted.sample.is_sample or counted.sample.says_nothing:
         return
     try:
         recording = record(source, since_ns)

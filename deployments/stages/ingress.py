@@ -48,7 +48,7 @@ from deployments.telemetry.carrier import traceparent
 from deployments.telemetry.names import Service
 from deployments.telemetry.recorder import Telemetry
 from deployments.telemetry.records import RequestRecord
-from deployments.telemetry.retroactive.retention import Keep
+from deployments.telemetry.sampling.retention import Keep
 from deployments.transport.discovery import Directory, ServeDirectory
 from deployments.transport.stage_client import StageClient
 

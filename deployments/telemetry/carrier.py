@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from opentelemetry.trace import SpanContext, TraceFlags, get_current_span
@@ -36,8 +37,14 @@ def _combined(headers: Mapping[str, str]) -> dict[str, str]:
 def from_carrier(carrier: Carrier) -> SpanContext:
     """Return the sender's span. The carrier is our own, so it is well-formed."""
     _, trace_id, span_id, flags = carrier.traceparent.split("-")
-    state = TraceState.from_header([carrier.tracestate]) if carrier.tracestate else TraceState.get_default()
+    state = _state(carrier.tracestate)
     return SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)), state)
+
+
+@functools.lru_cache(maxsize=256)
+def _state(header: str) -> TraceState:
+    """Most are the same: what this server's own sampler writes."""
+    return TraceState.from_header([header]) if header else TraceState.get_default()
 
 
 def child_of(parent: SpanContext, span_id: int) -> SpanContext:

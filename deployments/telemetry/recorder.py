@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -50,8 +52,9 @@ from deployments.telemetry.records import (
     StageRecord,
     translate_cancellation,
 )
-from deployments.telemetry.retroactive.retention import Keep, Retention
-from deployments.telemetry.retroactive.rule import KeepRule
+from deployments.telemetry.sampling.consistent import ConsistentSampler, trace_of_run
+from deployments.telemetry.sampling.retention import Keep, Retention
+from deployments.telemetry.sampling.rule import KeepRule
 from deployments.telemetry.spans import SpanFactory
 
 Stage = TypeVar("Stage", bound=StageRecord)
@@ -85,7 +88,9 @@ class Telemetry:
         self._config, self._model = config, model
         self._provider = Provider(service, config, identity)
         self._measures = Measures(self._provider.meter(), service, model, models)
+        self._sampler = ConsistentSampler(self._provider.sampler)
         self._ids = RandomIdGenerator()
+        self._numbers: dict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
         self._run_delay, self._throttling, self._garbage = RunDelay(), Throttling(), GarbageWatch()
         self._garbage.watch()
@@ -163,8 +168,9 @@ class Telemetry:
         """
         self.watch_thread()
         parent, arrived_ns = from_headers(headers), arrived_ns or time.monotonic_ns()
+        context, model = self._root_context(parent), model or self._model
         record = RequestRecord(
-            context=self._root_context(parent),
+            context=context,
             parent=parent,
             request_id=request_id,
             method=method,
@@ -174,7 +180,9 @@ class Telemetry:
             client=client,
             started_ns=arrived_ns - front_ns,
             rpc_method=rpc_method,
-            model=model or self._model,
+            model=model,
+            # A caller that does not trace has decided that for itself.
+            number=next(self._numbers[model]) if parent is None or context.trace_flags.sampled else None,
         )
         if front_ns:
             record.intervals.append(Interval("front", record.started_ns, arrived_ns))
@@ -230,7 +238,7 @@ class Telemetry:
             # Everything is recorded; what is kept is decided when it has ended.
             state = parent.trace_state if parent is not None else None
             return SpanContext(trace_id, self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED), state)
-        decision = self._provider.sampler.should_sample(ambient, trace_id, names.PREDICT, SpanKind.SERVER, {}, ())
+        decision = self._sampler.should_sample(ambient, trace_id, names.PREDICT, SpanKind.SERVER, {}, ())
         flags = TraceFlags(
             TraceFlags.SAMPLED if decision.decision is Decision.RECORD_AND_SAMPLE else TraceFlags.DEFAULT
         )
@@ -288,9 +296,8 @@ class Telemetry:
         """
         joined = dict.fromkeys(entry.payload.membership for entry in entries)
         members = [membership for membership in joined if membership is not None]
-        sampled = any(member.context.trace_flags.sampled for member in members)
         record = BatchRecord(
-            context=self.own_trace(sampled),
+            context=self.trace_of_run([member.context for member in members]),
             started_ns=started_ns,
             size=len(entries),
             tokens=sum(entry.tokens for entry in entries),
@@ -322,10 +329,14 @@ class Telemetry:
             return SpanContext(0, 0, False)
         return child_of(from_carrier(carrier), self._ids.generate_span_id())
 
-    def own_trace(self, is_sampled: bool) -> SpanContext:
-        """Return a context for a span that has a trace of its own."""
-        flags = TraceFlags(TraceFlags.SAMPLED if is_sampled else TraceFlags.DEFAULT)
-        return SpanContext(self._ids.generate_trace_id(), self._ids.generate_span_id(), False, flags)
+    def trace_of_run(self, members: Sequence[SpanContext]) -> SpanContext:
+        """Return a context for a span in a trace of its own, which samplers keep with the requests that it ran."""
+        sampled = [member for member in members if member.trace_flags.sampled]
+        trace_id, span_id = self._ids.generate_trace_id(), self._ids.generate_span_id()
+        if not sampled:
+            return SpanContext(trace_id, span_id, False)
+        trace_id, state = trace_of_run(trace_id, sampled)
+        return SpanContext(trace_id, span_id, False, TraceFlags(TraceFlags.SAMPLED), state)
 
     def put(self, record: object) -> None:
         """Hand over a record that is complete."""

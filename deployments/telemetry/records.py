@@ -301,6 +301,8 @@ class RequestRecord:
     generation: GenerationFacts | None = None
     weight: int | None = None
     """For how many requests it stands, if it is sampled retroactively."""
+    number: int | None = None
+    """Of those of its model that this ingress has traced or, by its own sampler, not traced, from 1."""
     rpc_method: str = ""
     """Of a gRPC call, ``service/method``; empty for HTTP."""
     rpc_status: str = ""

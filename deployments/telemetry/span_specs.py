@@ -35,6 +35,7 @@ SPANS: tuple[SpanSpec, ...] = (
         "the caller's span",
         (
             names.AI_REQUEST_ID,
+            names.AI_REQUEST_NUMBER,
             names.AI_TENANT,
             names.AI_TIMEOUT_MS,
             names.AI_SAMPLING_WEIGHT,
@@ -150,6 +151,7 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_BATCH_PADDING_RATIO,
             names.AI_BATCH_DISPATCH_REASON,
             names.AI_BATCH_QUEUE_BEHIND,
+            names.AI_BATCH_REQUESTS,
             names.AI_MODEL_NAME,
             names.AI_DEVICE,
             names.AI_FORWARD_PASS_OUTPUT_SHAPE,

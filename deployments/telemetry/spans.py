@@ -224,6 +224,7 @@ def _(record: RequestRecord, make: SpanFactory) -> Iterator[Span]:
             yield make.child(name, root, interval, {}, fault=interval.fault)
     attributes: Attributes = {
         names.AI_REQUEST_ID: record.request_id,
+        names.AI_REQUEST_NUMBER: record.number,
         names.AI_TENANT: record.tenant or None,
         names.AI_TIMEOUT_MS: record.timeout_ms,
         names.AI_SAMPLING_WEIGHT: record.weight,
@@ -374,6 +375,7 @@ def _(record: BatchRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_BATCH_PADDING_RATIO: record.padding_ratio,
         names.AI_BATCH_DISPATCH_REASON: record.reason,
         names.AI_BATCH_QUEUE_BEHIND: record.queue_behind,
+        names.AI_BATCH_REQUESTS: len(record.members),
         names.AI_MODEL_NAME: make.model,
         names.AI_DEVICE: record.device,
         names.AI_FORWARD_PASS_OUTPUT_SHAPE: str(list(record.output_shape)),

@@ -26,6 +26,7 @@ from deployments.telemetry.generation.facts import GenerationFacts, StreamRecord
 from deployments.telemetry.generation.records import GenerateRecord, SegmentRecord
 from deployments.telemetry.generation.steps import StepTelemetry
 from deployments.telemetry.records import HopRecord, Interval, RequestRecord, TokenizeRecord
+from deployments.telemetry.sampling.consistent import as_state, trace_of_run
 from deployments.telemetry.spans import SpanFactory
 
 STEP_MS, DECODE_MS, PREFILL_MS = 20.0, 2.0, 0.5
@@ -58,8 +59,13 @@ class Recorded:
     def context_in(self, carrier: Carrier) -> SpanContext:
         return child_of(from_carrier(carrier), self.ids.generate_span_id())
 
-    def own_trace(self, is_sampled: bool) -> SpanContext:
-        return SpanContext(self.ids.generate_trace_id(), self.ids.generate_span_id(), False, TraceFlags(is_sampled))
+    def trace_of_run(self, members: list[SpanContext]) -> SpanContext:
+        trace_id, state = trace_of_run(self.ids.generate_trace_id(), members)
+        return SpanContext(trace_id, self.ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED), state)
+
+    def own_trace(self) -> SpanContext:
+        ids = self.ids.generate_trace_id(), self.ids.generate_span_id()
+        return SpanContext(*ids, False, TraceFlags(TraceFlags.SAMPLED), as_state(0))
 
     def watch_thread(self) -> None:
         pass
@@ -134,7 +140,7 @@ def simulate(
 
 def _root(telemetry: Recorded, at_ns: int, one: Asked) -> RequestRecord:
     record = RequestRecord(
-        telemetry.own_trace(True), None, "id", "POST", "/v1/chat/completions", "http", "/v1/chat/completions", "", at_ns
+        telemetry.own_trace(), None, "id", "POST", "/v1/chat/completions", "http", "/v1/chat/completions", "", at_ns
     )
     record.status, record.operation, record.tokens = 200, "chat", one.prompt
     record.intervals.append(Interval("validate", at_ns, at_ns))

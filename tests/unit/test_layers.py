@@ -20,7 +20,7 @@ LAYERS = [
     {"telemetry.carrier", "telemetry.records"},
     {"telemetry.generation.records"},
     {"telemetry.measures", "telemetry.export"},
-    {"telemetry.retroactive"},
+    {"telemetry.sampling"},
     {"telemetry.gauges", "telemetry.spans"},
     {"telemetry.generation.spans"},
     {"telemetry", "engine"},
@@ -134,6 +134,7 @@ def test_the_policy_imports_only_the_standard_library() -> None:
 def test_explain_runs_without_the_server() -> None:
     """``slowlens why`` must not wait for Ray or torch."""
     data = {"deployments.telemetry.names", "deployments.telemetry.metrics", "deployments.telemetry.span_specs"}
+    data.add("deployments.telemetry.sampling.threshold")
     allowed = {"deployments", "deployments.config", "deployments.batching.cost"} | data
     for path in MODULES:
         if dotted(path).startswith("explain"):

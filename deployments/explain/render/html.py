@@ -18,7 +18,7 @@ from typing import Any
 
 from deployments.explain.findings import Finding
 from deployments.explain.periods import Judged
-from deployments.explain.render.text import comparison, fix_text, headline, percentiles, rows, share_of
+from deployments.explain.render.text import comparison, doubts, fix_text, headline, percentiles, rows, share_of
 from deployments.explain.render.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
 from deployments.explain.requests.capture import BINS, Run, bin_ns
 from deployments.explain.requests.parts import fit_runs, median
@@ -98,7 +98,7 @@ def _asset(name: str) -> str:
 
 
 def _findings(verdict: Verdict) -> str:
-    notes = [*comparison(verdict), *([verdict.note] if verdict.note else [])]
+    notes = [*doubts(verdict), *comparison(verdict), *([verdict.note] if verdict.note else [])]
     said = "".join(f'<div class="finding none"><p>{html.escape(note)}</p></div>' for note in notes)
     return said + "".join(map(_finding, verdict.findings))
 

@@ -14,12 +14,15 @@ from rich.text import Text
 
 from deployments.explain.findings import Finding
 from deployments.explain.fixes import Change
-from deployments.explain.requests.parts import PARTS, percentile
+from deployments.explain.requests.parts import PARTS
 from deployments.explain.requests.pattern import clock
 from deployments.explain.token_gaps import TokenGap
+from deployments.explain.traces.survey import Survey
+from deployments.explain.traces.weights import Sample, interval_of, percentile
 from deployments.explain.verdict import Verdict
 
 _WIDTH = 30
+_PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 def as_json(verdict: Verdict) -> str:
@@ -31,6 +34,7 @@ def as_json(verdict: Verdict) -> str:
         "schema": 1,
         "window": {"from": iso_time(begun), "to": iso_time(ended)},
         "requests": survey.requests,
+        "sampling": sampling(survey),
         "models": {name: round(count) for name, count in sorted(survey.models.items())},
         "incomplete": verdict.capture.incomplete,
         "errors": survey.errors,
@@ -45,6 +49,27 @@ def as_json(verdict: Verdict) -> str:
         document["first_token"] = {"latency_ms": percentiles(_latencies(first)), "findings": _findings(first)}
         document["slow_tokens"] = [_token_gap(gap) for gap in verdict.token_gaps]
     return json.dumps(document, indent=2)
+
+
+def sampling(survey: Survey) -> dict[str, Any]:
+    """What the kept traces are of all requests."""
+    sample = survey.sample
+    return {
+        "kept": sample.kept,
+        "weights": "unknown" if sample.says_nothing else "known" if sample.is_sample else "none",
+        "requests_interval": list(sample.interval()),
+        "latency_ms_interval": {name: [round(ms, 3) for ms in both] for name, both in intervals(survey).items()},
+        "counted": sample.counted,
+        "missing": sample.missing,
+    }
+
+
+def intervals(survey: Survey) -> dict[str, tuple[float, float]]:
+    """Where the percentiles of all requests lie, with 95 % confidence; empty if all were kept."""
+    pairs = list(zip(survey.latencies_ms, survey.latency_weights, strict=True))
+    if not survey.sample.is_uncertain or not pairs:
+        return {}
+    return {name: interval_of(pairs, share) for name, share in _PERCENTILES.items() if share < 1}
 
 
 def _compared(verdict: Verdict) -> dict[str, Any]:
@@ -104,11 +129,20 @@ def as_text(verdict: Verdict) -> RenderableType:
 
 
 def _text(verdict: Verdict) -> Iterator[RenderableType]:
+    for line in doubts(verdict):
+        yield Text(line, style="bold yellow")
     yield Text(headline(verdict), style="bold")
     if verdict.capture.survey.latencies_ms:
         survey = verdict.capture.survey
         shown = percentiles(survey.latencies_ms, survey.latency_weights)
-        yield Text("latency: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in shown.items()))
+        between = intervals(survey)
+        yield Text(
+            "latency: "
+            + ", ".join(
+                f"{name} {ms:.0f} ms" + (" ({:.0f} to {:.0f})".format(*between[name]) if name in between else "")
+                for name, ms in shown.items()
+            )
+        )
     for line in comparison(verdict):
         yield Text(line)
     if verdict.note:
@@ -148,8 +182,32 @@ def headline(verdict: Verdict) -> str:
         f"{survey.requests} requests in {(ended - begun) / 1e9:.0f} s, {clock(begun)} to {clock(ended)}"
         + (f", {failed} failed" if failed else "")
         + (f", {incomplete} with spans missing" if incomplete else "")
-        + (f" (a sample: the traces of {survey.read} were kept)" if survey.is_sample else "")
+        + (f"; {of_a_sample(survey.sample)}" if survey.sample.is_sample else "")
     )
+
+
+def of_a_sample(sample: Sample) -> str:
+    """``estimated from the 412 whose traces were kept: 3,900 to 4,120 requests``."""
+    least, most = sample.interval()
+    return f"estimated from the {sample.kept} whose traces were kept" + (
+        f" ({least} to {most} requests, with 95% confidence)" if sample.is_uncertain else ""
+    )
+
+
+def doubts(verdict: Verdict) -> Iterator[str]:
+    """Yield what a reader has to know before the numbers: whether they are those of all requests."""
+    sample = verdict.capture.survey.sample
+    if sample.says_nothing:
+        yield (
+            f"NOT OF ALL REQUESTS: the ingress counted {sample.counted} requests, and the traces of {sample.kept} are "
+            "here. The others were sampled away or lost, and the kept do not say for how many they stand (th in "
+            "tracestate, or ai.sampling.weight): counts, rates, percentiles and shares are those of the kept ones"
+        )
+    elif sample.missing:
+        yield (
+            f"of {sample.counted} requests that the ingress counted, the traces of about {sample.missing} are missing: "
+            "lost, or still on their way"
+        )
 
 
 def comparison(verdict: Verdict) -> Iterator[str]:
@@ -252,9 +310,8 @@ def stages(verdict: Verdict) -> list[dict[str, Any]]:
 
 def percentiles(ascending: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, float]:
     """The percentiles that are shown, of values that stand for one each or for as many as their weights say."""
-    wanted = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
     pairs = list(zip(ascending, weights or [1.0] * len(ascending), strict=True))
-    return {name: round(percentile(pairs, share), 3) for name, share in wanted.items()}
+    return {name: round(percentile(pairs, share), 3) for name, share in _PERCENTILES.items()}
 
 
 def iso_time(unix_ns: int) -> str:

@@ -24,6 +24,7 @@ from deployments.explain.requests.request import (
 from deployments.explain.requests.scaling import Scaling
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.survey import Key, Survey
+from deployments.explain.traces.weights import weight_of_run
 from deployments.telemetry import names, span_specs
 
 _EXPORT_NS = 5 * 10**9
@@ -51,6 +52,8 @@ class Run:
     """Percent, averaged over before and after the run; None without a GPU."""
     members: tuple[Key, ...]
     replica: str
+    requests: int = 1
+    """Those that had an input in it, traced or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,8 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
             if hash(span.key) not in seen:
                 seen.add(hash(span.key))
                 run = run_of(span)
-                devices[run.replica].add(run.started_ns, run.took_ns, run.tokens, run.padded_tokens, run.size)
+                weight = weight_of_run(span.attributes, run.requests)
+                devices[run.replica].add(run.started_ns, run.took_ns, run.tokens, run.padded_tokens, run.size, weight)
                 # If the links of a run were lost, its requests are unknown.
                 if not span.links or any(trace_id in survey.trace_ids_to_read for trace_id, _ in span.links):
                     runs[run.key] = run
@@ -137,7 +141,9 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
             if hash(span.key) not in seen:
                 seen.add(hash(span.key))
                 segment = segment_of(span)
-                devices[segment.replica].add(segment.started_ns, round(segment.step_ms * 1e6), 0, 0)
+                weight = weight_of_run(span.attributes, whole(span, names.AI_SEGMENT_REQUESTS))
+                step_ns = round(segment.step_ms * 1e6)
+                devices[segment.replica].add(segment.started_ns, step_ns, 0, 0, weight=weight)
                 if not span.links or any(trace_id in survey.trace_ids_to_read for trace_id, _ in span.links):
                     found.segments[span.key] = segment
         elif span.name == names.MODEL_LOAD:
@@ -221,6 +227,7 @@ def run_of(span: Span) -> Run:
         started_ns=span.start_ns,
         took_ns=max(0, span.end_ns - span.start_ns),
         size=whole(span, names.AI_BATCH_ACTUAL_SIZE),
+        requests=whole(span, names.AI_BATCH_REQUESTS) or len({trace_id for trace_id, _ in span.links}),
         tokens=whole(span, names.AI_BATCH_TOKENS),
         padded_tokens=whole(span, names.AI_BATCH_PADDED_TOKENS),
         queue_behind=whole(span, names.AI_BATCH_QUEUE_BEHIND),

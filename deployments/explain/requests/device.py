@@ -35,10 +35,15 @@ class Device:
         self.ahead_ns = 0
         # Compact, as there may be a million runs: start, duration, tokens, padded tokens and inputs of each in turn.
         self._numbers = array("q")
+        self._weights = array("d")
         self._starts: list[int] = []
         self._order: list[int] = []
 
-    def add(self, started_ns: int, took_ns: int, tokens: int, padded_tokens: int, size: int = 0) -> None:
+    def add(
+        self, started_ns: int, took_ns: int, tokens: int, padded_tokens: int, size: int = 0, weight: float = 1.0
+    ) -> None:
+        """Add a run that stands for ``weight`` of its kind."""
+        self._weights.append(weight)
         self._numbers.extend((started_ns, took_ns, tokens, padded_tokens, size))
 
     def during(self, interval: Interval) -> Iterator[Within]:
@@ -56,12 +61,12 @@ class Device:
                 yield Within(within, took, *rest)
 
     def busy_ns(self, window: Interval, bins: int, bin_ns: int) -> list[int]:
-        """Return how long the device ran in each bin of a window on the ingress's clock."""
+        """Return how long the device ran in each bin of a window on the ingress's clock, at most all of it."""
         begin, end = window[0] + self.ahead_ns, window[1] + self.ahead_ns
-        busy = [0] * bins
-        for start, took in zip(self._numbers[::_FIELDS], self._numbers[1::_FIELDS], strict=True):
+        busy = [0.0] * bins
+        for start, took, weight in zip(self._numbers[::_FIELDS], self._numbers[1::_FIELDS], self._weights, strict=True):
             first, last = max(0, (start - begin) // bin_ns), min(bins - 1, (start + took - begin) // bin_ns)
             for number in range(first, last + 1):
                 lower = begin + number * bin_ns
-                busy[number] += max(0, min(start + took, lower + bin_ns, end) - max(start, lower))
-        return busy
+                busy[number] += weight * max(0, min(start + took, lower + bin_ns, end) - max(start, lower))
+        return [min(bin_ns, round(ns)) for ns in busy]

@@ -23,6 +23,7 @@ from deployments.explain.requests.device import Device
 from deployments.explain.requests.request import Call, Request, quickest_of
 from deployments.explain.requests.steps import StepFit, fit_steps, split_decode, split_prefill
 from deployments.explain.traces.survey import Key
+from deployments.explain.traces.weights import percentile
 
 Parts = dict[str, float]
 """Milliseconds by part."""
@@ -284,16 +285,14 @@ def _one_sided_ms(call: Call, quickest: Mapping[tuple[str, str, str], Call]) -> 
     return max(0, (call.there_ns - best.there_ns) - (call.back_ns - best.back_ns)) / 1e6
 
 
-def median(values: Sequence[float]) -> float:
-    """The upper median; 0 if there are no values."""
-    return sorted(values)[len(values) // 2] if values else 0.0
-
-
-def percentile(ascending: Sequence[tuple[float, float]], share: float) -> float:
-    """Smallest value with ``share`` of the weight at or below it, of ``(value, weight)`` pairs; 0 if there are none."""
-    left = share * sum(weight for _, weight in ascending) * (1 - 1e-9)
-    for value, weight in ascending:
+def median(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """The upper median, of values that stand for one each or for as many as their weights say; 0 if there are none."""
+    if weights is None:
+        return sorted(values)[len(values) // 2] if values else 0.0
+    pairs = sorted(zip(values, weights, strict=True))
+    left = sum(weights) / 2
+    for value, weight in pairs:
         left -= weight
-        if left <= 0:
+        if left < 0:
             return value
-    return ascending[-1][0] if ascending else 0.0
+    return pairs[-1][0] if pairs else 0.0

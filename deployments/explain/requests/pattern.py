@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from statistics import fmean, pstdev
 
 from deployments.explain.requests.request import Request, window_of
+from deployments.explain.traces.weights import percentile
 from deployments.telemetry import names
 
 _NEARLY_ALL, _OFTEN = 0.9, 0.6
@@ -24,12 +25,41 @@ _INPUTS: tuple[tuple[Callable[[Request], int], str], ...] = (
 
 
 def distinguishing_traits(
-    concerned: Sequence[Request], everybody: Sequence[Request], window_ns: tuple[int, int], stage: str
+    concerned: Sequence[Request],
+    everybody: Sequence[Request],
+    window_ns: tuple[int, int],
+    stage: str,
+    weight: Callable[[Request], float],
 ) -> str:
-    """Return phrases, each after a comma; empty if nothing stands out. ``stage`` is the one whose replica matters."""
+    """Return phrases, each after a comma; empty if nothing stands out.
+
+    Args:
+        concerned: those that may have something in common.
+        everybody: those that were read, with them.
+        window_ns: what was observed.
+        stage: the one whose replica matters.
+        weight: for how many requests one of them stands.
+    """
     if len(concerned) < _MIN_COUNT:
         return ""
-    return "".join(f", {phrase}" for phrase in (*_where(concerned, everybody, stage), *_when(concerned, window_ns)))
+    those, every = (_Requests((request, weight(request)) for request in ones) for ones in (concerned, everybody))
+    where = _where(those, every, stage)
+    return "".join(f", {phrase}" for phrase in (*where, *_when(concerned, window_ns)))
+
+
+class _Requests(list[tuple[Request, float]]):
+    """Requests, each with the number of those that it stands for."""
+
+    def shares(self, key: Callable[[Request], str]) -> dict[str, float]:
+        """Their shares by the value of a key."""
+        found: dict[str, float] = defaultdict(float)
+        whole = max(1e-9, sum(weight for _, weight in self))
+        for request, weight in self:
+            found[key(request)] += weight / whole
+        return found
+
+    def percentile(self, measure: Callable[[Request], int], share: float) -> float:
+        return percentile(sorted((measure(request), weight) for request, weight in self), share)
 
 
 _HINDRANCES = {
@@ -53,7 +83,7 @@ def what_hindered(concerned: Sequence[Request], amounts_ms: Sequence[float]) -> 
     return said
 
 
-def _where(concerned: Sequence[Request], everybody: Sequence[Request], stage: str) -> Iterator[str]:
+def _where(concerned: _Requests, everybody: _Requests, stage: str) -> Iterator[str]:
     replica = _common(concerned, everybody, lambda request: request.replicas.get(stage, ""))
     host = _common(concerned, everybody, lambda request: request.host)
     if replica:
@@ -69,28 +99,23 @@ def _where(concerned: Sequence[Request], everybody: Sequence[Request], stage: st
     yield from _kind_of_input(concerned, everybody)
 
 
-def _common(concerned: Sequence[Request], everybody: Sequence[Request], key: Callable[[Request], str]) -> str:
+def _common(concerned: _Requests, everybody: _Requests, key: Callable[[Request], str]) -> str:
     """Return the value that nearly all concerned have and many others do not; empty if there is none."""
-    own = Counter(key(request) for request in concerned)
-    value, count = own.most_common(1)[0]
-    share = sum(key(request) == value for request in everybody) / len(everybody)
-    return value if value and count >= _NEARLY_ALL * len(concerned) and share <= _OFTEN else ""
+    value, share = max(concerned.shares(key).items(), key=lambda pair: pair[1])
+    is_common = share >= _NEARLY_ALL * (1 - 1e-9) and everybody.shares(key)[value] <= _OFTEN * (1 + 1e-9)
+    return value if is_common else ""
 
 
-def _kind_of_input(concerned: Sequence[Request], everybody: Sequence[Request]) -> Iterator[str]:
+def _kind_of_input(concerned: _Requests, everybody: _Requests) -> Iterator[str]:
     """Yield the one measure of the input that differs most from the others, if any."""
-    keys = {request.key for request in concerned}
-    others = [request for request in everybody if request.key not in keys]
+    keys = {request.key for request, _ in concerned}
+    others = _Requests(pair for pair in everybody if pair[0].key not in keys)
     found: list[tuple[float, str]] = []
-    for measure, unit in _INPUTS:
-        own, usual = sorted(map(measure, concerned)), sorted(map(measure, others))
-        if not usual:
-            return
-        least, most = own[len(own) // 10], usual[len(usual) * 9 // 10]
+    for measure, unit in _INPUTS if others else ():
+        least, most = concerned.percentile(measure, 0.1), others.percentile(measure, 0.9)
         if least > 1.5 * most:
-            found.append(
-                (least / max(1, most), f"with at least {least} {unit}, where 90% of the others have at most {most}")
-            )
+            phrase = f"with at least {least:.0f} {unit}, where 90% of the others have at most {most:.0f}"
+            found.append((least / max(1, most), phrase))
     if found:
         yield max(found)[1]
 

@@ -19,9 +19,9 @@ from typing import BinaryIO, Protocol
 
 from zstandard import ZstdDecompressor, ZstdError
 
-from deployments.explain.traces.http_api import SourceError
 from deployments.explain.traces.losses import Losses
 from deployments.explain.traces.otlp import NOT_OTLP, Decoder, Span, SpanFilter
+from deployments.explain.traces.servers.http_api import SourceError
 from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 

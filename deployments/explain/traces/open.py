@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from deployments.explain.traces.files import Source, TraceFiles
-from deployments.explain.traces.http_api import Api
-from deployments.explain.traces.jaeger import Jaeger
 from deployments.explain.traces.of_model import OfModel
-from deployments.explain.traces.tempo import Tempo
+from deployments.explain.traces.servers.http_api import Api
+from deployments.explain.traces.servers.jaeger import Jaeger
+from deployments.explain.traces.servers.tempo import Tempo
 
 
 def source_at(where: str, model: str | None = None) -> Source:

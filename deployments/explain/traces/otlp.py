@@ -113,6 +113,9 @@ def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
     end_ns = time_ns(span["endTimeUnixNano"])
     if end_ns == 0:
         raise ValueError("the span has not ended")
+    attributes = _attributes(span)
+    if state := span.get("traceState"):
+        attributes.setdefault(names.W3C_TRACESTATE, printable(state))
     return Span(
         trace_id=_hex(span["traceId"]),
         span_id=_hex(span["spanId"]),
@@ -123,7 +126,7 @@ def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
         instance=sys.intern(str(resource.get("service.instance.id", ""))),
         start_ns=time_ns(span["startTimeUnixNano"]),
         end_ns=end_ns,
-        attributes=_attributes(span),
+        attributes=attributes,
         links=tuple((_hex(link["traceId"]), _hex(link["spanId"])) for link in span.get("links", [])),
         failed=span.get("status", {}).get("code") in (2, "STATUS_CODE_ERROR"),
         resource=resource,

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.weights import Sample, weight_of_request
 from deployments.telemetry import names, span_specs
 
 Key = tuple[str, str]
@@ -23,7 +24,6 @@ Key = tuple[str, str]
 ORDINARY, FAILED = 5_000, 500
 """How many ordinary requests, and how many that failed on the server's side, are read in full."""
 _MIN_SLOW = 5
-_MOST_WEIGHT = 1e9
 NOT_OURS = frozenset({"cancelled", "invalid_json", "invalid_field", "too_large", "model_not_found"})
 """``error.type`` of requests whose failure is not the server's fault."""
 OF_A_REQUEST = {spec.name for spec in span_specs.SPANS if spec.parent != "none"} - {
@@ -45,13 +45,15 @@ class Root:
     """``error.type``; empty if there was none."""
     route: str = ""
     weight: float = 1.0
-    """For how many requests it stands (``ai.sampling.weight``); 0 if it was kept for the sake of another."""
+    """For how many requests it stands; 0 if it was kept for the sake of another."""
     model: str = ""
+    instance: str = ""
+    """The ingress."""
+    number: int = 0
+    """Of those of its model in that ingress, from 1; 0 if it has none."""
 
     @classmethod
     def of(cls, span: Span) -> Root:
-        weight = span.attributes.get(names.AI_SAMPLING_WEIGHT, 1)
-        counts = isinstance(weight, int | float) and 0 <= weight <= _MOST_WEIGHT
         error = str(span.attributes.get(names.ERROR_TYPE) or ("error" if span.failed else ""))
         route = sys.intern(route_of(span))
         return cls(
@@ -60,8 +62,10 @@ class Root:
             latency_ns=max(0, span.end_ns - span.start_ns),
             error=error,
             route=route,
-            weight=float(weight) if counts else 1.0,
+            weight=weight_of_request(span.attributes),
             model=sys.intern(str(span.attributes.get(names.AI_MODEL_NAME, ""))),
+            instance=span.instance,
+            number=number if isinstance(number := span.attributes.get(names.AI_REQUEST_NUMBER), int) else 0,
         )
 
     @property
@@ -84,8 +88,8 @@ class Survey:
     """For how many each of ``latencies_ms`` stands, and when and where it came in, in its order."""
     models: dict[str, float] = field(default_factory=dict)
     """Requests by model."""
-    read: int = 0
-    """Requests whose traces were kept; ``requests`` is what they stand for."""
+    sample: Sample = field(default_factory=Sample)
+    """``requests`` is what the kept ones stand for."""
     window_ns: tuple[int, int] = (0, 0)
     """From the first request's start to the last one's end, in Unix nanoseconds; zeros if there are none."""
     since_ns: int = 0
@@ -103,11 +107,6 @@ class Survey:
     def answered(self) -> float:
         """How many requests ``latencies_ms`` stand for."""
         return sum(self.latency_weights)
-
-    @property
-    def is_sample(self) -> bool:
-        """Whether only some of the requests' traces were kept."""
-        return self.read != self.requests or any(weight != 1 for weight in self.latency_weights)
 
     def wants(self, name: str, trace_id: str) -> bool:
         """Whether to read this span. Spans of a request without a root are read, so that it counts as incomplete."""
@@ -146,7 +145,7 @@ def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: f
         starts_ns=[root.started_ns for root in answered],
         routes=[root.route for root in answered],
         models=_by_model(counted),
-        read=len(every),
+        sample=_sample(every, since_ns),
         since_ns=since_ns,
         slow={root.key for root in slow},
         ordinary={root.key for root in sample},
@@ -158,6 +157,17 @@ def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: f
     if every:
         found.window_ns = min(root.started_ns for root in every), max(root.ended_ns for root in every)
     found.trace_ids_to_read = {trace_id for trace_id, _ in found.slow | found.ordinary | found.failed}
+    return found
+
+
+def _sample(every: Iterable[Root], since_ns: int) -> Sample:
+    found = Sample()
+    for root in every:
+        found.add(root.weight)
+        # One that began before the window would count all others that did.
+        if root.started_ns >= since_ns:
+            found.add_number((root.instance, root.model), root.number, root.weight)
+    found.conclude()
     return found
 
 

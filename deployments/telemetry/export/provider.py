@@ -246,6 +246,7 @@ def _settings(service: Service, config: AppConfig, identity: ReplicaIdentity) ->
         value = getattr(getattr(config, section), key)
         if value is not None:
             yield f"{section}.{key}", value
+    yield "telemetry.sampling.mode", config.telemetry.sampling.mode
     yield from identity.settings.items()
 
 

@@ -107,10 +107,8 @@ class StepTelemetry:
             if current.prefilling == prefilling and current.decoding == decoding:
                 return current
             self._telemetry.put(current)
-        is_sampled = any(record.context.trace_flags.sampled for record in prefilling + decoding)
-        self._segment = segment = SegmentRecord(
-            self._telemetry.own_trace(is_sampled), started_ns, prefilling, decoding, device=self._device
-        )
+        own = self._telemetry.trace_of_run([record.context for record in prefilling + decoding])
+        self._segment = segment = SegmentRecord(own, started_ns, prefilling, decoding, device=self._device)
         for record in segment.members:
             record.segments.append(segment)
         return segment

@@ -17,8 +17,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from deployments.cli.main import main
-from deployments.explain.traces import http_api
 from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.servers import http_api
 from tests.support.made import moved, otlp_of, window
 
 TRACE, BATCH = "0" + "a" * 31, "b" * 32

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from zstandard import ZstdCompressor
 
 from deployments.cli.main import main
-from deployments.explain.traces import http_api
+from deployments.explain.traces.servers import http_api
 from tests.support.generations import chats, simulate
 from tests.support.made import otlp, window
 

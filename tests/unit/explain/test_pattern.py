@@ -21,7 +21,7 @@ def said(slow: Callable[[int], dict[str, Any] | None], usual: Callable[[int], di
     spans = [one for n in range(COUNT) for one in request(n, n * 250.0, **usual(n) | (slow(n) or {}))]
     found = read(spans)
     concerned = [one for one in found.requests if int(one.trace_id, 16) in numbers]
-    return distinguishing_traits(concerned, found.requests, found.survey.window_ns, "model")
+    return distinguishing_traits(concerned, found.requests, found.survey.window_ns, "model", found.weight)
 
 
 def mixed(number: int) -> dict[str, Any]:

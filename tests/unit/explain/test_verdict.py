@@ -406,6 +406,7 @@ def test_json_has_the_documented_fields(store: str, tmp_path: Path) -> None:
         "schema": "int",
         "window": "dict",
         "requests": "int",
+        "sampling": "dict",
         "models": "dict",
         "incomplete": "int",
         "errors": "dict",

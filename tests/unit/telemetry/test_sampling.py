@@ -25,8 +25,8 @@ from deployments.telemetry.records import (
     RequestRecord,
     TokenizeRecord,
 )
-from deployments.telemetry.retroactive.retention import Keep, Retention
-from deployments.telemetry.retroactive.rule import KeepRule, Latencies
+from deployments.telemetry.sampling.retention import Keep, Retention
+from deployments.telemetry.sampling.rule import KeepRule, Latencies
 
 MS, S = 10**6, 10**9
 RUNS = itertools.count(10**9)

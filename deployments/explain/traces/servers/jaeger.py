@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
-from deployments.explain.traces.http_api import LONGEST_REQUEST_NS, LOOKBACK, Api, Backend, in_windows, window
 from deployments.explain.traces.otlp import NOT_OTLP, Event, Span, hex_id, printable, time_ns
+from deployments.explain.traces.servers.http_api import LONGEST_REQUEST_NS, LOOKBACK, Api, Backend, in_windows, window
 from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 

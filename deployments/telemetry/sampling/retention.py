@@ -20,7 +20,7 @@ from typing import NamedTuple
 from deployments.telemetry.carrier import from_carrier, is_sampled
 from deployments.telemetry.generation.records import GenerateRecord, SegmentRecord
 from deployments.telemetry.records import BatchRecord, PredictRecord, RequestRecord, StageRecord
-from deployments.telemetry.retroactive.rule import KeepRule
+from deployments.telemetry.sampling.rule import KeepRule
 
 MAX_HELD = 50_000
 """Records. Beyond, the oldest are let go."""

@@ -1,1 +1,0 @@
-"""Retroactive sampling: what was recorded is held until it is known whether its request mattered."""

@@ -1,0 +1,1 @@
+"""Which requests are kept, and for how many each of them stands."""
