@@ -25,6 +25,7 @@ _LOSSES = (
             "exporter_enqueue_failed_spans",
             "receiver_refused_spans",
             "receiver_refused_metric_points",
+            "processor_tail_sampling_sampling_trace_dropped_too_early",
         )
     ),
 )

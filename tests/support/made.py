@@ -174,7 +174,11 @@ def otlp_of(one: Span) -> dict[str, Any]:
         "endTimeUnixNano": str(one.end_ns),
         "attributes": [{"key": key, "value": _value(content)} for key, content in one.attributes.items()],
         "links": [{"traceId": trace, "spanId": _ident(name)} for trace, name in one.links],
+        "status": {"code": 2} if one.failed else {},
     }
+    if state := one.attributes.get(names.W3C_TRACESTATE):
+        made["traceState"] = state
+        made["attributes"] = [pair for pair in made["attributes"] if pair["key"] != names.W3C_TRACESTATE]
     own = {"service.name": one.service, "service.instance.id": one.instance, **one.resource}
     resource = [{"key": key, "value": _value(content)} for key, content in own.items()]
     return {"resourceSpans": [{"resource": {"attributes": resource}, "scopeSpans": [{"spans": [made]}]}]}

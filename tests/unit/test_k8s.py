@@ -63,7 +63,7 @@ def service(resources: list[dict[str, Any]]) -> dict[str, Any]:
 
 def pod_specs(resources: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for one in resources:
-        if one["kind"] == "Deployment":
+        if one["kind"] in ("Deployment", "StatefulSet"):
             yield one["metadata"]["name"], one["spec"]["template"]["spec"]
         elif one["kind"] == "RayService":
             cluster = one["spec"]["rayClusterConfig"]
@@ -85,6 +85,7 @@ def test_core_resources_are_valid_for_kubernetes(resources: list[dict[str, Any]]
         "NetworkPolicy",
         "Service",
         "ServiceAccount",
+        "StatefulSet",
     }
     for one in core:
         kubernetes_validate.validate(one, "1.34", strict=True)
@@ -238,7 +239,7 @@ def test_ray_and_pipeline_pods_have_network_policies(resources: list[dict[str, A
     ]
 
     assert open_to_callers == [8000, 9000]
-    for deployment in (one for one in resources if one["kind"] == "Deployment"):
+    for deployment in (one for one in resources if one["kind"] in ("Deployment", "StatefulSet")):
         labels = deployment["spec"]["template"]["metadata"]["labels"]
         selectors = [policy["podSelector"]["matchLabels"] for policy in policies.values()]
         assert any(selector.items() <= labels.items() for selector in selectors), labels
@@ -293,14 +294,15 @@ def test_every_component_of_the_collector_pipelines_is_configured() -> None:
 
 
 def test_tail_sampling_keeps_slow_failed_and_linked_traces() -> None:
+    """That it does is tested with a real Collector (tests/backends)."""
     config = yaml.safe_load((HERE / "base" / "collector" / "config.yaml").read_text())
     policies = {one["name"]: one for one in config["processors"]["tail_sampling"]["policies"]}
     linked = re.findall(r'name == "([a-z_.]+)"', "\n".join(policies["linked"]["ottl_condition"]["span"]))
 
-    assert set(policies) == {"failed", "slow", "linked", "ordinary"}
+    assert set(policies) == {"failed", "slow", "decided", "linked", "ordinary"}
     # All traces other than requests; without them a request cannot be explained.
-    own_traces = {"ai.inference.batch_forward", "ai.inference.model_load", "ai.autoscaling.decision"}
-    assert set(linked) == own_traces
+    own = {"ai.inference.batch_forward", "ai.inference.model_load", "ai.autoscaling.decision", "ai.engine.segment"}
+    assert set(linked) == own
 
 
 # --- dashboards and alerts -------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def sampling(survey: Survey) -> dict[str, Any]:
 def intervals(survey: Survey) -> dict[str, tuple[float, float]]:
     """Where the percentiles of all requests lie, with 95 % confidence; empty if all were kept."""
     pairs = list(zip(survey.latencies_ms, survey.latency_weights, strict=True))
-    if not survey.sample.is_uncertain or not pairs:
+    if not survey.sample.variance or not pairs:
         return {}
     return {name: interval_of(pairs, share) for name, share in _PERCENTILES.items() if share < 1}
 
@@ -189,9 +189,8 @@ def headline(verdict: Verdict) -> str:
 def of_a_sample(sample: Sample) -> str:
     """``estimated from the 412 whose traces were kept: 3,900 to 4,120 requests``."""
     least, most = sample.interval()
-    return f"estimated from the {sample.kept} whose traces were kept" + (
-        f" ({least} to {most} requests, with 95% confidence)" if sample.is_uncertain else ""
-    )
+    between = f" ({least} to {most} requests, with 95% confidence)" if least < most else ""
+    return f"estimated from the {sample.kept} whose traces were kept{between}"
 
 
 def doubts(verdict: Verdict) -> Iterator[str]:

@@ -13,7 +13,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.weights import Sample, weight_of_request
@@ -123,6 +123,9 @@ def route_of(root: Span) -> str:
 def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: float = float("inf")) -> Survey:
     """Survey all requests that ended from ``since_ns`` until ``until_ns``; ``slowest`` (0 to 1) is the slow share."""
     every = list({root.key: root for root in roots if since_ns <= root.ended_ns < until_ns}.values())
+    kept = _sample(every, since_ns)
+    if kept.factor != 1:
+        every = [replace(root, weight=root.weight * kept.factor) if root.weight > 1 else root for root in every]
     counted = [root for root in every if root.weight]
     answered = sorted((root for root in counted if not root.error), key=lambda root: (root.latency_ns, root.key))
     failed = sorted(
@@ -145,7 +148,7 @@ def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: f
         starts_ns=[root.started_ns for root in answered],
         routes=[root.route for root in answered],
         models=_by_model(counted),
-        sample=_sample(every, since_ns),
+        sample=kept,
         since_ns=since_ns,
         slow={root.key for root in slow},
         ordinary={root.key for root in sample},
@@ -165,8 +168,7 @@ def _sample(every: Iterable[Root], since_ns: int) -> Sample:
     for root in every:
         found.add(root.weight)
         # One that began before the window would count all others that did.
-        if root.started_ns >= since_ns:
-            found.add_number((root.instance, root.model), root.number, root.weight)
+        found.add_number((root.instance, root.model), root.number if root.started_ns >= since_ns else 0, root.weight)
     found.conclude()
     return found
 

@@ -57,10 +57,11 @@ class Sample:
 
     Attributes:
         kept: traces that were read.
-        stand_for: how many requests they stand for.
+        stand_for: how many requests they stand for, by their weights.
         variance: of that estimate.
         counted: how many there were by the numbers that each ingress gives its requests; 0 if there are none.
         missing: of those, how many have no trace although they should; 0 if chance explains it.
+        factor: what weights of more than one have to be multiplied with, so that they add up to what was counted.
     """
 
     kept: int = 0
@@ -68,8 +69,9 @@ class Sample:
     variance: float = 0.0
     counted: int = 0
     missing: int = 0
+    factor: float = 1.0
     _numbers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
-    _of_counted: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    _of_counted: _Sums = field(default_factory=lambda: _Sums())
 
     def add(self, weight: float) -> None:
         self.kept += 1
@@ -77,21 +79,27 @@ class Sample:
         self.variance += _variance(weight)
 
     def add_number(self, counter: tuple[str, str], number: int, weight: float) -> None:
-        """Add the number that ``counter``, an ingress and a model, gave to a request."""
+        """Add the number that ``counter``, an ingress and a model, gave to a request; 0 if it has none."""
         if number <= 0:
             return
         seen = self._numbers.setdefault(counter, [number, number])
         seen[0], seen[1] = min(seen[0], number), max(seen[1], number)
-        self._of_counted[0] += weight
-        self._of_counted[1] += _variance(weight)
+        sums = self._of_counted
+        sums.weight += weight
+        sums.variance += _variance(weight)
+        sums.uncertain += weight if weight > 1 else 0.0
 
     def conclude(self) -> None:
         """Compare what the kept stand for with what was counted."""
+        sums = self._of_counted
         self.counted = sum(last - first + 1 for first, last in self._numbers.values())
-        stand_for, variance = self._of_counted
-        missing = self.counted - stand_for
-        least = max(_MIN_MISSING, _MIN_SHARE * self.counted) + _DOUBT * math.sqrt(variance)
-        self.missing = round(missing) if missing > least else 0
+        missing = self.counted - sums.weight
+        least = max(_MIN_MISSING, _MIN_SHARE * self.counted) + _DOUBT * math.sqrt(sums.variance)
+        if missing > least:
+            self.missing = round(missing)
+        elif sums.uncertain and self.counted > sums.weight - sums.uncertain:
+            # A sum that is known makes all others better (ratio estimation; Cochran, Sampling Techniques, ch. 6).
+            self.factor = (self.counted - sums.weight + sums.uncertain) / sums.uncertain
 
     @property
     def is_sample(self) -> bool:
@@ -103,14 +111,23 @@ class Sample:
         """Whether many are missing and the kept do not say for how many they stand."""
         return not self.is_sample and self.missing > _MOST_LOST * self.counted
 
-    @property
-    def is_uncertain(self) -> bool:
-        return self.variance > 0
-
     def interval(self) -> tuple[int, int]:
         """How many requests there were, with 95 % confidence; at least as many as were kept."""
+        if self.factor != 1:
+            counted = round(self.counted + self.stand_for - self._of_counted.weight)
+            return counted, counted
         error = _SURE * math.sqrt(self.variance)
         return max(self.kept, math.floor(self.stand_for - error)), math.ceil(self.stand_for + error)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Of the requests with a number."""
+
+    weight: float = 0.0
+    variance: float = 0.0
+    uncertain: float = 0.0
+    """Of the weights of more than one."""
 
 
 def _variance(weight: float) -> float:

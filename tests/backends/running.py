@@ -1,0 +1,163 @@
+"""Starts the programs with the configurations that the manifests ship, on free ports of the loopback interface."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from deployments.explain.traces.otlp import Span
+from tests.backends.programs import program
+from tests.support.made import otlp_of
+
+BASE = Path(__file__).parents[2] / "k8s" / "base"
+_AT_ONCE = 1000
+_FASTER = 10
+"""The Collector's waits are divided by it."""
+
+
+@dataclass
+class Running:
+    """A program that runs; ``stop`` ends it as Kubernetes does, ``kill`` as nothing should."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+
+@dataclass
+class Collector(Running):
+    endpoint: str
+    """OTLP over gRPC."""
+    http: str
+    metrics: str
+    """``host:port`` that Prometheus scrapes."""
+    own_metrics: str
+
+    def take(self, spans: Sequence[Span]) -> None:
+        """Send it spans."""
+        for begin in range(0, len(spans), _AT_ONCE):
+            resources = [one for span in spans[begin : begin + _AT_ONCE] for one in otlp_of(span)["resourceSpans"]]
+            body = json.dumps({"resourceSpans": resources}).encode()
+            request = urllib.request.Request(f"{self.http}/v1/traces", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                assert answer.status == 200
+
+    def own(self, name: str) -> float:
+        """The sum of one of its own counters or gauges; 0 if it has none."""
+        lines = _get(f"http://{self.own_metrics}/metrics").decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+
+@dataclass
+class Jaeger(Running):
+    endpoint: str
+    """OTLP over gRPC, without a scheme."""
+    url: str
+
+
+@contextlib.contextmanager
+def collector(folder: Path, traces_to: str, *, all_to: str | None = None) -> Iterator[Collector]:
+    """The Collector as shipped; ``all_to`` is an OTLP endpoint that also gets every span, before it is sampled."""
+    config = yaml.safe_load((BASE / "collector" / "config.yaml").read_text())
+    (folder / "queue").mkdir(parents=True, exist_ok=True)
+    ports = free_ports(5)
+    otlp, http, metrics, own, health = (f"127.0.0.1:{port}" for port in ports)
+    config["receivers"]["otlp"]["protocols"] = {"grpc": {"endpoint": otlp}, "http": {"endpoint": http}}
+    config["exporters"]["prometheus"]["endpoint"] = metrics
+    config["exporters"]["otlp_grpc"]["endpoint"] = traces_to
+    config["extensions"]["health_check"]["endpoint"] = health
+    config["extensions"]["file_storage"]["directory"] = str(folder / "queue")
+    reader = config["service"]["telemetry"]["metrics"]["readers"][0]["pull"]["exporter"]["prometheus"]
+    reader["host"], reader["port"] = "127.0.0.1", ports[3]
+    for key in ("decision_wait", "decision_wait_after_root_received"):
+        wait_s = int(config["processors"]["tail_sampling"][key].removesuffix("s"))
+        config["processors"]["tail_sampling"][key] = f"{wait_s / _FASTER}s"
+    if all_to is not None:
+        config["exporters"]["otlp_grpc/all"] = {"endpoint": all_to, "tls": {"insecure": True}}
+        config["service"]["pipelines"]["traces/all"] = {"receivers": ["otlp"], "exporters": ["otlp_grpc/all"]}
+    path = folder / "collector.yaml"
+    path.write_text(yaml.safe_dump(config))
+    (deployment, _) = yaml.safe_load_all((BASE / "collector.yaml").read_text())
+    arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    gates = [argument for argument in arguments if argument.startswith("--feature-gates")]
+    with _running([str(program("collector")), f"--config={path}", *gates], folder / "collector.log") as process:
+        _until(lambda: _get(f"http://{health}/") is not None, process, folder / "collector.log")
+        yield Collector(process, folder / "collector.log", f"http://{otlp}", f"http://{http}", metrics, own)
+
+
+@contextlib.contextmanager
+def jaeger(folder: Path) -> Iterator[Jaeger]:
+    """Jaeger as shipped, on a folder that may hold what an earlier one left."""
+    config = yaml.safe_load((BASE / "jaeger" / "config.yaml").read_text())
+    data = folder / "jaeger"
+    data.mkdir(parents=True, exist_ok=True)
+    otlp, query, grpc, health = (f"127.0.0.1:{port}" for port in free_ports(4))
+    (storage,) = config["extensions"]["jaeger_storage"]["backends"].values()
+    storage["badger"]["directories"] = {"keys": str(data / "keys"), "values": str(data / "values")}
+    config["extensions"]["jaeger_query"] |= {"http": {"endpoint": query}, "grpc": {"endpoint": grpc}}
+    config["extensions"]["healthcheckv2"]["http"]["endpoint"] = health
+    config["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"] = otlp
+    path = folder / "jaeger.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with _running([str(program("jaeger")), f"--config={path}"], folder / "jaeger.log") as process:
+        _until(lambda: _get(f"http://{query}/api/services") is not None, process, folder / "jaeger.log")
+        yield Jaeger(process, folder / "jaeger.log", otlp, f"http://{query}")
+
+
+@contextlib.contextmanager
+def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=os.environ, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _until(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            if done():
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"not ready (exit {process.poll()}):\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def _get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return bytes(answer.read())
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
