@@ -250,9 +250,11 @@ class TransportConfig(Section):
 
 
 class SamplingConfig(Section):
-    mode: Literal["head", "retroactive"] = Field(
+    mode: Literal["head", "tail", "retroactive"] = Field(
         "head",
-        description="`head`: OTEL_TRACES_SAMPLER decides when a request arrives (by default all are kept). "
+        description="`head`: OTEL_TRACES_SAMPLER decides when a request arrives (by default all are kept). `tail`: the "
+        "same, and a Collector keeps some of these, by the policies of `k8s/base/collector`: exemplars are of traces "
+        "that it keeps. "
         "`retroactive`: it is decided when a request has ended; kept are those that were slow, failed, waited for a "
         "load or were sampled by their caller, with all that shared their runs, and one in `one_in` of the others.",
     )

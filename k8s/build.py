@@ -46,6 +46,8 @@ def serve_config(*, gpus_per_model_replica: float = 0) -> dict[str, Any]:
     config["http_options"]["host"] = "0.0.0.0"
     # For the cluster's log collector.
     config["logging_config"]["encoding"] = "JSON"
+    # The Collector decides which traces are kept.
+    config["applications"][0]["args"]["telemetry"]["sampling"]["mode"] = "tail"
     for deployment in config["applications"][0]["deployments"]:
         if deployment["name"] == "Model" and gpus_per_model_replica:
             deployment["ray_actor_options"]["num_gpus"] = gpus_per_model_replica

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from deployments.explain.options import Against
 from deployments.explain.render.html import as_html
-from deployments.explain.render.text import as_json, as_text
+from deployments.explain.render.text import ON_THEIR_WAY, as_json, as_text
 from deployments.explain.render.waterfall import member_traces, members, spent, waterfall
 from deployments.explain.requests.breakdown import break_down
 from deployments.explain.requests.request import split
@@ -60,7 +60,11 @@ def why(
 
             predict_fixes(verdict, source, since_ns)
     if not verdict.capture.survey.requests:
-        raise NothingToShow(f"there is no request in these traces (looked in {without_password(where)})")
+        late = f"; a Collector that samples passes a trace on when it has decided ({ON_THEIR_WAY}), and only some"
+        raise NothingToShow(
+            f"there is no request in these traces (looked in {without_password(where)})"
+            + (late if source.is_server else "")
+        )
     if verdict.against is not None and not verdict.against.capture.survey.requests:
         raise NothingToShow("there is no request in the period to compare with")
     try:

@@ -20,6 +20,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -103,7 +104,9 @@ def examine(
 def _read(source: Source, slowest: float, since_ns: int, until_ns: float = float("inf")) -> Capture:
     chosen = survey(source.roots(since_ns), slowest, since_ns, until_ns)
     found = capture(source.spans(chosen), chosen)
-    found.lost = source.lost
+    found.lost, found.cut = source.lost, source.cut
+    if source.is_server and chosen.requests:
+        found.late_s = max(0.0, (min(time.time_ns(), until_ns) - chosen.window_ns[1]) / 1e9)
     return found
 
 

@@ -26,10 +26,13 @@ from deployments.telemetry.records import (
     PostprocessRecord,
     PredictRecord,
     RequestRecord,
-    StageRecord,
     TokenizeRecord,
 )
+from deployments.telemetry.sampling.consistent import randomness
+from deployments.telemetry.sampling.threshold import BITS
 
+SLOW_NS, ORDINARY = 500_000_000, (9 << BITS) // 10
+"""What the shipped Collector keeps: requests that took so long or failed, and traces of at least this randomness."""
 _NONE: Mapping[str, str | int] = {}
 Reading = Callable[[], Iterable[tuple[float, dict[str, Any]]]]
 """Returns the values of a gauge, each with its attributes."""
@@ -41,10 +44,19 @@ class Measures:
     Args:
         model: the model that measurements are of, unless they say another.
         models: all that it serves; by default that one.
+        is_sampled_later: a Collector decides which traces are kept (``telemetry.sampling.mode: tail``).
     """
 
-    def __init__(self, meter: Meter, service: Service, model: str, models: Sequence[str] = ()) -> None:
-        self._meter, self.model = meter, model
+    def __init__(
+        self,
+        meter: Meter,
+        service: Service,
+        model: str,
+        models: Sequence[str] = (),
+        *,
+        is_sampled_later: bool = False,
+    ) -> None:
+        self._meter, self.model, self._is_sampled_later = meter, model, is_sampled_later
         self._instruments: dict[str, Any] = {
             spec.name: self._create(spec)
             for spec in metrics.METRICS
@@ -74,6 +86,15 @@ class Measures:
             return [Observation(value, attributes) for value, attributes in reading()]
 
         self._meter.create_observable_gauge(spec.name, [observe], spec.unit, spec.description)
+
+    def exemplar(self, context: SpanContext, *, is_special: bool = False) -> Context:
+        """Return the context whose measurements have this span as their exemplar, if its trace will be there.
+
+        ``is_special``: it is a request that was slow or failed.
+        """
+        if self._is_sampled_later and not is_special and randomness(context.trace_id, context.trace_state) < ORDINARY:
+            return Context()
+        return set_span_in_context(NonRecordingSpan(context), Context())
 
     def measure(self, record: object) -> None:
         _measure(record, self)
@@ -109,8 +130,9 @@ def _measure(record: object, _: Measures) -> None:
 
 @_measure.register
 def _(record: RequestRecord, measures: Measures) -> None:
-    exemplar = _exemplar(record.context)
     latency_ns = record.ended_ns - record.started_ns
+    failed = record.fault is not None and not record.fault.is_callers
+    exemplar = measures.exemplar(record.context, is_special=failed or latency_ns >= SLOW_NS)
     of_model = {"model": record.model}
     measures.record(metrics.LATENCY, latency_ns / 1e6, exemplar, {**of_model, "outcome": record.outcome})
     spec, attributes = _of_protocol(record)
@@ -163,23 +185,14 @@ def _measure_generation(record: RequestRecord, facts: GenerationFacts, measures:
     measures.count(metrics.OUTPUT_TOKENS, facts.output_tokens, {"model": record.model})
 
 
-def _exemplar(context: SpanContext) -> Context:
-    """Measurements made in this context have the span as their exemplar."""
-    return set_span_in_context(NonRecordingSpan(context), Context())
-
-
-def _of_caller(record: StageRecord) -> Context:
-    return _exemplar(from_carrier(record.carrier))
-
-
 @_measure.register
 def _(record: TokenizeRecord, measures: Measures) -> None:
-    measures.record(metrics.PREPROCESSING, record.held_ns / 1e6, _of_caller(record))
+    measures.record(metrics.PREPROCESSING, record.held_ns / 1e6, measures.exemplar(from_carrier(record.carrier)))
 
 
 @_measure.register
 def _(record: PredictRecord, measures: Measures) -> None:
-    exemplar = _of_caller(record)
+    exemplar = measures.exemplar(from_carrier(record.carrier))
     for membership in record.memberships:
         measures.record(metrics.QUEUE_WAIT, membership.wait_ns / 1e6, exemplar)
     if record.unfinished is not None:
@@ -189,7 +202,7 @@ def _(record: PredictRecord, measures: Measures) -> None:
 
 @_measure.register
 def _(record: BatchRecord, measures: Measures) -> None:
-    exemplar = _exemplar(record.context)
+    exemplar = measures.exemplar(record.context)
     measures.record(metrics.MODEL_LATENCY, (record.ended_ns - record.started_ns) / 1e6, exemplar)
     measures.record(metrics.BATCH_SIZE, record.size, exemplar)
     if record.padded_tokens:
@@ -201,14 +214,14 @@ def _(record: BatchRecord, measures: Measures) -> None:
 def _(record: GenerateRecord, measures: Measures) -> None:
     if record.first_step_ns or (record.failure is not None and record.failure.kind == "DeadlinePassed"):
         # Those that were refused have not waited.
-        measures.record(metrics.QUEUE_WAIT, record.queue_ns / 1e6, _of_caller(record))
+        measures.record(metrics.QUEUE_WAIT, record.queue_ns / 1e6, measures.exemplar(from_carrier(record.carrier)))
     if record.losses:
         measures.count(metrics.PREEMPTIONS, len(record.losses))
 
 
 @_measure.register
 def _(record: SegmentRecord, measures: Measures) -> None:
-    exemplar = _exemplar(record.context)
+    exemplar = measures.exemplar(record.context)
     for took_ns, gap_ns in zip(record.step_ns, record.gaps, strict=True):
         measures.record(metrics.STEP_LATENCY, took_ns / 1e6, exemplar)
         if record.decoding:
@@ -217,7 +230,7 @@ def _(record: SegmentRecord, measures: Measures) -> None:
 
 @_measure.register
 def _(record: PostprocessRecord, measures: Measures) -> None:
-    measures.record(metrics.POSTPROCESSING, record.held_ns / 1e6, _of_caller(record))
+    measures.record(metrics.POSTPROCESSING, record.held_ns / 1e6, measures.exemplar(from_carrier(record.carrier)))
 
 
 @_measure.register

@@ -87,7 +87,13 @@ class Telemetry:
     ) -> None:
         self._config, self._model = config, model
         self._provider = Provider(service, config, identity)
-        self._measures = Measures(self._provider.meter(), service, model, models)
+        self._measures = Measures(
+            self._provider.meter(),
+            service,
+            model,
+            models,
+            is_sampled_later=config.telemetry.sampling.mode == "tail",
+        )
         self._sampler = ConsistentSampler(self._provider.sampler)
         self._ids = RandomIdGenerator()
         self._numbers: dict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))

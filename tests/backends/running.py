@@ -48,7 +48,7 @@ class Collector(Running):
     """OTLP over gRPC."""
     http: str
     metrics: str
-    """``host:port`` that Prometheus scrapes."""
+    """Where Prometheus scrapes the replicas' metrics, and its own."""
     own_metrics: str
 
     def take(self, spans: Sequence[Span]) -> None:
@@ -60,10 +60,31 @@ class Collector(Running):
             with urllib.request.urlopen(request, timeout=30) as answer:
                 assert answer.status == 200
 
-    def own(self, name: str) -> float:
-        """The sum of one of its own counters or gauges; 0 if it has none."""
-        lines = _get(f"http://{self.own_metrics}/metrics").decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+    def settle(self) -> None:
+        """Wait until it has decided on all that it holds, and passed on what it keeps."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            held = self.own("otelcol_processor_tail_sampling_sampling_traces_on_memory")
+            kept = self.own("otelcol_processor_outgoing_items", processor="transform")
+            sent = self.own("otelcol_exporter_sent_spans", exporter="otlp_grpc")
+            if not held and kept == sent:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"the Collector still holds {held} traces, and {kept - sent} spans that it keeps")
+
+    def drained(self) -> None:
+        """Wait until it has passed on what an earlier one had left on disk."""
+        deadline = time.monotonic() + 60
+        while self.own("otelcol_exporter_queue_size") or self.own("otelcol_exporter_in_flight_requests"):
+            assert time.monotonic() < deadline, "the queue is not empty"
+            time.sleep(0.1)
+
+    def own(self, name: str, **labels: str) -> float:
+        """The sum of one of its own counters or gauges with these labels; 0 if there is none."""
+        lines = get(self.own_metrics).decode().splitlines()
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        series = [line.rpartition(" ") for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        return sum(float(value) for labelled, _, value in series if all(one in labelled for one in wanted))
 
 
 @dataclass
@@ -74,8 +95,11 @@ class Jaeger(Running):
 
 
 @contextlib.contextmanager
-def collector(folder: Path, traces_to: str, *, all_to: str | None = None) -> Iterator[Collector]:
-    """The Collector as shipped; ``all_to`` is an OTLP endpoint that also gets every span, before it is sampled."""
+def collector(folder: Path, traces_to: str, *, all_to: str | None = None, samples: bool = True) -> Iterator[Collector]:
+    """The Collector as shipped, on a folder that may hold what an earlier one left.
+
+    ``all_to`` is an OTLP endpoint that also gets every span; without ``samples``, all traces are kept.
+    """
     config = yaml.safe_load((BASE / "collector" / "config.yaml").read_text())
     (folder / "queue").mkdir(parents=True, exist_ok=True)
     ports = free_ports(5)
@@ -90,6 +114,8 @@ def collector(folder: Path, traces_to: str, *, all_to: str | None = None) -> Ite
     for key in ("decision_wait", "decision_wait_after_root_received"):
         wait_s = int(config["processors"]["tail_sampling"][key].removesuffix("s"))
         config["processors"]["tail_sampling"][key] = f"{wait_s / _FASTER}s"
+    if not samples:
+        config["service"]["pipelines"]["traces"]["processors"].remove("tail_sampling")
     if all_to is not None:
         config["exporters"]["otlp_grpc/all"] = {"endpoint": all_to, "tls": {"insecure": True}}
         config["service"]["pipelines"]["traces/all"] = {"receivers": ["otlp"], "exporters": ["otlp_grpc/all"]}
@@ -99,8 +125,15 @@ def collector(folder: Path, traces_to: str, *, all_to: str | None = None) -> Ite
     arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
     gates = [argument for argument in arguments if argument.startswith("--feature-gates")]
     with _running([str(program("collector")), f"--config={path}", *gates], folder / "collector.log") as process:
-        _until(lambda: _get(f"http://{health}/") is not None, process, folder / "collector.log")
-        yield Collector(process, folder / "collector.log", f"http://{otlp}", f"http://{http}", metrics, own)
+        _until(lambda: get(f"http://{health}/") is not None, process, folder / "collector.log")
+        yield Collector(
+            process,
+            folder / "collector.log",
+            f"http://{otlp}",
+            f"http://{http}",
+            f"http://{metrics}/metrics",
+            f"http://{own}/metrics",
+        )
 
 
 @contextlib.contextmanager
@@ -118,7 +151,7 @@ def jaeger(folder: Path) -> Iterator[Jaeger]:
     path = folder / "jaeger.yaml"
     path.write_text(yaml.safe_dump(config))
     with _running([str(program("jaeger")), f"--config={path}"], folder / "jaeger.log") as process:
-        _until(lambda: _get(f"http://{query}/api/services") is not None, process, folder / "jaeger.log")
+        _until(lambda: get(f"http://{query}/api/services") is not None, process, folder / "jaeger.log")
         yield Jaeger(process, folder / "jaeger.log", otlp, f"http://{query}")
 
 
@@ -150,8 +183,8 @@ def _until(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path
     raise AssertionError(f"not ready (exit {process.poll()}):\n{log.read_text(errors='replace')[-3000:]}")
 
 
-def _get(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+def get(url: str, **headers: str) -> bytes:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
         return bytes(answer.read())
 
 

@@ -8,11 +8,16 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deployments.explain.traces.open import source_at
 from deployments.explain.traces.otlp import Span
+from deployments.explain.traces.servers.http_api import Api
+from deployments.explain.traces.servers.jaeger import Jaeger, OlderJaeger
+from deployments.explain.traces.survey import survey
 from deployments.telemetry import names
 from deployments.telemetry.sampling.threshold import BITS
 from tests.backends.running import collector, jaeger
@@ -39,8 +44,16 @@ def window() -> list[Span]:
     chance.shuffle(kinds)
     spans: list[Span] = []
     for number, kind in enumerate(kinds):
-        unusual = {"failed": {"error": "model_failed"}, "slow": {"tokens": chance.randint(1000, 2000)}, "ordinary": {}}
-        usual = {"tokens": chance.randint(5, 60), "busy": chance.random() * 20, "there": 1 + chance.random()}
+        unusual: dict[str, dict[str, Any]] = {
+            "failed": {"error": "model_failed"},
+            "slow": {"tokens": chance.randint(1000, 2000)},
+            "ordinary": {},
+        }
+        usual: dict[str, Any] = {
+            "tokens": chance.randint(5, 60),
+            "busy": chance.random() * 20,
+            "there": 1 + chance.random(),
+        }
         spans += identified(number, request(number, number * TOTAL_MS / REQUESTS, **usual | unusual[kind]), chance)
     last_ns = max(span.end_ns for span in spans)
     return moved(spans, time.time_ns() - 10**9 - last_ns)
@@ -74,8 +87,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     with jaeger(folder) as store:
         with collector(folder, store.endpoint) as running:
             running.take(every)
-            # It decides on what it still holds.
-            running.stop()
+            running.settle()
         yield Kept(every, str(folder / "all.jsonl"), store.url)
 
 
@@ -99,3 +111,53 @@ def test_the_numbers_are_those_of_all_requests(kept: Kept) -> None:
     causes = [[finding["cause"] for finding in found["findings"]] for found in (sample, whole)]
     assert causes[0] == causes[1]
     assert causes[0][0] == "long_input"
+
+
+def test_what_is_stored_is_for_the_kept(kept: Kept) -> None:
+    """A run without a request that was kept explains nothing."""
+    source = source_at(kept.url)
+    found = survey(source.roots(time.time_ns() - 900 * 10**9), 0.05)
+    roots, spans = found.known, list(source.spans(found))
+    answered = {trace_id for trace_id, _ in found.slow | found.ordinary}
+    runs = [span for span in spans if span.name == names.BATCH_FORWARD]
+    idle = [run for run in runs if not any(trace_id in roots for trace_id, _ in run.links)]
+
+    assert {trace_id for run in runs for trace_id, _ in run.links} >= answered
+    assert len(idle) <= len(roots) / 20
+    # What is kept of a trace is all of it.
+    stored = {span.trace_id for span in spans}
+    assert len({span.key for span in spans}) == len([span for span in kept.every if span.trace_id in stored])
+
+
+def test_more_traces_within_a_second_than_a_search_returns_are_read_whole(tmp_path: Path) -> None:
+    count, now_ns = 20_000, time.time_ns()
+    chance = random.Random(3)
+    (root,) = (span for span in request(0, 0.0) if span.name == names.PREDICT)
+    begin_ns = now_ns - 20 * 10**9
+    starts_ns = [begin_ns + number * 10**9 // count for number in range(count)]
+    spans = [
+        replace(root, trace_id=f"{chance.getrandbits(128):032x}", start_ns=start_ns, end_ns=start_ns + 10**7)
+        for start_ns in starts_ns
+    ]
+    with jaeger(tmp_path) as store:
+        with collector(tmp_path, store.endpoint, samples=False) as running:
+            running.take(spans)
+            running.settle()
+        source = source_at(store.url)
+        found = {root.key for root in source.roots(now_ns - 60 * 10**9)}
+        assert (len(found), source.cut) == (count, 0)
+
+
+def test_both_apis_of_jaeger_say_the_same(kept: Kept) -> None:
+    since_ns = time.time_ns() - 900 * 10**9
+    newer, older = source_at(kept.url), OlderJaeger(Api(kept.url))
+    assert type(newer) is Jaeger
+    found = [
+        {root.key: (root.weight, root.error, root.number) for root in source.roots(since_ns)}
+        for source in (newer, older)
+    ]
+    assert found[0] == found[1]
+    (some, *_) = found[0]
+    spans = [{span.key: span for span in source.trace(some[0])} for source in (newer, older)]
+    assert spans[0].keys() == spans[1].keys()
+    assert [span.links for span in spans[0].values()] == [spans[1][key].links for key in spans[0]]

@@ -165,7 +165,7 @@ def otlp(spans: Iterable[Span]) -> str:
 
 def otlp_of(one: Span) -> dict[str, Any]:
     """A ``TracesData`` object."""
-    made = {
+    made: dict[str, Any] = {
         "traceId": one.trace_id,
         "spanId": _ident(one.span_id),
         "parentSpanId": _ident(one.parent_id),

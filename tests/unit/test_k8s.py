@@ -132,6 +132,7 @@ def test_the_serve_config_matches_the_repository(overlay: str, resources: list[d
     # The only differences on a cluster.
     expected["http_options"]["host"] = "0.0.0.0"
     expected["logging_config"]["encoding"] = "JSON"
+    expected["applications"][0]["args"]["telemetry"]["sampling"]["mode"] = "tail"
     if overlay == "gpu":
         (model,) = (one for one in expected["applications"][0]["deployments"] if one["name"] == "Model")
         model["ray_actor_options"]["num_gpus"] = 1

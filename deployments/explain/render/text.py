@@ -22,6 +22,8 @@ from deployments.explain.traces.weights import Sample, interval_of, percentile
 from deployments.explain.verdict import Verdict
 
 _WIDTH = 30
+_LATE_S = 30.0
+ON_THEIR_WAY = "ours 10 s after the root has come, 70 s after the first span if the root is elsewhere"
 _PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
@@ -34,7 +36,7 @@ def as_json(verdict: Verdict) -> str:
         "schema": 1,
         "window": {"from": iso_time(begun), "to": iso_time(ended)},
         "requests": survey.requests,
-        "sampling": sampling(survey),
+        "sampling": sampling(verdict),
         "models": {name: round(count) for name, count in sorted(survey.models.items())},
         "incomplete": verdict.capture.incomplete,
         "errors": survey.errors,
@@ -51,8 +53,9 @@ def as_json(verdict: Verdict) -> str:
     return json.dumps(document, indent=2)
 
 
-def sampling(survey: Survey) -> dict[str, Any]:
+def sampling(verdict: Verdict) -> dict[str, Any]:
     """What the kept traces are of all requests."""
+    survey = verdict.capture.survey
     sample = survey.sample
     return {
         "kept": sample.kept,
@@ -61,6 +64,8 @@ def sampling(survey: Survey) -> dict[str, Any]:
         "latency_ms_interval": {name: [round(ms, 3) for ms in both] for name, both in intervals(survey).items()},
         "counted": sample.counted,
         "missing": sample.missing,
+        "periods_cut": verdict.capture.cut,
+        "newest_s_ago": round(verdict.capture.late_s, 3),
     }
 
 
@@ -206,6 +211,16 @@ def doubts(verdict: Verdict) -> Iterator[str]:
         yield (
             f"of {sample.counted} requests that the ingress counted, the traces of about {sample.missing} are missing: "
             "lost, or still on their way"
+        )
+    if verdict.capture.cut:
+        yield (
+            f"NOT OF ALL REQUESTS: in {verdict.capture.cut} short periods the store had more traces than it returns at "
+            "once; the others of these were not read"
+        )
+    if verdict.capture.late_s > _LATE_S:
+        yield (
+            f"the newest request here ended {verdict.capture.late_s:.0f} s ago; a Collector that samples passes a "
+            f"trace on when it has decided ({ON_THEIR_WAY})"
         )
 
 

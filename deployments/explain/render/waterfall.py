@@ -111,7 +111,8 @@ def members(trace_id: str, linked: Iterable[Span], spans: Iterable[Span]) -> Ite
         inputs[span.trace_id] += count if isinstance(count, int) else 0
     for batch in (span for span in linked if span.name == names.BATCH_FORWARD):
         passes = [by_key[link] for link in batch.links[:MOST_MEMBERS] if link in by_key]
-        if not any(span.trace_id != trace_id for span in passes):
+        missing = len({link for link, _ in batch.links[:MOST_MEMBERS]} - {span.trace_id for span in passes})
+        if not missing and not any(span.trace_id != trace_id for span in passes):
             continue
         yield ""
         yield f"in the batch of trace {batch.trace_id}:"
@@ -121,6 +122,8 @@ def members(trace_id: str, linked: Iterable[Span], spans: Iterable[Span]) -> Ite
             waited = f"{(span.start_ns - stage.start_ns) / 1e6:.2f}" if stage is not None else ""
             own = " (this request)" if span.trace_id == trace_id else ""
             yield f"  slowlens trace {span.trace_id} {inputs[span.trace_id] or '':>20} {waited:>10}{own}"
+        if missing:
+            yield f"  and {missing} whose {'traces are' if missing > 1 else 'trace is'} not here: not kept, or lost"
         if len(batch.links) > MOST_MEMBERS:
             yield f"  and {len(batch.links) - MOST_MEMBERS} more"
 

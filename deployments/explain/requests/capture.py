@@ -108,6 +108,10 @@ class Capture:
     """The configuration that the processes report (``slowlens.*``), by key: of those that served last."""
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By instance: its version and settings."""
+    cut: int = 0
+    """Windows of which the source had more than it returns at once."""
+    late_s: float = 0.0
+    """How long before it was read the newest request had ended, if traces reach the source by way of others."""
     lost: int = 0
     """Spans and records that the processes report as lost."""
     incomplete: int = 0

@@ -134,7 +134,7 @@ def request_of(spans: Sequence[Span]) -> Request:
         key=root.key,
         started_ns=root.start_ns,
         breakdown=break_down(spans),
-        route=route_of(root),
+        route=route_of(root.attributes),
         error=Root.of(root).error,
         request_id=str(root.attributes.get(names.AI_REQUEST_ID, "")),
         client=str(root.attributes.get(names.CLIENT_ADDRESS, "")),

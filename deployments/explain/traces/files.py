@@ -47,6 +47,14 @@ class Source(Protocol):
         """How many items the last query skipped because they could not be read."""
 
     @property
+    def cut(self) -> int:
+        """In how many windows there was more than the store returns at once."""
+
+    @property
+    def is_server(self) -> bool:
+        """Whether traces reach it by way of others."""
+
+    @property
     def lost(self) -> int:
         """Spans and records that the processes report as lost, in the period of the last ``spans`` call; 0 if there
         are no metrics.
@@ -86,12 +94,14 @@ class TraceFiles:
         on_progress: called during a query with the bytes read so far and the total.
     """
 
+    is_server = False
+
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise FileNotFoundError(f"no traces at {path}")
         self._path = path
         self.on_progress: Callable[[int, int], None] = lambda *_: None
-        self.broken = self.lost = 0
+        self.broken = self.lost = self.cut = 0
 
     def newest(self) -> str:
         newest = max(self.roots(0), key=lambda root: root.ended_ns, default=None)

@@ -30,6 +30,14 @@ class OfModel:
         return self._source.broken
 
     @property
+    def cut(self) -> int:
+        return self._source.cut
+
+    @property
+    def is_server(self) -> bool:
+        return self._source.is_server
+
+    @property
     def lost(self) -> int:
         return self._source.lost
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from deployments.explain.traces.files import Source, TraceFiles
 from deployments.explain.traces.of_model import OfModel
 from deployments.explain.traces.servers.http_api import Api
-from deployments.explain.traces.servers.jaeger import Jaeger
+from deployments.explain.traces.servers.jaeger import Jaeger, OlderJaeger
 from deployments.explain.traces.servers.tempo import Tempo
 
 
 def source_at(where: str, model: str | None = None) -> Source:
     """Open a file, a folder, a Jaeger query service or Tempo as a source, or one model's part of it.
 
-    A single request determines which of the two servers it is: Tempo has ``/api/echo``. Raises FileNotFoundError and
-    SourceError.
+    Two requests determine which server it is: Tempo has ``/api/echo``, Jaeger ``/api/v3/services``. Raises
+    FileNotFoundError and SourceError.
     """
     source = _source_at(where)
     return source if model is None else OfModel(source, model)
@@ -25,4 +25,6 @@ def _source_at(where: str) -> Source:
     if "://" not in where:
         return TraceFiles(Path(where))
     api = Api(where)
-    return Tempo(api) if (api.text("/api/echo", {}) or "").strip() == "echo" else Jaeger(api)
+    if (api.text("/api/echo", {}) or "").strip() == "echo":
+        return Tempo(api)
+    return Jaeger(api) if '"services"' in (api.text("/api/v3/services", {}) or "") else OlderJaeger(api)

@@ -101,7 +101,7 @@ class Decoder:
     def _resource(self, resource: dict[str, Any]) -> dict[str, Any]:
         key = repr(resource)
         if key not in self._resources:
-            self._resources[key] = _attributes(resource)
+            self._resources[key] = attributes_of(resource)
         return self._resources[key]
 
 
@@ -113,7 +113,7 @@ def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
     end_ns = time_ns(span["endTimeUnixNano"])
     if end_ns == 0:
         raise ValueError("the span has not ended")
-    attributes = _attributes(span)
+    attributes = attributes_of(span)
     if state := span.get("traceState"):
         attributes.setdefault(names.W3C_TRACESTATE, printable(state))
     return Span(
@@ -135,7 +135,7 @@ def _span(span: dict[str, Any], resource: dict[str, Any]) -> Span:
 
 
 def _event(event: dict[str, Any]) -> Event:
-    return Event(printable(event.get("name", "")), time_ns(event["timeUnixNano"]), _attributes(event))
+    return Event(printable(event.get("name", "")), time_ns(event["timeUnixNano"]), attributes_of(event))
 
 
 def _hex(ident: str) -> str:
@@ -165,7 +165,8 @@ def printable(text: Any) -> str:
     return text if text.isprintable() else "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
-def _attributes(owner: dict[str, Any]) -> dict[str, Any]:
+def attributes_of(owner: dict[str, Any]) -> dict[str, Any]:
+    """Raises one of ``NOT_OTLP``."""
     return {sys.intern(printable(pair["key"])): _value(pair["value"]) for pair in owner.get("attributes", [])}
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.weights import Sample, weight_of_request
@@ -54,18 +55,25 @@ class Root:
 
     @classmethod
     def of(cls, span: Span) -> Root:
-        error = str(span.attributes.get(names.ERROR_TYPE) or ("error" if span.failed else ""))
-        route = sys.intern(route_of(span))
+        return cls.made(span.key, span.start_ns, span.end_ns, span.attributes, span.failed, span.instance)
+
+    @classmethod
+    def made(
+        cls, key: Key, started_ns: int, ended_ns: int, attributes: Mapping[str, Any], failed: bool, instance: str
+    ) -> Root:
+        """Read the attributes of a root span."""
+        error = str(attributes.get(names.ERROR_TYPE) or ("error" if failed else ""))
+        number = attributes.get(names.AI_REQUEST_NUMBER, 0)
         return cls(
-            key=span.key,
-            started_ns=span.start_ns,
-            latency_ns=max(0, span.end_ns - span.start_ns),
+            key=key,
+            started_ns=started_ns,
+            latency_ns=max(0, ended_ns - started_ns),
             error=error,
-            route=route,
-            weight=weight_of_request(span.attributes),
-            model=sys.intern(str(span.attributes.get(names.AI_MODEL_NAME, ""))),
-            instance=span.instance,
-            number=number if isinstance(number := span.attributes.get(names.AI_REQUEST_NUMBER), int) else 0,
+            route=sys.intern(route_of(attributes)),
+            weight=weight_of_request(attributes),
+            model=sys.intern(str(attributes.get(names.AI_MODEL_NAME, ""))),
+            instance=sys.intern(instance),
+            number=number if isinstance(number, int) else 0,
         )
 
     @property
@@ -115,9 +123,9 @@ class Survey:
         return trace_id in self.trace_ids_to_read or (trace_id not in self.known and name in OF_A_REQUEST)
 
 
-def route_of(root: Span) -> str:
-    """The HTTP route, or the gRPC method."""
-    return str(root.attributes.get(names.HTTP_ROUTE) or root.attributes.get(names.RPC_METHOD) or "")
+def route_of(root: Mapping[str, Any]) -> str:
+    """The HTTP route, or the gRPC method, of the attributes of a root span."""
+    return str(root.get(names.HTTP_ROUTE) or root.get(names.RPC_METHOD) or "")
 
 
 def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: float = float("inf")) -> Survey:

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlencode, urlsplit, urlunsplit
 
 from deployments.explain.traces.otlp import NOT_OTLP, Span, printable
@@ -26,8 +26,10 @@ _MAX_ANSWER = 48 * 1024 * 1024
 _PIECE = 1 << 16
 LOOKBACK = "1h"
 LOOKBACK_NS = 3600 * 10**9
-_AT_ONCE, _FETCHES = 500, 8
-_SHORTEST_NS = 10**9
+_AT_ONCE, _MOST_AT_ONCE, _FETCHES = 500, 20_000, 8
+"""Results of a search, those of one that cannot be narrowed, and traces that are fetched at a time."""
+_SKEW_NS = 10**9
+Found = TypeVar("Found")
 LONGEST_REQUEST_NS = 600 * 10**9
 """How long before the window a request that ended in it may have started."""
 
@@ -126,11 +128,37 @@ class Api:
 
 
 class Backend:
-    """Common base of Jaeger and Tempo: fetches whole traces by id."""
+    """Common base of Jaeger and Tempo: fetches whole traces by id, and searches all of a window.
+
+    Attributes:
+        shortest_ns: of a window that a search can be limited to.
+        cut: windows of which there was more than the store returns.
+    """
+
+    shortest_ns: int
+    is_server = True
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self.broken = self.lost = 0
+        self.broken = self.lost = self.cut = 0
+
+    def in_windows(
+        self, ask: Callable[[int, int, int], Sequence[Found]], begin_ns: int, end_ns: int
+    ) -> Iterator[Found]:
+        """Yield everything found between two times: ``ask`` takes both, and the most results that it may return.
+
+        Where there is more than that, each half of the window is searched, until it cannot be shorter.
+        """
+        found = ask(begin_ns, end_ns, _AT_ONCE)
+        if len(found) >= _AT_ONCE and end_ns - begin_ns <= self.shortest_ns:
+            found = ask(begin_ns, end_ns, _MOST_AT_ONCE)
+            self.cut += len(found) >= _MOST_AT_ONCE
+        elif len(found) >= _AT_ONCE:
+            middle = (begin_ns + end_ns) // 2
+            yield from self.in_windows(ask, begin_ns, middle)
+            yield from self.in_windows(ask, middle, end_ns)
+            return
+        yield from found
 
     def trace(self, trace_id: str) -> list[Span]:
         self.broken = 0
@@ -155,23 +183,7 @@ class Backend:
         raise NotImplementedError
 
 
-def in_windows(
-    ask: Callable[[int, int, int], Sequence[dict[str, Any]]], begin_ns: int, end_ns: int
-) -> Iterator[dict[str, Any]]:
-    """Yield everything found between two times, with a limit on the results per query.
-
-    If a single second has more results than the limit, the rest is dropped.
-    """
-    found = ask(begin_ns, end_ns, _AT_ONCE)
-    if len(found) < _AT_ONCE or end_ns - begin_ns <= _SHORTEST_NS:
-        yield from found
-        return
-    middle = (begin_ns + end_ns) // 2
-    yield from in_windows(ask, begin_ns, middle)
-    yield from in_windows(ask, middle, end_ns)
-
-
 def window(since_ns: int) -> tuple[int, int]:
     """Return when requests that ended since ``since_ns`` may have started; 0 stands for the last hour."""
     now_ns = time.time_ns()
-    return (since_ns or now_ns - LOOKBACK_NS) - LONGEST_REQUEST_NS, now_ns + _SHORTEST_NS
+    return (since_ns or now_ns - LOOKBACK_NS) - LONGEST_REQUEST_NS, now_ns + _SKEW_NS

@@ -1,38 +1,64 @@
-"""Jaeger's query service, through its HTTP API: ``/api/traces``
-(https://www.jaegertracing.io/docs/latest/architecture/apis/, "HTTP JSON")."""
+"""Jaeger's query service: ``/api/v3/traces``, or ``/api/traces`` where there is no v3
+(https://www.jaegertracing.io/docs/latest/architecture/apis/).
+
+Version 3 returns OTLP, with everything that a span has. The older API is also that of other stores (VictoriaTraces).
+"""
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from deployments.explain.traces.otlp import NOT_OTLP, Event, Span, hex_id, printable, time_ns
-from deployments.explain.traces.servers.http_api import LONGEST_REQUEST_NS, LOOKBACK, Api, Backend, in_windows, window
+from deployments.explain.traces.otlp import NOT_OTLP, Decoder, Event, Span, hex_id, printable, time_ns
+from deployments.explain.traces.servers.http_api import (
+    LONGEST_REQUEST_NS,
+    LOOKBACK,
+    LOOKBACK_NS,
+    Api,
+    Backend,
+    SourceError,
+    window,
+)
 from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
 _INGRESS, _MODEL, _AUTOSCALER = (f"{names.NAMESPACE}.{service}" for service in ("ingress", "model", "autoscaler"))
+_OWN_TRACES = (
+    (_MODEL, names.BATCH_FORWARD),
+    (_MODEL, names.SEGMENT),
+    (_MODEL, names.MODEL_LOAD),
+    (_AUTOSCALER, names.SCALING_DECISION),
+)
+_NEWEST = 20
+Trace = list[Span]
 
 
 class Jaeger(Backend):
     """A search returns whole traces, so ``roots`` keeps them for ``spans``."""
 
+    shortest_ns = 10**3
+
     def __init__(self, api: Api) -> None:
         super().__init__(api)
-        self._kept: dict[str, list[Span]] = {}
+        self._kept: dict[str, Trace] = {}
 
     def newest(self) -> str:
-        found = self._search(_INGRESS, names.PREDICT, {"lookback": LOOKBACK, "limit": "20"})
-        roots = [span for trace in found for span in self._decoded(trace) if span.name == names.PREDICT]
+        _, now_ns = window(0)
+        found = self._search(_INGRESS, names.PREDICT, now_ns - LOOKBACK_NS, now_ns, _NEWEST)
+        roots = [span for trace in found for span in trace if span.name == names.PREDICT]
         if not roots:
             raise LookupError(f"there is no request in these traces in the last {LOOKBACK}")
         return max(roots, key=lambda span: span.end_ns).trace_id
 
     def roots(self, since_ns: int) -> Iterator[Root]:
-        self.broken, self._kept = 0, {}
-        for trace in self._all(_INGRESS, names.PREDICT, *window(since_ns)):
-            spans = list(self._decoded(trace))
+        self.broken = self.cut = 0
+        self._kept = {}
+        for spans in self.in_windows(partial(self._search, _INGRESS, names.PREDICT), *window(since_ns)):
             if spans:
                 self._kept[spans[0].trace_id] = spans
             yield from (Root.of(span) for span in spans if span.name == names.PREDICT)
@@ -41,28 +67,69 @@ class Jaeger(Backend):
         begin_ns, end_ns = survey.window_ns
         for spans in self._kept.values():
             yield from spans
-        own_traces = (
-            (_MODEL, names.BATCH_FORWARD),
-            (_MODEL, names.SEGMENT),
-            (_MODEL, names.MODEL_LOAD),
-            (_AUTOSCALER, names.SCALING_DECISION),
-        )
-        for service, name in own_traces:
-            for trace in self._all(service, name, begin_ns - LONGEST_REQUEST_NS, end_ns):
-                yield from self._decoded(trace)
+        for service, name in _OWN_TRACES:
+            for trace in self.in_windows(partial(self._search, service, name), begin_ns - LONGEST_REQUEST_NS, end_ns):
+                yield from trace
 
-    def _all(self, service: str, operation: str, begin_ns: int, end_ns: int) -> Iterator[dict[str, Any]]:
-        def between(begin_ns: int, end_ns: int, limit: int) -> list[dict[str, Any]]:
-            window = {"start": str(begin_ns // 1000), "end": str(end_ns // 1000)}
-            return self._search(service, operation, {**window, "limit": str(limit)})
+    def _search(self, service: str, operation: str, begin_ns: int, end_ns: int, limit: int) -> list[Trace]:
+        """Return the traces, at most ``limit``, that have such a span between two times."""
+        window = {
+            "query.service_name": service,
+            "query.operation_name": operation,
+            "query.start_time_min": _rfc3339(begin_ns),
+            "query.start_time_max": _rfc3339(end_ns),
+            "query.num_traces": str(limit),
+        }
+        spans: dict[str, Trace] = defaultdict(list)
+        for span in self._otlp("/api/v3/traces", window):
+            spans[span.trace_id].append(span)
+        return list(spans.values())
 
-        return in_windows(between, begin_ns, end_ns)
+    def _spans(self, trace_id: str) -> Trace:
+        return list({span.key: span for span in self._otlp(f"/api/v3/traces/{quote(trace_id)}", {})}.values())
 
-    def _search(self, service: str, operation: str, more: dict[str, str]) -> list[dict[str, Any]]:
-        query = {"service": service, "operation": operation, **more}
-        return self._api.objects("/api/traces", query, "data", is_search=True)
+    def _otlp(self, path: str, query: dict[str, str]) -> Iterator[Span]:
+        """Jaeger answers 404 where it finds nothing. Several results may follow each other, as a stream."""
+        decoder, content = Decoder(), self._api.text(path, query)
+        for result in _documents(content) if content is not None else ():
+            found = result.get("result")
+            if not isinstance(found, dict):
+                raise SourceError(f"{self._api.url} did not answer {path} as Jaeger's API specifies")
+            yield from decoder.spans(found)
+        self.broken += decoder.broken
 
-    def _spans(self, trace_id: str) -> list[Span]:
+
+def _documents(content: str) -> Iterator[dict[str, Any]]:
+    decoder, at = json.JSONDecoder(), 0
+    content = content.strip()
+    while at < len(content):
+        try:
+            found, at = decoder.raw_decode(content, at)
+        except NOT_OTLP:
+            raise SourceError("Jaeger's response is no JSON") from None
+        yield found if isinstance(found, dict) else {}
+        at += len(content[at:]) - len(content[at:].lstrip())
+
+
+def _rfc3339(unix_ns: int) -> str:
+    seconds, ns = divmod(max(0, unix_ns), 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{ns:09}Z"
+
+
+class OlderJaeger(Jaeger):
+    """By the API of Jaeger's own page."""
+
+    def _search(self, service: str, operation: str, begin_ns: int, end_ns: int, limit: int) -> list[Trace]:
+        query = {
+            "service": service,
+            "operation": operation,
+            "start": str(begin_ns // 1000),
+            "end": str(end_ns // 1000),
+            "limit": str(limit),
+        }
+        return [list(self._decoded(one)) for one in self._api.objects("/api/traces", query, "data", is_search=True)]
+
+    def _spans(self, trace_id: str) -> Trace:
         traces = self._api.objects(f"/api/traces/{quote(trace_id)}", {}, "data")
         spans = {span.key: span for trace in traces for span in self._decoded(trace)}
         return list(spans.values())

@@ -7,13 +7,27 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote
 
-from deployments.explain.traces.otlp import NOT_OTLP, Decoder, Span, hex_id, printable, time_ns
-from deployments.explain.traces.servers.http_api import LONGEST_REQUEST_NS, Backend, in_windows, window
+from deployments.explain.traces.otlp import NOT_OTLP, Decoder, Span, attributes_of, hex_id, time_ns
+from deployments.explain.traces.servers.http_api import LONGEST_REQUEST_NS, Backend, window
 from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
+_SELECTED = (
+    names.ERROR_TYPE,
+    names.HTTP_ROUTE,
+    names.RPC_METHOD,
+    names.AI_MODEL_NAME,
+    names.AI_REQUEST_NUMBER,
+    names.AI_SAMPLING_WEIGHT,
+    names.W3C_TRACESTATE,
+)
+_SELECT = ", ".join(["status", "resource.service.instance.id", *(f"span.{name}" for name in _SELECTED)])
+
 
 class Tempo(Backend):
+    # Its windows are whole seconds.
+    shortest_ns = 10**9
+
     def newest(self) -> str:
         found = self._search({"limit": "20"})
         if not found:
@@ -21,8 +35,8 @@ class Tempo(Backend):
         return _tempo_id(max(found, key=lambda one: time_ns(one.get("startTimeUnixNano", 0))))
 
     def roots(self, since_ns: int) -> Iterator[Root]:
-        self.broken = 0
-        for summary in in_windows(self._between, *window(since_ns)):
+        self.broken = self.cut = 0
+        for summary in self.in_windows(self._between, *window(since_ns)):
             try:
                 trace_id = _tempo_id(summary)
                 sets = summary.get("spanSets") or [summary.get("spanSet") or {}]
@@ -40,7 +54,7 @@ class Tempo(Backend):
             yield span
         begin_ns, end_ns = survey.window_ns
         for name in () if not survey.requests else (names.MODEL_LOAD, names.SCALING_DECISION):
-            found = in_windows(partial(self._between, name=name), begin_ns - LONGEST_REQUEST_NS, end_ns)
+            found = self.in_windows(partial(self._between, name=name), begin_ns - LONGEST_REQUEST_NS, end_ns)
             linked.update(map(_tempo_id, found))
         yield from self._fetched(sorted(linked - survey.trace_ids_to_read))
 
@@ -50,7 +64,7 @@ class Tempo(Backend):
         return self._search({**window, "limit": str(limit), "spss": "100"}, name)
 
     def _search(self, more: dict[str, str], name: str = names.PREDICT) -> list[dict[str, Any]]:
-        query = f'{{ name = "{name}" }} | select(span.error.type, status)'
+        query = f'{{ name = "{name}" }} | select({_SELECT})'
         found = self._api.objects("/api/search", {"q": query, **more}, "traces", is_search=True)
         known = [one for one in found if _is_summary(one)]
         self.broken += len(found) - len(known)
@@ -79,8 +93,9 @@ def _tempo_id(summary: dict[str, Any]) -> str:
 
 
 def _tempo_root(trace_id: str, span: dict[str, Any]) -> Root:
-    attributes = {one["key"]: printable(next(iter(one["value"].values()), "")) for one in span.get("attributes", [])}
-    error = str(attributes.get(names.ERROR_TYPE) or ("error" if attributes.get("status") == "error" else ""))
+    attributes = attributes_of(span)
     key = (trace_id, hex_id(str(span["spanID"])).zfill(16))
     started_ns = time_ns(span["startTimeUnixNano"])
-    return Root(key, started_ns, time_ns(started_ns + int(span["durationNanos"])) - started_ns, error)
+    ended_ns = time_ns(started_ns + int(span["durationNanos"]))
+    failed = attributes.get("status") == "error"
+    return Root.made(key, started_ns, ended_ns, attributes, failed, str(attributes.get("service.instance.id", "")))
