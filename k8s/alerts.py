@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.telemetry import metrics
+from deployments.telemetry.export.prometheus_names import label, series
 from k8s.dashboards import LOST_SPANS, REFUSED_SPANS
-from k8s.metrics import label, series
 
 OBJECTIVE = 0.999
 """Target share of requests that succeed, not counting invalid and cancelled ones."""

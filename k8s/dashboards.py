@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.telemetry import metrics
+from deployments.telemetry.export.prometheus_names import label, series
 from deployments.telemetry.metrics import MetricSpec
-from k8s.metrics import label, series
 
 RATE = "$__rate_interval"
 MODEL = 'model=~"$model"'

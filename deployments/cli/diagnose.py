@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from deployments.explain.counted import counter_at
 from deployments.explain.options import Against
 from deployments.explain.render.html import as_html
 from deployments.explain.render.text import ON_THEIR_WAY, as_json, as_text
@@ -45,6 +46,7 @@ def why(
     output: Path | None,
     against: Against | None = None,
     model: str | None = None,
+    metrics: str | None = None,
 ) -> None:
     """Raises NothingToShow."""
     with contextlib.ExitStack() as stack:
@@ -53,7 +55,7 @@ def why(
         if against is not None:
             other = stack.enter_context(opened(against.source, model)) if against.source is not None else source
             then = other, against.since_ns, against.until_ns
-        verdict = examine(source, slowest, since_ns, then)
+        verdict = examine(source, slowest, since_ns, then, counter_at(metrics, model) if metrics else None)
         if then is None and any(finding.fix.changes for finding in verdict.findings):
             # Imported only here so that a verdict without a setting to change does not wait for it.
             from deployments.simulate.fixes import predict_fixes
@@ -105,13 +107,15 @@ def trace(trace_id: str | None, where: str) -> None:
     _say_what_is_broken(source)
 
 
-def live(where: str, since_s: int, slowest: float, every_s: float, model: str | None = None) -> None:
+def live(
+    where: str, since_s: int, slowest: float, every_s: float, model: str | None = None, metrics: str | None = None
+) -> None:
     """Repeat ``why`` until interrupted. Raises NothingToShow if the source is a server that does not respond."""
     console = _console(sys.stdout)
     with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, transient=False) as shown:
         while True:
             begun = time.monotonic()
-            newest = _now(where, since_s, slowest, model)
+            newest = _now(where, since_s, slowest, model, metrics)
             if console.is_terminal:
                 shown.update(newest, refresh=True)
             else:
@@ -121,11 +125,12 @@ def live(where: str, since_s: int, slowest: float, every_s: float, model: str | 
             time.sleep(max(every_s, 3 * (time.monotonic() - begun)))
 
 
-def _now(where: str, since_s: int, slowest: float, model: str | None) -> RenderableType:
+def _now(where: str, since_s: int, slowest: float, model: str | None, metrics: str | None) -> RenderableType:
     now_ns = time.time_ns()
     try:
         source = source_at(where, model)
-        verdict = examine(source, slowest, now_ns - since_s * 10**9)
+        count = counter_at(metrics, model) if metrics else None
+        verdict = examine(source, slowest, now_ns - since_s * 10**9, count=count)
     except FileNotFoundError:
         return Text(f"no traces at {where} yet")
     except NoSuchModel as error:

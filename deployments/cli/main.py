@@ -54,13 +54,13 @@ def _ask(options: argparse.Namespace, where: str) -> None:
             then = _against(options, now_ns)
             if then is not None and then.source is None and options.since_s is None:
                 since_ns = int(then.until_ns)
-            why(where, since_ns, options.slowest, options.format, options.output, then, options.model)
+            why(where, since_ns, options.slowest, options.format, options.output, then, options.model, options.metrics)
         case "what-if":
             _what_if(options, where)
         case "trace":
             trace(options.trace_id, where)
         case "live":
-            live(where, options.since_s, options.slowest, options.every_s, options.model)
+            live(where, options.since_s, options.slowest, options.every_s, options.model, options.metrics)
 
 
 def _since_ns(options: argparse.Namespace, now_ns: int) -> int:
@@ -82,7 +82,7 @@ def _what_if(options: argparse.Namespace, where: str) -> None:
     from deployments.cli.predict import Asked, predict
 
     asked = Asked(tuple(options.changes), tuple(options.replicas), options.rate, options.search, options.target_p99_s)
-    predict(where, _since_ns(options, time.time_ns()), asked, options.format, options.model)
+    predict(where, _since_ns(options, time.time_ns()), asked, options.format, options.model, options.metrics)
 
 
 def _serve(config: Path, rest: Sequence[str]) -> int:
@@ -132,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     verdict = commands.add_parser("why", help="explain why the slow requests were slow")
     _add_source(verdict)
     _add_model(verdict)
+    _add_metrics(verdict)
     _add_window(verdict, None)
     verdict.add_argument(
         "--against",
@@ -167,11 +168,13 @@ def parser() -> argparse.ArgumentParser:
     other.add_argument("--target-p99", dest="target_p99_s", type=_argument(target_s), metavar="300ms")
     _add_source(other)
     _add_model(other)
+    _add_metrics(other)
     _add_since(other, None)
     other.add_argument("--format", choices=("text", "json"), default="text")
     again = commands.add_parser("live", help="repeat `why` while the server runs")
     _add_source(again)
     _add_model(again)
+    _add_metrics(again)
     _add_window(again, 300)
     again.add_argument(
         "--every", dest="every_s", type=_argument(duration_s), default=5, metavar="5s", help="default: 5s"
@@ -190,6 +193,14 @@ def _add_source(command: argparse.ArgumentParser) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="NAME", help="only requests of this model; default: of all")
+
+
+def _add_metrics(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--metrics",
+        metavar="URL",
+        help="a Prometheus that scrapes the same processes: say also what they counted, and what telemetry was lost",
+    )
 
 
 def _add_since(command: argparse.ArgumentParser, since_s: int | None) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from deployments.cli.diagnose import NothingToShow, opened, print_rich
 from deployments.errors import ConfigError
+from deployments.explain.counted import counter_at
+from deployments.explain.render.text import by_metrics
 from deployments.simulate.recording import NotReplayable, record
 from deployments.simulate.settings import parse_change
-from deployments.simulate.what_if import MODEL_REPLICAS, WhatIf, as_json, as_text, search, what_if
+from deployments.simulate.what_if import MODEL_REPLICAS, as_json, as_text, search, what_if
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,14 @@ class Asked:
         return found
 
 
-def predict(where: str, since_ns: int, asked: Asked, form: Literal["text", "json"], model: str | None = None) -> None:
+def predict(
+    where: str,
+    since_ns: int,
+    asked: Asked,
+    form: Literal["text", "json"],
+    model: str | None = None,
+    metrics: str | None = None,
+) -> None:
     """Raises ConfigError, NothingToShow."""
     changes = asked.by_key()
     if asked.is_search != (asked.target_p99_s is not None):
@@ -49,6 +59,7 @@ def predict(where: str, since_ns: int, asked: Asked, form: Literal["text", "json
     with opened(where, model) as source:
         try:
             recording = record(source, since_ns)
+            counted = counter_at(metrics, model)(recording.window_ns, time.time()) if metrics else None
             if asked.target_p99_s is not None:
                 found = search(recording, asked.target_p99_s * 1e3, asked.rate, _say_try)
             else:
@@ -59,14 +70,12 @@ def predict(where: str, since_ns: int, asked: Asked, form: Literal["text", "json
         raise NothingToShow(
             f"no settings were found that keep p99 at {asked.target_p99_s} s; what is beside the model stays"
         )
-    _write(found, form)
-
-
-def _write(found: WhatIf, form: Literal["text", "json"]) -> None:
     if form == "json":
-        print(as_json(found))  # noqa: T201
-    else:
-        print_rich(as_text(found), sys.stdout)
+        print(as_json(found, counted))  # noqa: T201
+        return
+    print_rich(as_text(found), sys.stdout)
+    for line in by_metrics(counted):
+        print(line)  # noqa: T201
 
 
 def _say_try(changes: Mapping[str, Any]) -> None:

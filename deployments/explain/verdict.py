@@ -21,11 +21,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from deployments.explain.causes import CAUSES, Cause
 from deployments.explain.chance import wait_by_chance_ms
+from deployments.explain.counted import Counted
 from deployments.explain.findings import EVIDENCE, Finding, advisories, both, failures, traits
 from deployments.explain.fixes import Fix
 from deployments.explain.periods import Change, Judged, Period, change_of, differences, increases, is_longer, moment_of
@@ -90,13 +91,19 @@ def examine(
     slowest: float,
     since_ns: int = 0,
     against: tuple[Source, int, float] | None = None,
+    count: Callable[[tuple[int, int], float], Counted] | None = None,
 ) -> Verdict:
     """Judge the slowest share (0 to 1) of a source's requests that ended at ``since_ns`` or later.
 
     With ``against``, a source and the Unix nanoseconds from and until which its requests ended, judge instead what
-    requests take longer for than those.
+    requests take longer for than those. ``count`` says what metrics counted in a window (``counter_at``).
     """
     found = _read(source, slowest, since_ns)
+    if count is not None:
+        now_ns = time.time_ns()
+        begin_ns, end_ns = found.survey.window_ns if found.survey.requests else (since_ns, now_ns)
+        found.counted = count((since_ns or begin_ns, end_ns), now_ns / 1e9)
+        found.lost = max(found.lost, found.counted.lost)
     then = _read(against[0], slowest, *against[1:]) if against is not None else None
     return judge(found, then)
 

@@ -1,13 +1,15 @@
 """What is known of the requests of a window: when they came, how large they were, and where their time went.
 
-Every request is read, but only a few numbers of it are kept. Of a request that never reached the model, its size is
+Every request is read, but only a few numbers of it are kept. Where only some were traced, each stands for as many like
+it as its weight says. Of a request that never reached the model, its size is
 that of another; what a client did wrong is left out. Times beside the model are taken as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -16,7 +18,8 @@ from deployments.explain.requests.parts import RunFit, fit_runs
 from deployments.explain.requests.request import number, whole
 from deployments.explain.traces.files import Source
 from deployments.explain.traces.otlp import Span
-from deployments.explain.traces.survey import NOT_OURS, Key, Survey
+from deployments.explain.traces.survey import NOT_OURS, Key, Survey, weighed
+from deployments.explain.traces.weights import Sample
 from deployments.telemetry import names
 
 _DEFAULT_TIMEOUT_MS = 60_000.0
@@ -33,6 +36,7 @@ _NEEDED = {
     names.SCALING_DECISION,
 }
 _FEW_RUNS = 20
+_SEED = 5
 REFUSED = ("queue_full", "deadline_passed")
 
 
@@ -75,6 +79,7 @@ class Recording:
     """Model replicas that served."""
     start_s: float
     """How long a model replica takes to start; 0 if none did."""
+    sample: Sample = field(default_factory=Sample)
 
     @property
     def window_ns(self) -> tuple[int, int]:
@@ -112,17 +117,24 @@ class _Wanted(Survey):
 
 def record(source: Source, since_ns: int = 0) -> Recording:
     """Read the requests that ended at ``since_ns`` or later. Raises NotReplayable."""
-    roots = [root for root in source.roots(since_ns) if root.ended_ns >= since_ns]
+    roots, sample = weighed((root for root in source.roots(since_ns) if root.ended_ns >= since_ns), since_ns)
     if not roots:
         raise NotReplayable("there is no request in these traces")
+    if sample.says_nothing:
+        raise NotReplayable(
+            f"the traces of {sample.kept} of {sample.counted} requests are here, and they do not say for how many they "
+            "stand: what came beside them is not known"
+        )
     wanted = _Wanted(since_ns=since_ns, known={root.key[0] for root in roots}, trace_ids_to_read=set())
     wanted.trace_ids_to_read = wanted.known
     wanted.window_ns = min(root.started_ns for root in roots), max(root.ended_ns for root in roots)
-    return recording_of(source.spans(wanted), since_ns)
+    found = recording_of(source.spans(wanted), {root.key: root.weight for root in roots}, since_ns)
+    found.sample = sample
+    return found
 
 
-def recording_of(spans: Iterable[Span], since_ns: int = 0) -> Recording:
-    """Collect what a replay needs. Raises NotReplayable."""
+def recording_of(spans: Iterable[Span], weights: Mapping[Key, float], since_ns: int = 0) -> Recording:
+    """Collect what a replay needs of these requests, and for how many each stands. Raises NotReplayable."""
     roots: dict[Key, Span] = {}
     hops: dict[Key, Span] = {}
     served: dict[Key, Span] = {}
@@ -137,8 +149,6 @@ def recording_of(spans: Iterable[Span], since_ns: int = 0) -> Recording:
             known = facts[span.instance][1] if span.instance in facts else facts_of(span.resource)
             facts[span.instance] = span.end_ns, known
         match span.name:
-            case names.PREDICT if span.attributes.get(names.AI_SAMPLING_WEIGHT, 1) != 1:
-                raise NotReplayable("these traces are a sample of the requests; what came beside them is not known")
             case names.PREDICT if span.end_ns >= since_ns:
                 roots[span.key] = span
             case names.VALIDATE:
@@ -166,13 +176,16 @@ def recording_of(spans: Iterable[Span], since_ns: int = 0) -> Recording:
     for _, known in sorted(facts.values(), key=lambda pair: pair[0]):
         settings |= known
     made = [
-        _recorded(
-            root, hops.get(key), served, validated.get(key, 0), tokenized, postprocessed,
-            float(settings.get("limits.default_timeout_ms", _DEFAULT_TIMEOUT_MS)),
+        (
+            _recorded(
+                root, hops.get(key), served, validated.get(key, 0), tokenized, postprocessed,
+                float(settings.get("limits.default_timeout_ms", _DEFAULT_TIMEOUT_MS)),
+            ),
+            weights.get(key, 1.0),
         )
         for key, root in roots.items()
     ]  # fmt: skip
-    requests = sorted(one for one in made if one is not None)
+    requests = sorted(_all_of([(one, weight) for one, weight in made if one is not None]))
     ran = sorted((run for run in runs.values() if run.took_ns > 0 and not run.failed), key=lambda run: run.started_ns)
     fit = fit_runs(ran)
     if not any(not one.error for one in requests):
@@ -187,6 +200,23 @@ def recording_of(spans: Iterable[Span], since_ns: int = 0) -> Recording:
         replicas=len({run.replica for run in ran}),
         start_s=max(starts, default=0.0),
     )
+
+
+def _all_of(kept: Sequence[tuple[Recorded, float]]) -> Iterator[Recorded]:
+    """Yield the requests, and for each that stands for others as many like it.
+
+    Those come at random moments of the time that so many requests take: their true ones are not known.
+    """
+    chance = random.Random(_SEED)
+    count = sum(weight for _, weight in kept)
+    lasts_ns = max(one.at_ns for one, _ in kept) - min(one.at_ns for one, _ in kept) if kept else 0
+    for one, weight in kept:
+        copies = int(weight) + (chance.random() < weight % 1)
+        if copies:
+            yield one
+        around_ns = weight * lasts_ns / count
+        for _ in range(copies - 1):
+            yield one._replace(at_ns=one.at_ns + round(chance.uniform(-around_ns / 2, around_ns / 2)))
 
 
 def _recorded(

@@ -13,7 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deployments.explain.render.text import iso_time, percentiles
+from deployments.explain.counted import Counted
+from deployments.explain.render.text import as_document, iso_time, percentiles
 from deployments.simulate.recording import REFUSED, Recording
 from deployments.simulate.replay import Replayed, replay
 from deployments.simulate.settings import changed, settings_of
@@ -140,6 +141,7 @@ def document(found: WhatIf) -> dict[str, Any]:
         "schema": 1,
         "window": {"from": iso_time(begin), "to": iso_time(end)},
         "requests": len(recording.requests),
+        "kept": recording.sample.kept or len(recording.requests),
         "change": change,
         "measured": _percentiles(sorted(one.latency_ns / 1e6 for one in recording.answered)),
         "replayed": _percentiles(_latencies(found.replayed)),
@@ -175,15 +177,18 @@ def _stages(done: Replayed) -> dict[str, float]:
     return {stage: means[stage] / 1e6 for stage in _STAGES}
 
 
-def as_json(found: WhatIf) -> str:
-    return json.dumps(document(found), indent=2)
+def as_json(found: WhatIf, counted: Counted | None = None) -> str:
+    return json.dumps({**document(found), **as_document(counted)}, indent=2)
 
 
 def as_text(found: WhatIf) -> RenderableType:
-    told = document(found)
+    told, recording = document(found), found.recording
     lines: list[RenderableType] = [
         Text(f"{told['requests']} requests, {told['window']['from']} to {told['window']['to']}", style="bold")
     ]
+    if recording.sample.is_sample:
+        sampled = f"estimated from the {told['kept']} whose traces were kept; the others are put at random between them"
+        lines.append(Text(sampled))
     for key, (before, after) in told["change"].items():
         lines.append(Text(f"{key}: {'' if before is None else f'{before} -> '}{after}"))
     lines += [Text(), _table(told), Text()]

@@ -20,8 +20,8 @@ from tritonclient.utils import InferenceServerException
 
 from deployments.autoscaling.settings import POLICY
 from deployments.telemetry import metrics
+from deployments.telemetry.export.prometheus_names import series
 from k8s.dashboards import DASHBOARDS, dashboard
-from k8s.metrics import series
 from tests.support.http import call
 from tests.support.nvml import compile_nvml
 from tests.support.otlp import OtlpReceiver

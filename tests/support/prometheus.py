@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from k8s.metrics import label, prometheus_name
+from deployments.telemetry.export.prometheus_names import label, prometheus_name
 from tests.support.otlp import OtlpReceiver
 
 PROMETHEUS = Path(__file__).parents[2] / "k8s" / "base" / "prometheus"

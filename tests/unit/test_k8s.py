@@ -24,11 +24,11 @@ from ray.serve.schema import ServeDeploySchema
 from deployments import __version__
 from deployments.cli.serve import FAST
 from deployments.config import AppConfig
+from deployments.telemetry.export.prometheus_names import prometheus_name, series
 from deployments.telemetry.metrics import METRICS
 from k8s.alerts import ALERTS
 from k8s.build import HERE, SERVE_CONFIG, files
 from k8s.dashboards import DASHBOARDS, dashboard
-from k8s.metrics import prometheus_name, series
 from tests.unit.test_config import unknown_keys
 
 OVERLAYS = ("cpu", "gpu")

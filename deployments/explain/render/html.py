@@ -18,7 +18,16 @@ from typing import Any
 
 from deployments.explain.findings import Finding
 from deployments.explain.periods import Judged
-from deployments.explain.render.text import comparison, doubts, fix_text, headline, percentiles, rows, share_of
+from deployments.explain.render.text import (
+    by_metrics,
+    comparison,
+    doubts,
+    fix_text,
+    headline,
+    percentiles,
+    rows,
+    share_of,
+)
 from deployments.explain.render.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
 from deployments.explain.requests.capture import BINS, Run, bin_ns
 from deployments.explain.requests.parts import fit_runs, median
@@ -98,7 +107,12 @@ def _asset(name: str) -> str:
 
 
 def _findings(verdict: Verdict) -> str:
-    notes = [*doubts(verdict), *comparison(verdict), *([verdict.note] if verdict.note else [])]
+    notes = [
+        *doubts(verdict),
+        *by_metrics(verdict.capture.counted),
+        *comparison(verdict),
+        *([verdict.note] if verdict.note else []),
+    ]
     said = "".join(f'<div class="finding none"><p>{html.escape(note)}</p></div>' for note in notes)
     return said + "".join(map(_finding, verdict.findings))
 

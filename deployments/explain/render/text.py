@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from deployments.explain.counted import Counted
 from deployments.explain.findings import Finding
 from deployments.explain.fixes import Change
 from deployments.explain.requests.parts import PARTS
@@ -41,6 +42,7 @@ def as_json(verdict: Verdict) -> str:
         "incomplete": verdict.capture.incomplete,
         "errors": survey.errors,
         "latency_ms": percentiles(survey.latencies_ms, survey.latency_weights),
+        **as_document(verdict.capture.counted),
         **_compared(verdict),
         "stages": parts,
         "findings": _findings(verdict),
@@ -75,6 +77,21 @@ def intervals(survey: Survey) -> dict[str, tuple[float, float]]:
     if not survey.sample.variance or not pairs:
         return {}
     return {name: interval_of(pairs, share) for name, share in _PERCENTILES.items() if share < 1}
+
+
+def as_document(found: Counted | None) -> dict[str, Any]:
+    """The same as ``metrics`` in JSON; empty if they were not asked."""
+    if found is None:
+        return {}
+    return {
+        "metrics": {
+            "url": found.url,
+            "requests": found.requests,
+            "outcomes": found.outcomes,
+            "latency_ms": found.latency_ms,
+            "lost": found.lost,
+        }
+    }
 
 
 def _compared(verdict: Verdict) -> dict[str, Any]:
@@ -148,7 +165,7 @@ def _text(verdict: Verdict) -> Iterator[RenderableType]:
                 for name, ms in shown.items()
             )
         )
-    for line in comparison(verdict):
+    for line in (*by_metrics(verdict.capture.counted), *comparison(verdict)):
         yield Text(line)
     if verdict.note:
         yield Text()
@@ -222,6 +239,21 @@ def doubts(verdict: Verdict) -> Iterator[str]:
             f"the newest request here ended {verdict.capture.late_s:.0f} s ago; a Collector that samples passes a "
             f"trace on when it has decided ({ON_THEIR_WAY})"
         )
+
+
+def by_metrics(found: Counted | None) -> Iterator[str]:
+    """Yield a line with what metrics say of the window, if they were asked."""
+    if found is None:
+        return
+    rate = f" ({found.requests / found.seconds:.1f}/s)" if found.seconds else ""
+    failed = ", ".join(f"{count} {name}" for name, count in sorted(found.outcomes.items()) if name != "ok")
+    shown = ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.latency_ms.items())
+    yield (
+        f"metrics of {found.url}: {found.requests} requests{rate}"
+        + (f", of them {failed}" if failed else "")
+        + (f"; {shown} of those answered" if shown else "")
+        + f"; {found.lost} spans and records lost"
+    )
 
 
 def comparison(verdict: Verdict) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from deployments.explain.counted import Counted
 from deployments.explain.requests.device import Device
 from deployments.explain.requests.request import (
     Request,
@@ -112,6 +113,8 @@ class Capture:
     """Windows of which the source had more than it returns at once."""
     late_s: float = 0.0
     """How long before it was read the newest request had ended, if traces reach the source by way of others."""
+    counted: Counted | None = None
+    """What metrics say of the window, if they were asked."""
     lost: int = 0
     """Spans and records that the processes report as lost."""
     incomplete: int = 0

@@ -130,10 +130,7 @@ def route_of(root: Mapping[str, Any]) -> str:
 
 def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: float = float("inf")) -> Survey:
     """Survey all requests that ended from ``since_ns`` until ``until_ns``; ``slowest`` (0 to 1) is the slow share."""
-    every = list({root.key: root for root in roots if since_ns <= root.ended_ns < until_ns}.values())
-    kept = _sample(every, since_ns)
-    if kept.factor != 1:
-        every = [replace(root, weight=root.weight * kept.factor) if root.weight > 1 else root for root in every]
+    every, kept = weighed((root for root in roots if since_ns <= root.ended_ns < until_ns), since_ns)
     counted = [root for root in every if root.weight]
     answered = sorted((root for root in counted if not root.error), key=lambda root: (root.latency_ns, root.key))
     failed = sorted(
@@ -171,14 +168,18 @@ def survey(roots: Iterable[Root], slowest: float, since_ns: int = 0, until_ns: f
     return found
 
 
-def _sample(every: Iterable[Root], since_ns: int) -> Sample:
+def weighed(roots: Iterable[Root], since_ns: int) -> tuple[list[Root], Sample]:
+    """Return each root once, with weights that add up to what was counted, and what they are of all requests."""
+    every = list({root.key: root for root in roots}.values())
     found = Sample()
     for root in every:
         found.add(root.weight)
         # One that began before the window would count all others that did.
         found.add_number((root.instance, root.model), root.number if root.started_ns >= since_ns else 0, root.weight)
     found.conclude()
-    return found
+    if found.factor != 1:
+        every = [replace(root, weight=root.weight * found.factor) if root.weight > 1 else root for root in every]
+    return every, found
 
 
 def _by_model(roots: Iterable[Root]) -> dict[str, float]:

@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.telemetry import metrics
 from deployments.telemetry.export.prometheus import PrometheusTarget
+from deployments.telemetry.export.prometheus_names import series
 from deployments.telemetry.measures import Measures
-from k8s.metrics import series
 from tests.support.process import ROOT
 
 

@@ -1,4 +1,4 @@
-"""The metrics of deployments.telemetry.metrics under their Prometheus names, as the Collector exports them.
+"""The metrics under their Prometheus names, as the Collector exports them.
 
 The names follow OpenTelemetry's "Prometheus and OpenMetrics Compatibility", with units and ``_total`` added
 (https://opentelemetry.io/docs/specs/otel/compatibility/prometheus_and_openmetrics/#metric-metadata-1): dots become

@@ -1,0 +1,108 @@
+"""What the processes counted in a window, read from Prometheus: true of all requests, however traces are sampled.
+
+Metrics say how many and how slow, and how much telemetry was lost; traces say why.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from deployments.explain.traces.otlp import NOT_OTLP, printable
+from deployments.explain.traces.servers.http_api import Api, SourceError
+from deployments.telemetry import metrics
+from deployments.telemetry.export.prometheus_names import prometheus_name, series
+
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+_SCRAPE_S = 30
+"""Two scrapes: counters of a window are seen this much later."""
+_SHORTEST_S = 60
+_FAILED = '{error_type!=""}'
+_LOSSES = (
+    series(metrics.DROPPED_RECORDS),
+    series(metrics.UNWRITTEN_SPANS),
+    prometheus_name("otel.sdk.exporter.span.exported", "counter", "{span}") + _FAILED,
+    prometheus_name("otel.sdk.processor.span.processed", "counter", "{span}") + _FAILED,
+)
+_OF_THE_COLLECTOR = (
+    "exporter_send_failed_spans",
+    "exporter_enqueue_failed_spans",
+    "receiver_refused_spans",
+    "processor_tail_sampling_sampling_trace_dropped_too_early",
+)
+
+
+@dataclass(slots=True)
+class Counted:
+    """Counts of a window, by the processes' own counters.
+
+    Attributes:
+        url: of the Prometheus, without a password.
+        outcomes: requests by ``outcome``, answered ones as ``ok``.
+        latency_ms: percentiles of those that were answered; within a bucket they are interpolated.
+        lost: spans and records that the processes, and the Collector, count as lost.
+        seconds: length of the window that was asked for.
+    """
+
+    url: str
+    outcomes: dict[str, int] = field(default_factory=dict)
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    lost: int = 0
+    seconds: float = 0.0
+
+    @property
+    def requests(self) -> int:
+        return sum(self.outcomes.values())
+
+
+def counter_at(url: str, model: str | None) -> Callable[[tuple[int, int], float], Counted]:
+    """Return what asks this Prometheus what was counted in a window, of one model or of all.
+
+    The window is in Unix nanoseconds, and the second argument the current time in seconds. Raises SourceError.
+    """
+    api = Api(url)
+    of_model = f'model="{_quoted(model)}"' if model is not None else ""
+
+    def ask(window_ns: tuple[int, int], now_s: float) -> Counted:
+        begin_s, end_s = window_ns[0] / 1e9, window_ns[1] / 1e9
+        at_s = min(now_s, end_s + _SCRAPE_S)
+        seconds = max(_SHORTEST_S, math.ceil(at_s - begin_s))
+        found = Counted(api.url, seconds=end_s - begin_s)
+        requests = f"{series(metrics.REQUESTS)}{{{of_model}}}"
+        for labels, value in _query(api, f"sum by (outcome) ({_increase(requests, seconds)})", at_s):
+            if round(value):
+                found.outcomes[printable(labels.get("outcome", ""))] = round(value)
+        answered = ",".join(filter(None, ['outcome="ok"', of_model]))
+        buckets = f"sum by (le) (increase({series(metrics.LATENCY)}_bucket{{{answered}}}[{seconds}s]))"
+        for name, share in PERCENTILES.items():
+            for _, value in _query(api, f"histogram_quantile({share}, {buckets})", at_s):
+                found.latency_ms[name] = round(value, 3)
+        collector = [f'{{__name__=~"otelcol_{name}(_total)?"}}' for name in _OF_THE_COLLECTOR]
+        for lost in (*_LOSSES, *collector):
+            found.lost += sum(round(value) for _, value in _query(api, f"sum ({_increase(lost, seconds)})", at_s))
+        return found
+
+    return ask
+
+
+def _increase(counter: str, seconds: int) -> str:
+    """What it counted in the last seconds, the first value included where it begins with one."""
+    return f"increase({counter}[{seconds}s]) or ({counter} unless {counter} offset {seconds}s)"
+
+
+def _query(api: Api, query: str, at_s: float) -> list[tuple[dict[str, str], float]]:
+    content = api.text("/api/v1/query", {"query": query, "time": f"{at_s:.3f}"})
+    try:
+        answer: Any = json.loads(content or "")
+        result = answer["data"]["result"]
+        values = [(dict(one["metric"]), float(one["value"][1])) for one in result]
+    except NOT_OTLP:
+        raise SourceError(f"{api.url} did not answer /api/v1/query as Prometheus does") from None
+    return [(labels, value) for labels, value in values if math.isfinite(value)]
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
