@@ -37,6 +37,7 @@ _NEEDED = {
 }
 _FEW_RUNS = 20
 _SEED = 5
+_NONE: Mapping[Key, float] = {}
 REFUSED = ("queue_full", "deadline_passed")
 
 
@@ -133,7 +134,7 @@ def record(source: Source, since_ns: int = 0) -> Recording:
     return found
 
 
-def recording_of(spans: Iterable[Span], weights: Mapping[Key, float], since_ns: int = 0) -> Recording:
+def recording_of(spans: Iterable[Span], weights: Mapping[Key, float] = _NONE, since_ns: int = 0) -> Recording:
     """Collect what a replay needs of these requests, and for how many each stands. Raises NotReplayable."""
     roots: dict[Key, Span] = {}
     hops: dict[Key, Span] = {}

@@ -26,6 +26,7 @@ LAYERS = [
     {"telemetry", "engine"},
     {"telemetry.generation"},
     {"explain.traces"},
+    {"explain.counted"},
     {"explain.requests"},
     {"explain.token_gaps", "explain.chance"},
     {"explain.fixes"},
@@ -134,7 +135,7 @@ def test_the_policy_imports_only_the_standard_library() -> None:
 def test_explain_runs_without_the_server() -> None:
     """``slowlens why`` must not wait for Ray or torch."""
     data = {"deployments.telemetry.names", "deployments.telemetry.metrics", "deployments.telemetry.span_specs"}
-    data.add("deployments.telemetry.sampling.threshold")
+    data |= {"deployments.telemetry.sampling.threshold", "deployments.telemetry.export.prometheus_names"}
     allowed = {"deployments", "deployments.config", "deployments.batching.cost"} | data
     for path in MODULES:
         if dotted(path).startswith("explain"):
