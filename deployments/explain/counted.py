@@ -72,25 +72,28 @@ def counter_at(url: str, model: str | None) -> Callable[[tuple[int, int], float]
         seconds = max(_SHORTEST_S, math.ceil(at_s - begin_s))
         found = Counted(api.url, seconds=end_s - begin_s)
         requests = f"{series(metrics.REQUESTS)}{{{of_model}}}"
-        for labels, value in _query(api, f"sum by (outcome) ({_increase(requests, seconds)})", at_s):
+        for labels, value in _query(api, f"sum by (outcome) ({_grown(requests, seconds)})", at_s):
             if round(value):
                 found.outcomes[printable(labels.get("outcome", ""))] = round(value)
         answered = ",".join(filter(None, ['outcome="ok"', of_model]))
-        buckets = f"sum by (le) (increase({series(metrics.LATENCY)}_bucket{{{answered}}}[{seconds}s]))"
+        buckets = f"sum by (le) ({_grown(f'{series(metrics.LATENCY)}_bucket{{{answered}}}', seconds)})"
         for name, share in PERCENTILES.items():
             for _, value in _query(api, f"histogram_quantile({share}, {buckets})", at_s):
                 found.latency_ms[name] = round(value, 3)
         collector = [f'{{__name__=~"otelcol_{name}(_total)?"}}' for name in _OF_THE_COLLECTOR]
         for lost in (*_LOSSES, *collector):
-            found.lost += sum(round(value) for _, value in _query(api, f"sum ({_increase(lost, seconds)})", at_s))
+            found.lost += sum(round(value) for _, value in _query(api, f"sum ({_grown(lost, seconds)})", at_s))
         return found
 
     return ask
 
 
-def _increase(counter: str, seconds: int) -> str:
-    """What it counted in the last seconds, the first value included where it begins with one."""
-    return f"increase({counter}[{seconds}s]) or ({counter} unless {counter} offset {seconds}s)"
+def _grown(counter: str, seconds: int) -> str:
+    """PromQL for what a counter counted in the last seconds: all of it where it began then, and so has no increase
+    from nothing to its first value.
+    """
+    before, within = f"{counter} offset {seconds}s", f"{counter}[{seconds}s]"
+    return f"(increase({within}) and {before}) or (last_over_time({within}) unless {before})"
 
 
 def _query(api: Api, query: str, at_s: float) -> list[tuple[dict[str, str], float]]:

@@ -19,6 +19,7 @@ import yaml
 from deployments.explain.traces.otlp import Span
 from tests.backends.programs import program
 from tests.support.made import otlp_of
+from tests.support.prometheus import Prometheus
 
 BASE = Path(__file__).parents[2] / "k8s" / "base"
 _AT_ONCE = 1000
@@ -36,6 +37,13 @@ class Running:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
+
+    def pause(self) -> None:
+        """It hangs, until ``resume``."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self.process.kill()
@@ -153,6 +161,8 @@ def jaeger(folder: Path) -> Iterator[Jaeger]:
     with _running([str(program("jaeger")), f"--config={path}"], folder / "jaeger.log") as process:
         _until(lambda: get(f"http://{query}/api/services") is not None, process, folder / "jaeger.log")
         yield Jaeger(process, folder / "jaeger.log", otlp, f"http://{query}")
+        # Badger takes ten seconds to close.
+        process.kill()
 
 
 @contextlib.contextmanager
@@ -164,13 +174,42 @@ def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, running: Collector) -> Iterator[Prometheus]:
+    """Prometheus with the shipped configuration and rules, which scrapes this Collector, every second."""
+    shipped = BASE / "prometheus"
+    config = yaml.safe_load((shipped / "prometheus.yaml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    rules = yaml.safe_load((shipped / "rules.yaml").read_text())
+    for group in rules["groups"]:
+        group["interval"] = "1s"
+    (folder / "rules.yaml").write_text(yaml.safe_dump(rules))
+    for job, url in zip(config["scrape_configs"], (running.metrics, running.own_metrics), strict=True):
+        job["static_configs"] = [{"targets": [url.removeprefix("http://").removesuffix("/metrics")]}]
+    path = folder / "prometheus.yaml"
+    path.write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    (deployment, _) = yaml.safe_load_all((BASE / "prometheus.yaml").read_text())
+    shipped_arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    arguments = [one for one in shipped_arguments if one.startswith("--enable-feature")]
+    command = [
+        str(program("prometheus")),
+        f"--config.file={path}",
+        f"--storage.tsdb.path={folder / 'prometheus'}",
+        f"--web.listen-address={address}",
+        *arguments,
+    ]
+    with _running(command, folder / "prometheus.log") as process:
+        _until(lambda: get(f"http://{address}/-/ready") is not None, process, folder / "prometheus.log")
+        yield Prometheus(f"http://{address}")
 
 
 def _until(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60) -> None:

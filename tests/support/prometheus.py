@@ -130,7 +130,7 @@ def prometheus(receiver: OtlpReceiver, folder: Path) -> Iterator[Prometheus]:
 
 class Prometheus:
     def __init__(self, url: str) -> None:
-        self._url = url
+        self.url = url
 
     def wait_for(self, expr: str, timeout_s: float = 60) -> list[Any]:
         """Return the result of the query once it is not empty."""
@@ -144,6 +144,6 @@ class Prometheus:
         raise AssertionError(f"no data in {timeout_s} s: {expr}")
 
     def ask(self, what: str, **query: str) -> Any:
-        url = f"{self._url}/api/v1/{what}?{urllib.parse.urlencode(query)}"
+        url = f"{self.url}/api/v1/{what}?{urllib.parse.urlencode(query)}"
         with urllib.request.urlopen(url, timeout=10) as answer:
             return json.loads(answer.read())["data"]
