@@ -8,8 +8,11 @@ that of another; what a client did wrong is left out. Times beside the model are
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -19,7 +22,6 @@ from deployments.explain.requests.request import number, whole
 from deployments.explain.traces.files import Source
 from deployments.explain.traces.otlp import Span
 from deployments.explain.traces.survey import NOT_OURS, Key, Survey, weighed
-from deployments.explain.traces.weights import Sample
 from deployments.telemetry import names
 
 _DEFAULT_TIMEOUT_MS = 60_000.0
@@ -36,7 +38,8 @@ _NEEDED = {
     names.SCALING_DECISION,
 }
 _FEW_RUNS = 20
-_SEED = 5
+_SEED, _NEAR = 5, 10
+"""Of what is drawn at random; from how many kept requests on either side."""
 _NONE: Mapping[Key, float] = {}
 REFUSED = ("queue_full", "deadline_passed")
 
@@ -68,6 +71,16 @@ class Recorded(NamedTuple):
     forward_ns: int
 
 
+class _Kept(NamedTuple):
+    request: Recorded
+    weight: float
+    """For how many requests it stands."""
+    counter: str
+    """The ingress and the model that numbered it."""
+    number: int
+    """0 if it has none."""
+
+
 @dataclass(slots=True)
 class Recording:
     requests: list[Recorded]
@@ -80,7 +93,10 @@ class Recording:
     """Model replicas that served."""
     start_s: float
     """How long a model replica takes to start; 0 if none did."""
-    sample: Sample = field(default_factory=Sample)
+    is_sample: bool = False
+    """Whether some of the requests stand for others."""
+    kept: int = 0
+    """Those that were traced."""
 
     @property
     def window_ns(self) -> tuple[int, int]:
@@ -99,7 +115,9 @@ class Recording:
 
     @property
     def handover_ns(self) -> int:
-        """How long a device is idle between two runs although inputs wait."""
+        """How long a device is idle between two runs although inputs wait; 0 if which follow each other is unknown."""
+        if self.is_sample:
+            return 0
         last: dict[str, Run] = {}
         gaps = []
         for run in self.runs:
@@ -130,7 +148,7 @@ def record(source: Source, since_ns: int = 0) -> Recording:
     wanted.trace_ids_to_read = wanted.known
     wanted.window_ns = min(root.started_ns for root in roots), max(root.ended_ns for root in roots)
     found = recording_of(source.spans(wanted), {root.key: root.weight for root in roots}, since_ns)
-    found.sample = sample
+    found.kept = sample.kept
     return found
 
 
@@ -176,17 +194,14 @@ def recording_of(spans: Iterable[Span], weights: Mapping[Key, float] = _NONE, si
     settings: dict[str, Any] = {}
     for _, known in sorted(facts.values(), key=lambda pair: pair[0]):
         settings |= known
-    made = [
-        (
-            _recorded(
-                root, hops.get(key), served, validated.get(key, 0), tokenized, postprocessed,
-                float(settings.get("limits.default_timeout_ms", _DEFAULT_TIMEOUT_MS)),
-            ),
-            weights.get(key, 1.0),
-        )
-        for key, root in roots.items()
-    ]  # fmt: skip
-    requests = sorted(_all_of([(one, weight) for one, weight in made if one is not None]))
+    timeout_ms = float(settings.get("limits.default_timeout_ms", _DEFAULT_TIMEOUT_MS))
+    kept = []
+    for key, root in roots.items():
+        found = _recorded(root, hops.get(key), served, validated.get(key, 0), tokenized, postprocessed, timeout_ms)
+        if found is not None:
+            counter = f"{root.instance} {root.attributes.get(names.AI_MODEL_NAME, '')}"
+            kept.append(_Kept(found, weights.get(key, 1.0), counter, whole(root, names.AI_REQUEST_NUMBER)))
+    requests = sorted(_all_of(kept))
     ran = sorted((run for run in runs.values() if run.took_ns > 0 and not run.failed), key=lambda run: run.started_ns)
     fit = fit_runs(ran)
     if not any(not one.error for one in requests):
@@ -200,24 +215,44 @@ def recording_of(spans: Iterable[Span], weights: Mapping[Key, float] = _NONE, si
         settings,
         replicas=len({run.replica for run in ran}),
         start_s=max(starts, default=0.0),
+        is_sample=any(weight != 1 for weight in weights.values()),
     )
 
 
-def _all_of(kept: Sequence[tuple[Recorded, float]]) -> Iterator[Recorded]:
-    """Yield the requests, and for each that stands for others as many like it.
+def _all_of(kept: Sequence[_Kept]) -> Iterator[Recorded]:
+    """Yield the requests, and for those that were not traced others like the kept that stand for them.
 
-    Those come at random moments of the time that so many requests take: their true ones are not known.
+    How many came between two that were kept is known by the numbers that their ingress gave them; when each did, and
+    how large it was, is drawn at random. Without numbers, they are spread over the time that many kept ones take.
     """
     chance = random.Random(_SEED)
-    count = sum(weight for _, weight in kept)
-    lasts_ns = max(one.at_ns for one, _ in kept) - min(one.at_ns for one, _ in kept) if kept else 0
-    for one, weight in kept:
-        copies = int(weight) + (chance.random() < weight % 1)
-        if copies:
-            yield one
-        around_ns = weight * lasts_ns / count
-        for _ in range(copies - 1):
-            yield one._replace(at_ns=one.at_ns + round(chance.uniform(-around_ns / 2, around_ns / 2)))
+    stand_for = sorted(one for one in kept if one.weight > 1)
+    yield from (one.request for one in kept if one.weight)
+    if not stand_for:
+        return
+    times = [one.request.at_ns for one in stand_for]
+
+    def like_those_at(at_ns: int) -> Recorded:
+        near = bisect_left(times, at_ns)
+        nearest = stand_for[max(0, near - _NEAR) : near + _NEAR]
+        (found,) = chance.choices(nearest, [one.weight - 1 for one in nearest])
+        return found.request._replace(at_ns=at_ns)
+
+    if all(one.number for one in kept):
+        by_counter: dict[str, list[_Kept]] = defaultdict(list)
+        for one in sorted(kept, key=lambda one: one.number):
+            by_counter[one.counter].append(one)
+        for of_one in by_counter.values():
+            for before, after in pairwise(of_one):
+                for _ in range(after.number - before.number - 1):
+                    yield like_those_at(round(chance.uniform(before.request.at_ns, after.request.at_ns)))
+        return
+    each_ns = (times[-1] - times[0]) / sum(one.weight for one in kept)
+    for one in stand_for:
+        around_ns = one.weight * each_ns * _NEAR
+        for _ in range(int(one.weight - 1) + (chance.random() < one.weight % 1)):
+            at_ns = one.request.at_ns + round(chance.uniform(-around_ns, around_ns))
+            yield one.request._replace(at_ns=min(max(at_ns, times[0]), times[-1]))
 
 
 def _recorded(

@@ -141,7 +141,7 @@ def document(found: WhatIf) -> dict[str, Any]:
         "schema": 1,
         "window": {"from": iso_time(begin), "to": iso_time(end)},
         "requests": len(recording.requests),
-        "kept": recording.sample.kept or len(recording.requests),
+        "kept": recording.kept or len(recording.requests),
         "change": change,
         "measured": _percentiles(sorted(one.latency_ns / 1e6 for one in recording.answered)),
         "replayed": _percentiles(_latencies(found.replayed)),
@@ -186,7 +186,7 @@ def as_text(found: WhatIf) -> RenderableType:
     lines: list[RenderableType] = [
         Text(f"{told['requests']} requests, {told['window']['from']} to {told['window']['to']}", style="bold")
     ]
-    if recording.sample.is_sample:
+    if recording.is_sample:
         sampled = f"estimated from the {told['kept']} whose traces were kept; the others are put at random between them"
         lines.append(Text(sampled))
     for key, (before, after) in told["change"].items():

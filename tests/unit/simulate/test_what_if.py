@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from deployments.cli.main import main
 from deployments.errors import ConfigError
 from deployments.explain.requests.capture import Run
 from deployments.explain.requests.parts import RunFit
+from deployments.explain.traces.files import TraceFiles
 from deployments.explain.traces.otlp import Span
-from deployments.simulate.recording import NotReplayable, Recorded, Recording, recording_of
+from deployments.simulate.recording import NotReplayable, Recorded, Recording, record, recording_of
 from deployments.simulate.replay import Replayed, replay
 from deployments.simulate.settings import KEYS, parse_change, settings_of
 from deployments.simulate.what_if import document, search, what_if
@@ -302,7 +304,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     told = json.loads(capsys.readouterr().out)
     assert set(told) == {
-        "schema", "window", "requests", "change", "measured", "replayed", "predicted", "stages", "refused",
+        "schema", "window", "requests", "kept", "change", "measured", "replayed", "predicted", "stages", "refused",
         "replica_seconds",
     }  # fmt: skip
     assert (told["schema"], told["requests"], set(told["measured"])) == (1, 300, {"p50", "p90", "p95", "p99"})
@@ -364,3 +366,43 @@ def test_why_says_what_its_fix_is_predicted_to_do(tmp_path: Path, capsys: pytest
     assert before == pytest.approx(told["measured"]["p99"], abs=1)
     assert after == pytest.approx(told["predicted"]["p99"], rel=0.05)
     assert after < before / 2
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_of_sampled_requests_each_stands_for_as_many_like_it(numbered: bool) -> None:
+    chance, numbers = random.Random(2), itertools.count(1)
+    every = sorted(one_by_one(0.6), key=lambda span: span.start_ns)
+    if numbered:
+        every = [
+            replace(span, attributes=span.attributes | {"ai.request.number": next(numbers)})
+            if span.name == names.PREDICT
+            else span
+            for span in every
+        ]
+    roots = {span.trace_id: span.key for span in every if span.name == names.PREDICT}
+    kept = {trace_id for trace_id in roots if chance.random() < 0.25}
+    of_kept = [
+        span
+        for span in every
+        if (span.trace_id in kept if span.trace_id in roots else any(trace in kept for trace, _ in span.links))
+    ]
+    whole = document(what_if(recording_of(every), {}, 1.0))
+    found = recording_of(of_kept, {roots[trace_id]: len(roots) / len(kept) for trace_id in kept})
+    told = document(what_if(found, {}, 1.0))
+
+    assert told["requests"] == pytest.approx(len(roots), rel=0.02)
+    for name in ("p50", "p90"):
+        assert told["measured"][name] == pytest.approx(whole["measured"][name], rel=0.1)
+        assert told["replayed"][name] == pytest.approx(whole["replayed"][name], rel=0.25 if numbered else 0.4)
+
+
+def test_a_sample_that_does_not_say_for_how_many_it_stands_is_not_replayed(tmp_path: Path) -> None:
+    roots = [span for span in one_by_one(0.3, count=400) if span.name == names.PREDICT]
+    every = [
+        replace(root, attributes=root.attributes | {"ai.request.number": number})
+        for number, root in enumerate(roots, 1)
+    ]
+    source = tmp_path / "traces.jsonl"
+    source.write_text(otlp(every[::5]))
+    with pytest.raises(NotReplayable, match=r"the traces of \d+ of \d+ requests are here"):
+        record(TraceFiles(source))
