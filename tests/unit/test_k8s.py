@@ -31,7 +31,8 @@ from k8s.build import HERE, SERVE_CONFIG, files
 from k8s.dashboards import DASHBOARDS, dashboard
 from tests.unit.test_config import unknown_keys
 
-OVERLAYS = ("cpu", "gpu")
+OVERLAYS = ("cpu", "gpu", "cpu with all components")
+COMPONENTS = ("grafana", "collectors")
 OURS = {"RayService", "Kustomization"}
 CRD = "SLOWLENS_KUBERAY_CRD"
 """Environment variable with the path of the RayService CustomResourceDefinition from a KubeRay release."""
@@ -39,8 +40,19 @@ VERSION = __version__
 RAY = re.findall(r"^ray==(.+)$", (HERE.parent / "constraints.txt").read_text(), re.MULTILINE)[0]
 
 
-def built(overlay: str) -> list[dict[str, Any]]:
-    command = ["kubectl", "kustomize", str(HERE / "overlays" / overlay)]
+def built(overlay: str, folder: Path) -> list[dict[str, Any]]:
+    """The resources of an overlay, or of one in ``folder`` that adds all components."""
+    name, _, components = overlay.partition(" with ")
+    path = HERE / "overlays" / name
+    if components:
+        wanted = {
+            "resources": [os.path.relpath(path, folder)],
+            "components": [os.path.relpath(HERE / "components" / one, folder) for one in COMPONENTS],
+            "namespace": "slowlens",
+        }
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(wanted))
+        path = folder
+    command = ["kubectl", "kustomize", str(path)]
     return list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
@@ -50,10 +62,10 @@ def overlay(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def resources(overlay: str) -> list[dict[str, Any]]:
+def resources(overlay: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
-    return built(overlay)
+    return built(overlay, tmp_path_factory.mktemp("overlay").resolve())
 
 
 def service(resources: list[dict[str, Any]]) -> dict[str, Any]:
@@ -190,7 +202,7 @@ def test_gpu_workers_scale_from_zero_and_only_the_model_requests_them(
         one["name"] for one in config["applications"][0]["deployments"] if one["ray_actor_options"].get("num_gpus")
     ]
 
-    if overlay == "cpu":
+    if overlay != "gpu":
         assert (set(groups), asking) == ({"cpu"}, [])
         return
     assert (set(groups), asking) == ({"cpu", "gpu"}, ["Model"])
@@ -304,6 +316,36 @@ def test_tail_sampling_keeps_slow_failed_and_linked_traces() -> None:
     # All traces other than requests; without them a request cannot be explained.
     own = {"ai.inference.batch_forward", "ai.inference.model_load", "ai.autoscaling.decision", "ai.engine.segment"}
     assert set(linked) == own
+
+
+# --- beside a server on a laptop --------------------------------------------------------------------------------------
+
+
+def test_compose_runs_the_programs_of_the_manifests_with_their_configurations(tmp_path: Path) -> None:
+    folder = HERE.parent / "compose"
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    everything = built("cpu with all components", tmp_path.resolve())
+    containers = {spec["containers"][0]["image"]: spec["containers"][0] for _, spec in pod_specs(everything)}
+
+    assert set(services) == {"slowlens-collector", "slowlens-jaeger", "slowlens-prometheus", "slowlens-grafana"}
+    for name, service_ in services.items():
+        container = containers[service_["image"]]
+        # Retention by size is for the volume of the manifests.
+        arguments = [one for one in container.get("args", []) if "retention.size" not in one]
+        assert service_.get("command", []) == arguments, name
+        for mount in service_["volumes"]:
+            source = mount.partition(":")[0]
+            assert not source.startswith(".") or (folder / source).exists(), mount
+        assert all(port.startswith("127.0.0.1:") for port in service_["ports"]), name
+
+
+def test_exemplars_lead_to_the_trace_store() -> None:
+    sources = yaml.safe_load((HERE / "base" / "grafana" / "datasources.yaml").read_text())["datasources"]
+    metrics, traces = sources
+    assert metrics["jsonData"]["exemplarTraceIdDestinations"] == [{"name": "trace_id", "datasourceUid": traces["uid"]}]
+    there = {one["metadata"]["name"] for one in yaml.safe_load_all((HERE / "base" / "jaeger.yaml").read_text())}
+    assert traces["url"] == "http://slowlens-jaeger.slowlens:16686"
+    assert "slowlens-jaeger" in there
 
 
 # --- dashboards and alerts -------------------------------------------------------------------------------------------
