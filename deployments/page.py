@@ -18,6 +18,7 @@ from ray.serve import Application
 from deployments import __version__
 from deployments.config import TelemetryConfig
 from deployments.errors import ApiError, ConfigError, InvalidField, NotFound, QueueFull, SourceUnavailable
+from deployments.explain.counted import counter_at
 from deployments.explain.options import PageConfig, duration_s, share
 from deployments.explain.render.html import as_html, content_security_policy
 from deployments.explain.render.text import as_json
@@ -94,7 +95,8 @@ class DiagnosisPage:
 
     def _read(self, since_s: int, slowest: float, model: str | None) -> Verdict:
         try:
-            return examine(source_at(self._where, model), slowest, time.time_ns() - since_s * 10**9)
+            count = counter_at(self._config.metrics, model) if self._config.metrics else None
+            return examine(source_at(self._where, model), slowest, time.time_ns() - since_s * 10**9, count=count)
         except NoSuchModel as error:
             raise NotFound(str(error)) from None
         except (SourceError, FileNotFoundError) as error:

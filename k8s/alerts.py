@@ -29,7 +29,7 @@ _LOSSES = (
         )
     ),
 )
-_WHY = "slowlens why --source $TEMPO_URL --since"
+_WHY = "slowlens why --source $TRACES_URL --metrics $PROMETHEUS_URL --since"
 
 
 @dataclass(frozen=True, slots=True)

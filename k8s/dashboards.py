@@ -197,7 +197,7 @@ CAPACITY_DASHBOARD = (
         "Inputs per run",
         "Batches grow with load; small batches with a long queue mean that a batching limit is too low.",
         "short",
-        (Query(mean(metrics.BATCH_SIZE), "mean"), Query(quantile(0.9, metrics.BATCH_SIZE), "p90")),
+        (Query(mean(metrics.BATCH_SIZE), "mean"), Query(f"ceil({quantile(0.9, metrics.BATCH_SIZE)})", "p90")),
     ),
     Panel(
         "Padding",

@@ -129,6 +129,10 @@ class PageConfig(Section):
         description="A file or folder of OTLP JSON lines, or the URL of a Jaeger query service or of Tempo. Default: "
         "the local store of the head node.",
     )
+    metrics: str | None = Field(
+        None,
+        description="URL of a Prometheus that scrapes the same processes: the page also says what they counted.",
+    )
     since: Annotated[str, AfterValidator(_is_duration)] = Field(
         "15m", description="Only requests that ended within this period; `?since=` overrides it."
     )

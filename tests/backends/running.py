@@ -103,10 +103,13 @@ class Jaeger(Running):
 
 
 @contextlib.contextmanager
-def collector(folder: Path, traces_to: str, *, all_to: str | None = None, samples: bool = True) -> Iterator[Collector]:
+def collector(
+    folder: Path, traces_to: str, *, all_to: str | None = None, samples: bool = True, wait_s: float | None = None
+) -> Iterator[Collector]:
     """The Collector as shipped, on a folder that may hold what an earlier one left.
 
     ``all_to`` is an OTLP endpoint that also gets every span; without ``samples``, all traces are kept.
+    It waits ``wait_s`` before it decides, or a tenth of what is shipped.
     """
     config = yaml.safe_load((BASE / "collector" / "config.yaml").read_text())
     (folder / "queue").mkdir(parents=True, exist_ok=True)
@@ -120,8 +123,8 @@ def collector(folder: Path, traces_to: str, *, all_to: str | None = None, sample
     reader = config["service"]["telemetry"]["metrics"]["readers"][0]["pull"]["exporter"]["prometheus"]
     reader["host"], reader["port"] = "127.0.0.1", ports[3]
     for key in ("decision_wait", "decision_wait_after_root_received"):
-        wait_s = int(config["processors"]["tail_sampling"][key].removesuffix("s"))
-        config["processors"]["tail_sampling"][key] = f"{wait_s / _FASTER}s"
+        shipped_s = int(config["processors"]["tail_sampling"][key].removesuffix("s"))
+        config["processors"]["tail_sampling"][key] = f"{wait_s or shipped_s / _FASTER}s"
     if not samples:
         config["service"]["pipelines"]["traces"]["processors"].remove("tail_sampling")
     if all_to is not None:

@@ -16,7 +16,7 @@ from tests.backends.traffic import ORDINARY, POISON, Sent, application, send
 from tests.support.prometheus import Prometheus
 
 RATE = 30.0
-BEFORE, MEANWHILE, AFTER = ([ORDINARY] * 14 + [POISON]) * 20, [ORDINARY] * 450, [ORDINARY] * 60
+BEFORE, MEANWHILE, AFTER = ([ORDINARY] * 14 + [POISON]) * 20, [ORDINARY] * 270, [ORDINARY] * 60
 ASKED = len(BEFORE) + len(MEANWHILE) + len(AFTER)
 COUNT = "sum(ai_inference_requests_total)"
 LOST = 'sum(otel_sdk_exporter_span_exported_total{error_type!=""}) > 0'

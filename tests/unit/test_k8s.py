@@ -404,5 +404,8 @@ def test_every_alert_has_a_runbook_with_a_why_command() -> None:
     for alert in ALERTS:
         rule = alert.rule()
         promql_parser.parse(rule["expr"])
-        assert re.search(r"`slowlens why --source \$TEMPO_URL --since \d+[mh]`", rule["annotations"]["runbook"])
+        assert re.search(
+            r"`slowlens why --source \$TRACES_URL --metrics \$PROMETHEUS_URL --since \d+[mh]`",
+            rule["annotations"]["runbook"],
+        )
         assert rule["labels"]["severity"] in ("warning", "critical")

@@ -33,7 +33,7 @@ def no_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             {"enable": True},
-            "args.enable: unknown key; known here: api_keys, source, since, max_since, slowest, max_age_s",
+            "args.enable: unknown key; known here: api_keys, source, metrics, since, max_since, slowest, max_age_s",
         ),
         ({"since": "15"}, "args.since: '15' must be a number followed by s, m, h or d, such as 15m"),
         ({"since": "9" * 60 + "s"}, "is longer than 3660d"),
