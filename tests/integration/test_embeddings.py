@@ -51,16 +51,16 @@ def client(port: int) -> openai.OpenAI:
 def test_embeddings_match_transformers_in_any_batch(
     deploy: Callable[..., int], direct: Callable[[str], np.ndarray], dtype: str, least: float
 ) -> None:
-    # Small runs: a processor without bfloat16 takes minutes to warm up with large ones.
+    # Small runs, and few texts: a processor without bfloat16 takes minutes for large ones.
     port = deploy(model={"dtype": dtype}, batching={"max_batch_tokens": 512})
-    texts = sentences(48, seed=1)
-    groups = [texts[:1], texts[1:4], texts[4:20], texts[20:21], texts[21:48]]
+    texts = sentences(48, seed=1)[: 48 if dtype == "float32" else 12]
+    groups = [texts[:1], texts[1:4], texts[4:8], texts[8:9], texts[9:]]
     with client(port) as api, ThreadPoolExecutor(len(groups)) as pool:
         answers = list(pool.map(lambda group: api.embeddings.create(model="all-MiniLM-L6-v2", input=group), groups))
     vectors = [np.array(item.embedding) for answer in answers for item in answer.data]
     cosines = [float(vector @ direct(text)) for vector, text in zip(vectors, texts, strict=True)]
 
-    assert [item.index for item in answers[-1].data] == list(range(27))
+    assert [item.index for item in answers[-1].data] == list(range(len(texts) - 9))
     assert min(cosines) >= least
     assert [np.linalg.norm(vector) for vector in vectors] == pytest.approx([1.0] * len(texts), abs=1e-4)
 
