@@ -21,7 +21,7 @@ from deployments.explain.traces.survey import survey
 from deployments.telemetry import names
 from deployments.telemetry.sampling.threshold import BITS
 from tests.backends.running import collector, jaeger
-from tests.support.made import SKEW, moved, otlp, request
+from tests.support.made import SKEW, moved, otlp, otlp_of, request
 
 REQUESTS, FAILED, SLOW = 5_000, 100, 250
 TOTAL_MS = 500_000.0
@@ -146,6 +146,24 @@ def test_more_traces_within_a_second_than_a_search_returns_are_read_whole(tmp_pa
         source = source_at(store.url)
         found = {root.key for root in source.roots(now_ns - 60 * 10**9)}
         assert (len(found), source.cut) == (count, 0)
+
+
+def test_what_the_replicas_decided_themselves_is_not_sampled_again(tmp_path: Path) -> None:
+    spans = [
+        replace(span, resource={**span.resource, "slowlens.telemetry.sampling.mode": "retroactive"})
+        for span in window()[:2000]
+    ]
+    with jaeger(tmp_path) as store:
+        with collector(tmp_path, store.endpoint) as running:
+            running.take(spans)
+            running.settle()
+        found = {span.key for span in source_at(store.url).traces({span.trace_id for span in spans})}
+    assert found == {(span.trace_id, _ident(span)) for span in spans}
+
+
+def _ident(span: Span) -> str:
+    ident: str = otlp_of(span)["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["spanId"]
+    return ident
 
 
 def test_both_apis_of_jaeger_say_the_same(kept: Kept) -> None:

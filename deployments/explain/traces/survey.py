@@ -172,10 +172,13 @@ def weighed(roots: Iterable[Root], since_ns: int) -> tuple[list[Root], Sample]:
     """Return each root once, with weights that add up to what was counted, and what they are of all requests."""
     every = list({root.key: root for root in roots}.values())
     found = Sample()
+    # One that began before the window would count all others that did, and one that began at its end those that have
+    # not ended yet, which have no trace either.
+    last_ns = max((root.ended_ns for root in every), default=0) - max((root.latency_ns for root in every), default=0)
     for root in every:
         found.add(root.weight)
-        # One that began before the window would count all others that did.
-        found.add_number((root.instance, root.model), root.number if root.started_ns >= since_ns else 0, root.weight)
+        is_within = since_ns <= root.started_ns <= last_ns
+        found.add_number((root.instance, root.model), root.number if is_within else 0, root.weight)
     found.conclude()
     if found.factor != 1:
         every = [replace(root, weight=root.weight * found.factor) if root.weight > 1 else root for root in every]

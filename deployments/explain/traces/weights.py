@@ -20,6 +20,8 @@ _SURE = 1.96
 """Standard errors on either side: 95 %."""
 _DOUBT, _MIN_MISSING, _MIN_SHARE = 4.0, 5, 0.01
 """Of traces that are missing: standard errors, how many, and of how many."""
+_MIN_DRAWN = 30
+"""Below that, what was counted is too few to correct weights by it."""
 _MOST_LOST = 0.1
 """Where more are missing and nothing says of sampling, something samples and does not say so."""
 
@@ -87,7 +89,9 @@ class Sample:
         sums = self._of_counted
         sums.weight += weight
         sums.variance += _variance(weight)
-        sums.uncertain += weight if weight > 1 else 0.0
+        if weight > 1:
+            sums.uncertain += weight
+            sums.drawn += 1
 
     def conclude(self) -> None:
         """Compare what the kept stand for with what was counted."""
@@ -97,7 +101,7 @@ class Sample:
         least = max(_MIN_MISSING, _MIN_SHARE * self.counted) + _DOUBT * math.sqrt(sums.variance)
         if missing > least:
             self.missing = round(missing)
-        elif sums.uncertain and self.counted > sums.weight - sums.uncertain:
+        elif sums.drawn >= _MIN_DRAWN and self.counted > sums.weight - sums.uncertain:
             # A sum that is known makes all others better (ratio estimation; Cochran, Sampling Techniques, ch. 6).
             self.factor = (self.counted - sums.weight + sums.uncertain) / sums.uncertain
 
@@ -128,6 +132,8 @@ class _Sums:
     variance: float = 0.0
     uncertain: float = 0.0
     """Of the weights of more than one."""
+    drawn: int = 0
+    """How many have such a weight."""
 
 
 def _variance(weight: float) -> float:

@@ -79,3 +79,18 @@ def test_failures_count_for_as_many_as_they_stand_for() -> None:
         replace(root, weight=weight) for root, weight in zip(roots(3, "model_failed"), (1.0, 100.0, 0.0), strict=True)
     ]
     assert survey([*roots(30), *failed], 0.05).errors == {"model_failed": 101}
+
+
+def test_requests_that_have_not_ended_are_not_missing() -> None:
+    """A hundred long ones are in progress, in a place where others take as long."""
+    every = [
+        Root((f"{n:032x}", "r"), n * 10**7, 10**9 if n % 3 else 30 * 10**9, "", number=n + 1, instance="i")
+        for n in range(6_000)
+    ]
+    ended = [root for root in every if root.ended_ns < 60 * 10**9]
+    found = survey(ended, 0.05)
+    assert 800 < len(every) - len(ended)
+    assert (found.sample.missing, found.sample.says_nothing) == (0, False)
+    # Lost ones are.
+    lost = survey([root for root in ended if not 1000 < root.number < 1500], 0.05)
+    assert lost.sample.missing == sum(1000 < root.number < 1500 for root in ended)

@@ -57,7 +57,9 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class Api:
-    def __init__(self, url: str) -> None:
+    """A server by its URL, which may have a user and a password; ``token`` names a variable with a bearer token."""
+
+    def __init__(self, url: str, token: str = "SLOWLENS_SOURCE_TOKEN") -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise SourceError(f"{without_password(url)!r} is not an http or https URL")
@@ -66,8 +68,8 @@ class Api:
         if parts.username is not None:
             pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             self._headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-        elif token := os.environ.get("SLOWLENS_SOURCE_TOKEN"):
-            self._headers["Authorization"] = f"Bearer {token}"
+        elif bearer := os.environ.get(token):
+            self._headers["Authorization"] = f"Bearer {bearer}"
 
     def text(self, path: str, query: dict[str, str]) -> str | None:
         """Return the response body; None if it is a 404. Raises SourceError."""
