@@ -181,7 +181,9 @@ def weighed(roots: Iterable[Root], since_ns: int) -> tuple[list[Root], Sample]:
         found.add_number((root.instance, root.model), root.number if is_within else 0, root.weight)
     found.conclude()
     if found.factor != 1:
-        every = [replace(root, weight=root.weight * found.factor) if root.weight > 1 else root for root in every]
+        every = [
+            replace(root, weight=max(1.0, root.weight * found.factor)) if root.weight > 1 else root for root in every
+        ]
     return every, found
 
 

@@ -61,7 +61,7 @@ class Sample:
         kept: traces that were read.
         stand_for: how many requests they stand for, by their weights.
         variance: of that estimate.
-        counted: how many there were by the numbers that each ingress gives its requests; 0 if there are none.
+        counted: how many there were by the numbers that each ingress gives its requests; 0 if they have none.
         missing: of those, how many have no trace although they should; 0 if chance explains it.
         factor: what weights of more than one have to be multiplied with, so that they add up to what was counted.
     """
@@ -72,7 +72,7 @@ class Sample:
     counted: int = 0
     missing: int = 0
     factor: float = 1.0
-    _numbers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    _numbers: dict[tuple[str, str], _Numbers] = field(default_factory=dict)
     _of_counted: _Sums = field(default_factory=lambda: _Sums())
 
     def add(self, weight: float) -> None:
@@ -84,8 +84,7 @@ class Sample:
         """Add the number that ``counter``, an ingress and a model, gave to a request; 0 if it has none."""
         if number <= 0:
             return
-        seen = self._numbers.setdefault(counter, [number, number])
-        seen[0], seen[1] = min(seen[0], number), max(seen[1], number)
+        self._numbers.setdefault(counter, _Numbers(number, number)).add(number)
         sums = self._of_counted
         sums.weight += weight
         sums.variance += _variance(weight)
@@ -96,7 +95,7 @@ class Sample:
     def conclude(self) -> None:
         """Compare what the kept stand for with what was counted."""
         sums = self._of_counted
-        self.counted = sum(last - first + 1 for first, last in self._numbers.values())
+        self.counted = round(sum(numbers.count() for numbers in self._numbers.values()))
         missing = self.counted - sums.weight
         least = max(_MIN_MISSING, _MIN_SHARE * self.counted) + _DOUBT * math.sqrt(sums.variance)
         if missing > least:
@@ -122,6 +121,25 @@ class Sample:
             return counted, counted
         error = _SURE * math.sqrt(self.variance)
         return max(self.kept, math.floor(self.stand_for - error)), math.ceil(self.stand_for + error)
+
+
+@dataclass(slots=True)
+class _Numbers:
+    """What one ingress gave to requests of one model."""
+
+    first: int
+    last: int
+    kept: int = 0
+
+    def add(self, number: int) -> None:
+        self.first, self.last = min(self.first, number), max(self.last, number)
+        self.kept += 1
+
+    def count(self) -> float:
+        """How many requests there were: before the first and after the last kept one as many as between two."""
+        between = self.last - self.first + 1
+        gap = (between - self.kept) / (self.kept - 1) if self.kept > 1 else 0.0
+        return between + 2 * max(0.0, gap)
 
 
 @dataclass(slots=True)

@@ -155,6 +155,20 @@ def test_weights_are_made_to_add_up_to_what_was_counted() -> None:
     assert found.interval() == (1000, 1000)
 
 
+def test_many_ingresses_with_few_requests_each_are_counted_without_bias() -> None:
+    chance = random.Random(8)
+    sample, there = Sample(), 0
+    for ingress in range(200):
+        for number in range(1, 101):
+            there += 1
+            if chance.random() < 0.1:
+                sample.add(10.0)
+                sample.add_number((f"{ingress}", "model"), number, 10.0)
+    sample.conclude()
+    assert sample.counted == pytest.approx(there, rel=0.02)
+    assert sample.missing == 0
+
+
 def test_what_is_missing_beyond_chance_is_counted() -> None:
     whole = numbered([(n, 1.0) for n in range(1, 1001)])
     assert (whole.missing, whole.is_sample, whole.says_nothing) == (0, False, False)
