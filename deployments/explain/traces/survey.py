@@ -181,10 +181,12 @@ def weighed(roots: Iterable[Root], since_ns: int) -> tuple[list[Root], Sample]:
         found.add_number((root.instance, root.model), root.number if is_within else 0, root.weight)
     found.conclude()
     if found.factor != 1:
-        every = [
-            replace(root, weight=max(1.0, root.weight * found.factor)) if root.weight > 1 else root for root in every
-        ]
+        every = [_reweighed(root, found.factor) if root.weight > 1 else root for root in every]
     return every, found
+
+
+def _reweighed(root: Root, factor: float) -> Root:
+    return replace(root, weight=max(1.0, root.weight * factor))
 
 
 def _by_model(roots: Iterable[Root]) -> dict[str, float]:
