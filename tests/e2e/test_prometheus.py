@@ -111,6 +111,7 @@ QUIET = {
 }
 WAIT = 'ai_autoscaling_queue_wait_ms_milliseconds{ai_autoscaling_deployment="Model"}'
 ERRORS = 'ai_inference_requests_total{outcome="error"}'
+ANSWERS = 'ai_inference_requests_total{outcome="ok"}'
 NEW_REPLICAS = {f'ai_model_loads_total{{instance="new-{number}"}}': "_x50 1x10" for number in range(6)}
 CASES: dict[str, tuple[dict[str, str], str, set[str]]] = {
     "quiet": ({}, "60m", set()),
@@ -129,6 +130,27 @@ CASES: dict[str, tuple[dict[str, str], str, set[str]]] = {
     ),
     "sequences wait for a full cache": ({'ai_queue_depth{instance="a"}': constant(3)}, "10m", {"SlowlensKvCacheFull"}),
     "many errors": ({ERRORS: rising(120)}, "70m", {"SlowlensErrorBudgetBurnsFast", "SlowlensErrorBudgetBurns"}),
+    "errors before and after a restart": (
+        {ERRORS: "0+120x35 0+120x60"},
+        "70m",
+        {"SlowlensErrorBudgetBurnsFast", "SlowlensErrorBudgetBurns"},
+    ),
+    "a restart": ({ANSWERS: "0+6000x30 0+6000x450", ERRORS: "0+1x30 0+1x450"}, "45m", set()),
+    "errors of a new replica": (
+        {'ai_inference_requests_total{outcome="error", instance="new"}': "_x50 0+600x30"},
+        "75m",
+        {"SlowlensErrorBudgetBurnsFast", "SlowlensErrorBudgetBurns"},
+    ),
+    "errors of a replica that left": (
+        {'ai_inference_requests_total{outcome="error", instance="gone"}': "0+600x60 _x400"},
+        "58m",
+        {"SlowlensErrorBudgetBurnsFast", "SlowlensErrorBudgetBurns"},
+    ),
+    "errors of a replica that left long ago": (
+        {'ai_inference_requests_total{outcome="error", instance="gone"}': "0+600x60 _x420"},
+        "8h",
+        set(),
+    ),
     "some errors for long": ({ERRORS: rising(40)}, "7h", {"SlowlensErrorBudgetBurns"}),
     "spans dropped": (
         {'ai_telemetry_dropped_records_total{instance="a"}': rising(60)},
