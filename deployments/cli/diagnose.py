@@ -17,7 +17,8 @@ from rich.text import Text
 from deployments.explain.counted import counter_at
 from deployments.explain.options import Against
 from deployments.explain.render.html import as_html
-from deployments.explain.render.text import ON_THEIR_WAY, as_json, as_text
+from deployments.explain.render.sample import ON_THEIR_WAY
+from deployments.explain.render.text import as_json, as_text
 from deployments.explain.render.waterfall import member_traces, members, spent, waterfall
 from deployments.explain.requests.breakdown import break_down
 from deployments.explain.requests.request import split

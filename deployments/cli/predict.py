@@ -11,7 +11,7 @@ from typing import Any, Literal
 from deployments.cli.diagnose import NothingToShow, opened, print_rich
 from deployments.errors import ConfigError
 from deployments.explain.counted import counter_at
-from deployments.explain.render.text import by_metrics
+from deployments.explain.render.sample import by_metrics
 from deployments.simulate.recording import NotReplayable, record
 from deployments.simulate.settings import parse_change
 from deployments.simulate.what_if import MODEL_REPLICAS, as_json, as_text, search, what_if

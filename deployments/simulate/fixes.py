@@ -7,7 +7,7 @@ from typing import Any
 
 from deployments.errors import ConfigError
 from deployments.explain.findings import Finding
-from deployments.explain.render.text import percentiles
+from deployments.explain.render.sample import percentiles
 from deployments.explain.traces.files import Source
 from deployments.explain.verdict import Verdict
 from deployments.simulate.recording import NotReplayable, Recording, record

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deployments.explain.counted import Counted
-from deployments.explain.render.text import as_document, iso_time, percentiles
+from deployments.explain.render.sample import as_document, percentiles
+from deployments.explain.render.text import iso_time
 from deployments.simulate.recording import REFUSED, Recording
 from deployments.simulate.replay import Replayed, replay
 from deployments.simulate.settings import changed, settings_of

@@ -18,16 +18,8 @@ from typing import Any
 
 from deployments.explain.findings import Finding
 from deployments.explain.periods import Judged
-from deployments.explain.render.text import (
-    by_metrics,
-    comparison,
-    doubts,
-    fix_text,
-    headline,
-    percentiles,
-    rows,
-    share_of,
-)
+from deployments.explain.render.sample import by_metrics, doubts, percentiles
+from deployments.explain.render.text import comparison, fix_text, headline, rows, share_of
 from deployments.explain.render.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
 from deployments.explain.requests.capture import BINS, Run, bin_ns
 from deployments.explain.requests.parts import fit_runs, median

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,20 +12,24 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from deployments.explain.counted import Counted
 from deployments.explain.findings import Finding
 from deployments.explain.fixes import Change
+from deployments.explain.render.sample import (
+    as_document,
+    by_metrics,
+    doubts,
+    intervals,
+    of_a_sample,
+    percentiles,
+    sampling,
+)
 from deployments.explain.requests.parts import PARTS
 from deployments.explain.requests.pattern import clock
 from deployments.explain.token_gaps import TokenGap
-from deployments.explain.traces.survey import Survey
-from deployments.explain.traces.weights import Sample, interval_of, percentile
+from deployments.explain.traces.weights import percentile
 from deployments.explain.verdict import Verdict
 
 _WIDTH = 30
-_LATE_S = 30.0
-ON_THEIR_WAY = "ours 10 s after the root has come, 70 s after the first span if the root is elsewhere"
-_PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 def as_json(verdict: Verdict) -> str:
@@ -53,45 +57,6 @@ def as_json(verdict: Verdict) -> str:
         document["first_token"] = {"latency_ms": percentiles(_latencies(first)), "findings": _findings(first)}
         document["slow_tokens"] = [_token_gap(gap) for gap in verdict.token_gaps]
     return json.dumps(document, indent=2)
-
-
-def sampling(verdict: Verdict) -> dict[str, Any]:
-    """What the kept traces are of all requests."""
-    survey = verdict.capture.survey
-    sample = survey.sample
-    return {
-        "kept": sample.kept,
-        "weights": "unknown" if sample.says_nothing else "known" if sample.is_sample else "none",
-        "requests_interval": list(sample.interval()),
-        "latency_ms_interval": {name: [round(ms, 3) for ms in both] for name, both in intervals(survey).items()},
-        "counted": sample.counted,
-        "missing": sample.missing,
-        "periods_cut": verdict.capture.cut,
-        "newest_s_ago": round(verdict.capture.late_s, 3),
-    }
-
-
-def intervals(survey: Survey) -> dict[str, tuple[float, float]]:
-    """Where the percentiles of all requests lie, with 95 % confidence; empty if all were kept."""
-    pairs = list(zip(survey.latencies_ms, survey.latency_weights, strict=True))
-    if not survey.sample.variance or not pairs:
-        return {}
-    return {name: interval_of(pairs, share) for name, share in _PERCENTILES.items() if share < 1}
-
-
-def as_document(found: Counted | None) -> dict[str, Any]:
-    """The same as ``metrics`` in JSON; empty if they were not asked."""
-    if found is None:
-        return {}
-    return {
-        "metrics": {
-            "url": found.url,
-            "requests": found.requests,
-            "outcomes": found.outcomes,
-            "latency_ms": found.latency_ms,
-            "lost": found.lost,
-        }
-    }
 
 
 def _compared(verdict: Verdict) -> dict[str, Any]:
@@ -208,54 +173,6 @@ def headline(verdict: Verdict) -> str:
     )
 
 
-def of_a_sample(sample: Sample) -> str:
-    """``estimated from the 412 whose traces were kept: 3,900 to 4,120 requests``."""
-    least, most = sample.interval()
-    between = f" ({least} to {most} requests, with 95% confidence)" if least < most else ""
-    return f"estimated from the {sample.kept} whose traces were kept{between}"
-
-
-def doubts(verdict: Verdict) -> Iterator[str]:
-    """Yield what a reader has to know before the numbers: whether they are those of all requests."""
-    sample = verdict.capture.survey.sample
-    if sample.says_nothing:
-        yield (
-            f"NOT OF ALL REQUESTS: the ingress counted {sample.counted} requests, and the traces of {sample.kept} are "
-            "here. The others were sampled away or lost, and the kept do not say for how many they stand (th in "
-            "tracestate, or ai.sampling.weight): counts, rates, percentiles and shares are those of the kept ones"
-        )
-    elif sample.missing:
-        yield (
-            f"of {sample.counted} requests that the ingress counted, the traces of about {sample.missing} are missing: "
-            "lost, or still on their way"
-        )
-    if verdict.capture.cut:
-        yield (
-            f"NOT OF ALL REQUESTS: in {verdict.capture.cut} short periods the store had more traces than it returns at "
-            "once; the others of these were not read"
-        )
-    if verdict.capture.late_s > _LATE_S:
-        yield (
-            f"the newest request here ended {verdict.capture.late_s:.0f} s ago; a Collector that samples passes a "
-            f"trace on when it has decided ({ON_THEIR_WAY})"
-        )
-
-
-def by_metrics(found: Counted | None) -> Iterator[str]:
-    """Yield a line with what metrics say of the window, if they were asked."""
-    if found is None:
-        return
-    rate = f" ({found.requests / found.seconds:.1f}/s)" if found.seconds else ""
-    failed = ", ".join(f"{count} {name}" for name, count in sorted(found.outcomes.items()) if name != "ok")
-    shown = ", ".join(f"{name} {ms:.0f} ms" for name, ms in found.latency_ms.items())
-    yield (
-        f"metrics of {found.url}: {found.requests} requests{rate}"
-        + (f", of them {failed}" if failed else "")
-        + (f"; {shown} of those answered" if shown else "")
-        + f"; {found.lost} spans and records lost"
-    )
-
-
 def comparison(verdict: Verdict) -> Iterator[str]:
     """Yield lines that say whose requests these are, if it is not clear; what the window is compared with, or since
     when requests take longer.
@@ -352,12 +269,6 @@ def stages(verdict: Verdict) -> list[dict[str, Any]]:
             }
         )
     return made
-
-
-def percentiles(ascending: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, float]:
-    """The percentiles that are shown, of values that stand for one each or for as many as their weights say."""
-    pairs = list(zip(ascending, weights or [1.0] * len(ascending), strict=True))
-    return {name: round(percentile(pairs, share), 3) for name, share in _PERCENTILES.items()}
 
 
 def iso_time(unix_ns: int) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from deployments.explain.render.text import percentiles
+from deployments.explain.render.sample import percentiles
 from deployments.explain.traces.survey import FAILED, ORDINARY, Root, survey
 from deployments.telemetry import names
 
