@@ -43,7 +43,8 @@ def doubts(verdict: Verdict) -> Iterator[str]:
         yield (
             f"these numbers are not of all requests: the ingress counted {sample.counted}, and the traces of "
             f"{sample.kept} are here. The others were sampled away or lost, and the kept do not say for how many they "
-            "stand (th in tracestate, or ai.sampling.weight): counts, rates, percentiles and shares are those of the kept ones"
+            "stand (th in tracestate, or ai.sampling.weight): counts, rates, percentiles and shares are those of the "
+            "kept ones"
         )
     elif sample.missing:
         yield (
