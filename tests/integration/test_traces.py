@@ -95,6 +95,7 @@ def test_one_request_produces_one_complete_trace(port: int, receiver: OtlpReceiv
 
     total = root.attributes.pop("ai.total_latency_ms")
     assert total == pytest.approx(root.ms, abs=0.01)
+    assert root.attributes.pop("ai.request.number") >= 1
     assert root.attributes == {
         "ai.request_id": "r-1",
         "ai.input_count": 1,
