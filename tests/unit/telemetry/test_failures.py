@@ -21,11 +21,13 @@ FAILED = "Failed to export %s to %s, error code: %s, error details: %s"
 def now_s() -> Iterator[list[float]]:
     """The clock of the only handler of the SDK's exporters."""
     before, OURS.handlers = OURS.handlers, []
+    # The exporter's module, once imported, keeps duplicates to itself.
+    filters, GRPC.filters = GRPC.filters, []
     clock = [0.0]
     OURS.addHandler(SaidOnce(lambda: clock[0]))
     OURS.propagate = False
     yield clock
-    OURS.handlers = before
+    OURS.handlers, GRPC.filters = before, filters
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
