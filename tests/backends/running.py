@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -58,9 +58,13 @@ class Collector(Running):
     metrics: str
     """Where Prometheus scrapes the replicas' metrics, and its own."""
     own_metrics: str
+    samples: bool = True
+    taken: set[str] = field(default_factory=set)
+    """The traces that ``take`` sent."""
 
     def take(self, spans: Sequence[Span]) -> None:
         """Send it spans."""
+        self.taken.update(span.trace_id for span in spans)
         for begin in range(0, len(spans), _AT_ONCE):
             resources = [one for span in spans[begin : begin + _AT_ONCE] for one in otlp_of(span)["resourceSpans"]]
             body = json.dumps({"resourceSpans": resources}).encode()
@@ -69,16 +73,19 @@ class Collector(Running):
                 assert answer.status == 200
 
     def settle(self) -> None:
-        """Wait until it has decided on all that it holds, and passed on what it keeps."""
+        """Wait until it has decided on all that it took, and passed on what it keeps."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
+            seen = (
+                self.own("otelcol_processor_tail_sampling_new_trace_id_received") if self.samples else len(self.taken)
+            )
             held = self.own("otelcol_processor_tail_sampling_sampling_traces_on_memory")
             kept = self.own("otelcol_processor_outgoing_items", processor="transform")
             sent = self.own("otelcol_exporter_sent_spans", exporter="otlp_grpc")
-            if not held and kept == sent:
+            if seen >= len(self.taken) and not held and kept and kept == sent:
                 return
             time.sleep(0.1)
-        raise AssertionError(f"the Collector still holds {held} traces, and {kept - sent} spans that it keeps")
+        raise AssertionError(f"{seen} of {len(self.taken)} traces came, {held} are held, {kept - sent} spans wait")
 
     def drained(self) -> None:
         """Wait until it has passed on what an earlier one had left on disk."""
@@ -137,7 +144,7 @@ def collector(
     gates = [argument for argument in arguments if argument.startswith("--feature-gates")]
     with _running([str(program("collector")), f"--config={path}", *gates], folder / "collector.log") as process:
         _until(lambda: get(f"http://{health}/") is not None, process, folder / "collector.log")
-        yield Collector(
+        yield Collector(, samples=samples)
             process,
             folder / "collector.log",
             f"http://{otlp}",

@@ -37,10 +37,11 @@ class Kept:
     """A Jaeger with those that the Collector kept."""
 
 
-def window() -> list[Span]:
+def window(count: int = REQUESTS) -> list[Span]:
     """Some minutes until now: 2 % of the requests fail, 5 % have long inputs and take more than half a second."""
     chance = random.Random(11)
-    kinds = ["failed"] * FAILED + ["slow"] * SLOW + ["ordinary"] * (REQUESTS - FAILED - SLOW)
+    failed, slow = count * FAILED // REQUESTS, count * SLOW // REQUESTS
+    kinds = ["failed"] * failed + ["slow"] * slow + ["ordinary"] * (count - failed - slow)
     chance.shuffle(kinds)
     spans: list[Span] = []
     for number, kind in enumerate(kinds):
@@ -54,7 +55,7 @@ def window() -> list[Span]:
             "busy": chance.random() * 20,
             "there": 1 + chance.random(),
         }
-        spans += identified(number, request(number, number * TOTAL_MS / REQUESTS, **usual | unusual[kind]), chance)
+        spans += identified(number, request(number, number * TOTAL_MS / count, **usual | unusual[kind]), chance)
     last_ns = max(span.end_ns for span in spans)
     return moved(spans, time.time_ns() - 10**9 - last_ns)
 
@@ -151,7 +152,7 @@ def test_more_traces_within_a_second_than_a_search_returns_are_read_whole(tmp_pa
 def test_what_the_replicas_decided_themselves_is_not_sampled_again(tmp_path: Path) -> None:
     spans = [
         replace(span, resource={**span.resource, "slowlens.telemetry.sampling.mode": "retroactive"})
-        for span in window()[:2000]
+        for span in window(200)
     ]
     with jaeger(tmp_path) as store:
         with collector(tmp_path, store.endpoint) as running:
