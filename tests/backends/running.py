@@ -144,13 +144,14 @@ def collector(
     gates = [argument for argument in arguments if argument.startswith("--feature-gates")]
     with _running([str(program("collector")), f"--config={path}", *gates], folder / "collector.log") as process:
         _until(lambda: get(f"http://{health}/") is not None, process, folder / "collector.log")
-        yield Collector(, samples=samples)
+        yield Collector(
             process,
             folder / "collector.log",
             f"http://{otlp}",
             f"http://{http}",
             f"http://{metrics}/metrics",
             f"http://{own}/metrics",
+            samples,
         )
 
 

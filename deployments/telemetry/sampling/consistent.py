@@ -11,6 +11,7 @@ sampler applies, it keeps the runs of every request that it keeps, and drops tho
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -38,6 +39,7 @@ def randomness(trace_id: int, state: TraceState | None) -> int:
     return trace_id & _MASK
 
 
+@functools.lru_cache(maxsize=64)
 def as_state(at_least: int) -> TraceState:
     """``ot=th:c``: kept by this threshold."""
     return TraceState([(_KEY, written(at_least))])
