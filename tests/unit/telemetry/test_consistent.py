@@ -8,10 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.context import Context
+from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Decision, ParentBased, TraceIdRatioBased
-from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, TraceState, set_span_in_context
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    TraceFlags,
+    TraceState,
+    get_current_span,
+    set_span_in_context,
+)
 
 from deployments.explain.traces.weights import Sample, interval_of, percentile, weight_of_request, weight_of_run
+from deployments.telemetry.measures import Measures
 from deployments.telemetry.sampling.consistent import ConsistentSampler, as_state, randomness, trace_of_run
 from deployments.telemetry.sampling.threshold import BITS, threshold, written
 
@@ -180,3 +189,25 @@ def test_what_is_missing_beyond_chance_is_counted() -> None:
     sampled = numbered([(n, 10.0) for n in range(1, 1001, 10) if not 400 <= n < 900])
     assert sampled.missing == pytest.approx(500, abs=40)
     assert not sampled.says_nothing
+
+
+@pytest.mark.parametrize(
+    ("trace_id", "state", "special", "found"),
+    [
+        (2**BITS - 1, {"ot": "th:0"}, False, True),
+        (2**BITS // 2, {"ot": "th:0"}, False, False),
+        (2**BITS // 2, {"ot": "th:0"}, True, True),
+        (2**BITS // 2, {"ot": "th:0;rv:ffffffffffffff"}, False, True),
+        # A caller's, which the Collector hashes.
+        (2**BITS - 1, {"vendor": "1"}, False, False),
+    ],
+)
+def test_exemplars_are_of_traces_that_the_collector_keeps(
+    trace_id: int, state: dict[str, str], special: bool, found: bool
+) -> None:
+    context = member(trace_id, TraceState(list(state.items())))
+    for is_sampled_later in (False, True):
+        meter = NoOpMeterProvider().get_meter("test")
+        measures = Measures(meter, "ingress", "model", is_sampled_later=is_sampled_later)
+        exemplar = measures.exemplar(context, is_special=special)
+        assert get_current_span(exemplar).get_span_context().is_valid == (found or not is_sampled_later)
