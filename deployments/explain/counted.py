@@ -81,18 +81,28 @@ def counter_at(url: str, model: str | None) -> Callable[[tuple[int, int], float]
         for name, share in PERCENTILES.items():
             for _, value in _query(api, f"histogram_quantile({share}, {buckets})", at_s):
                 found.latency_ms[name] = round(value, 3)
-        collector = [f'{{__name__=~"otelcol_{name}(_total)?"}}' for name in _OF_THE_COLLECTOR]
-        for lost in (*_LOSSES, *collector):
-            found.lost += sum(round(value) for _, value in _query(api, f"sum ({_grown(lost, seconds)})", at_s))
+        lost = [_grown(counter, seconds) for counter in _LOSSES]
+        for name in _OF_THE_COLLECTOR:
+            lost.append(_increased(f'{{__name__=~"otelcol_{name}(_total)?"}}', seconds))
+        for counted in lost:
+            found.lost += sum(round(value) for _, value in _query(api, f"sum ({counted})", at_s))
         return found
 
     return ask
 
 
 def _grown(counter: str, seconds: int) -> str:
-    """PromQL for what a counter counted in the last seconds: all of it where it began then, and so has no increase
-    from nothing to its first value.
+    """PromQL for what a counter of one process counted in the last seconds: all of it where it began then.
+
+    ``increase`` extrapolates to the ends of the window, which is wrong for a burst. It is for counters that start anew
+    under the same name; a process that starts anew has another.
     """
+    before, within = f"{counter} offset {seconds}s", f"last_over_time({counter}[{seconds}s])"
+    return f"clamp_min({within} - {before}, 0) or ({within} unless {before})"
+
+
+def _increased(counter: str, seconds: int) -> str:
+    """The same for a counter that may start anew."""
     before, within = f"{counter} offset {seconds}s", f"{counter}[{seconds}s]"
     return f"(increase({within}) and {before}) or (last_over_time({within}) unless {before})"
 
