@@ -95,7 +95,7 @@ class DiagnosisPage:
 
     def _read(self, since_s: int, slowest: float, model: str | None) -> Verdict:
         try:
-            count = counter_at(self._config.metrics, model) if self._config.metrics else None
+            count = counter_at(self._config.metrics, model)
             return examine(source_at(self._where, model), slowest, time.time_ns() - since_s * 10**9, count=count)
         except NoSuchModel as error:
             raise NotFound(str(error)) from None

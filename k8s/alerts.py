@@ -6,29 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.telemetry import metrics
-from deployments.telemetry.export.prometheus_names import label, series
-from k8s.dashboards import LOST_SPANS, REFUSED_SPANS
+from deployments.telemetry.export.prometheus_names import (
+    LOST_BY_PROCESSES,
+    LOST_BY_THE_COLLECTOR,
+    label,
+    of_the_collector,
+    series,
+)
 
 OBJECTIVE = 0.999
 """Target share of requests that succeed, not counting invalid and cancelled ones."""
 _DEPLOYMENT = f"{label('ai.autoscaling.application')}, {label('ai.autoscaling.deployment')}"
-_LOSSES = (
-    series(metrics.DROPPED_RECORDS),
-    series(metrics.UNWRITTEN_SPANS),
-    LOST_SPANS,
-    REFUSED_SPANS,
-    # The Collector's own metrics; the suffix depends on its version. One selector each: `rate` drops the name.
-    *(
-        f'{{__name__=~"otelcol_{name}(_total)?"}}'
-        for name in (
-            "exporter_send_failed_spans",
-            "exporter_enqueue_failed_spans",
-            "receiver_refused_spans",
-            "receiver_refused_metric_points",
-            "processor_tail_sampling_sampling_trace_dropped_too_early",
-        )
-    ),
-)
+_LOSSES = (*LOST_BY_PROCESSES, *LOST_BY_THE_COLLECTOR, of_the_collector("receiver_refused_metric_points"))
 _WHY = "slowlens why --source $TRACES_URL --metrics $PROMETHEUS_URL --since"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deployments.telemetry import metrics
-from deployments.telemetry.export.prometheus_names import label, series
+from deployments.telemetry.export.prometheus_names import LOST_SPANS, REFUSED_SPANS, label, series
 from deployments.telemetry.metrics import MetricSpec
 
 RATE = "$__rate_interval"
@@ -16,10 +16,6 @@ MODEL = 'model=~"$model"'
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _WIDTH, _HEIGHT = 12, 8
 _DEPLOYMENT = label("ai.autoscaling.deployment")
-LOST_SPANS = 'otel_sdk_exporter_span_exported_total{error_type!=""}'
-"""OpenTelemetry SDK metric: spans that an exporter could not deliver."""
-REFUSED_SPANS = 'otel_sdk_processor_span_processed_total{error_type!=""}'
-"""OpenTelemetry SDK metric: spans rejected because the queue was full."""
 
 
 @dataclass(frozen=True, slots=True)

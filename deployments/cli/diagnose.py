@@ -56,7 +56,7 @@ def why(
         if against is not None:
             other = stack.enter_context(opened(against.source, model)) if against.source is not None else source
             then = other, against.since_ns, against.until_ns
-        verdict = examine(source, slowest, since_ns, then, counter_at(metrics, model) if metrics else None)
+        verdict = examine(source, slowest, since_ns, then, counter_at(metrics, model))
         if then is None and any(finding.fix.changes for finding in verdict.findings):
             # Imported only here so that a verdict without a setting to change does not wait for it.
             from deployments.simulate.fixes import predict_fixes
@@ -130,8 +130,7 @@ def _now(where: str, since_s: int, slowest: float, model: str | None, metrics: s
     now_ns = time.time_ns()
     try:
         source = source_at(where, model)
-        count = counter_at(metrics, model) if metrics else None
-        verdict = examine(source, slowest, now_ns - since_s * 10**9, count=count)
+        verdict = examine(source, slowest, now_ns - since_s * 10**9, count=counter_at(metrics, model))
     except FileNotFoundError:
         return Text(f"no traces at {where} yet")
     except NoSuchModel as error:

@@ -59,7 +59,8 @@ def predict(
     with opened(where, model) as source:
         try:
             recording = record(source, since_ns)
-            counted = counter_at(metrics, model)(recording.window_ns, time.time()) if metrics else None
+            count = counter_at(metrics, model)
+            counted = count(recording.window_ns, time.time()) if count is not None else None
             if asked.target_p99_s is not None:
                 found = search(recording, asked.target_p99_s * 1e3, asked.rate, _say_try)
             else:

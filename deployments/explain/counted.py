@@ -13,26 +13,13 @@ from typing import Any
 
 from deployments.explain.traces.otlp import NOT_OTLP, printable
 from deployments.explain.traces.servers.http_api import Api, SourceError
+from deployments.explain.traces.weights import PERCENTILES
 from deployments.telemetry import metrics
-from deployments.telemetry.export.prometheus_names import prometheus_name, series
+from deployments.telemetry.export.prometheus_names import LOST_BY_PROCESSES, LOST_BY_THE_COLLECTOR, series
 
-PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 _SCRAPE_S = 30
 """Two scrapes: counters of a window are seen this much later."""
 _SHORTEST_S = 60
-_FAILED = '{error_type!=""}'
-_LOSSES = (
-    series(metrics.DROPPED_RECORDS),
-    series(metrics.UNWRITTEN_SPANS),
-    prometheus_name("otel.sdk.exporter.span.exported", "counter", "{span}") + _FAILED,
-    prometheus_name("otel.sdk.processor.span.processed", "counter", "{span}") + _FAILED,
-)
-_OF_THE_COLLECTOR = (
-    "exporter_send_failed_spans",
-    "exporter_enqueue_failed_spans",
-    "receiver_refused_spans",
-    "processor_tail_sampling_sampling_trace_dropped_too_early",
-)
 
 
 @dataclass(slots=True)
@@ -58,11 +45,13 @@ class Counted:
         return sum(self.outcomes.values())
 
 
-def counter_at(url: str, model: str | None) -> Callable[[tuple[int, int], float], Counted]:
-    """Return what asks this Prometheus what was counted in a window, of one model or of all.
+def counter_at(url: str | None, model: str | None) -> Callable[[tuple[int, int], float], Counted] | None:
+    """Return what asks this Prometheus what was counted in a window, of one model or of all; None if there is none.
 
     The window is in Unix nanoseconds, and the second argument the current time in seconds. Raises SourceError.
     """
+    if url is None:
+        return None
     # The token of the trace store is not for others.
     api = Api(url, token="SLOWLENS_METRICS_TOKEN")
     of_model = f'model="{_quoted(model)}"' if model is not None else ""
@@ -81,9 +70,8 @@ def counter_at(url: str, model: str | None) -> Callable[[tuple[int, int], float]
         for name, share in PERCENTILES.items():
             for _, value in _query(api, f"histogram_quantile({share}, {buckets})", at_s):
                 found.latency_ms[name] = round(value, 3)
-        lost = [_grown(counter, seconds) for counter in _LOSSES]
-        for name in _OF_THE_COLLECTOR:
-            lost.append(_increased(f'{{__name__=~"otelcol_{name}(_total)?"}}', seconds))
+        lost = [_grown(counter, seconds) for counter in LOST_BY_PROCESSES]
+        lost += [_increased(counter, seconds) for counter in LOST_BY_THE_COLLECTOR]
         for counted in lost:
             found.lost += sum(round(value) for _, value in _query(api, f"sum ({counted})", at_s))
         return found

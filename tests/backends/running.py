@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +19,12 @@ import yaml
 from deployments.explain.traces.otlp import Span
 from tests.backends.programs import program
 from tests.support.made import otlp_of
+from tests.support.process import wait_for
 from tests.support.prometheus import Prometheus
 
 BASE = Path(__file__).parents[2] / "k8s" / "base"
 _AT_ONCE = 1000
+_WAITING = ("otelcol_exporter_queue_size", "otelcol_exporter_in_flight_requests")
 _FASTER = 10
 """The Collector's waits are divided by it."""
 
@@ -90,7 +92,8 @@ class Collector(Running):
     def drained(self) -> None:
         """Wait until it has passed on what an earlier one had left on disk."""
         deadline = time.monotonic() + 60
-        while self.own("otelcol_exporter_queue_size") or self.own("otelcol_exporter_in_flight_requests"):
+        # Its queue has a capacity as soon as it is read from the disk.
+        while not self.own("otelcol_exporter_queue_capacity") or any(map(self.own, _WAITING)):
             assert time.monotonic() < deadline, "the queue is not empty"
             time.sleep(0.1)
 
@@ -143,7 +146,7 @@ def collector(
     arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
     gates = [argument for argument in arguments if argument.startswith("--feature-gates")]
     with _running([str(program("collector")), f"--config={path}", *gates], folder / "collector.log") as process:
-        _until(lambda: get(f"http://{health}/") is not None, process, folder / "collector.log")
+        wait_for(lambda: _answers(f"http://{health}/"), folder / "collector.log", process)
         yield Collector(
             process,
             folder / "collector.log",
@@ -170,7 +173,7 @@ def jaeger(folder: Path) -> Iterator[Jaeger]:
     path = folder / "jaeger.yaml"
     path.write_text(yaml.safe_dump(config))
     with _running([str(program("jaeger")), f"--config={path}"], folder / "jaeger.log") as process:
-        _until(lambda: get(f"http://{query}/api/services") is not None, process, folder / "jaeger.log")
+        wait_for(lambda: _answers(f"http://{query}/api/services"), folder / "jaeger.log", process)
         yield Jaeger(process, folder / "jaeger.log", otlp, f"http://{query}")
         # Badger takes ten seconds to close.
         process.kill()
@@ -219,18 +222,16 @@ def prometheus(folder: Path, running: Collector) -> Iterator[Prometheus]:
         *arguments,
     ]
     with _running(command, folder / "prometheus.log") as process:
-        _until(lambda: get(f"http://{address}/-/ready") is not None, process, folder / "prometheus.log")
+        wait_for(lambda: _answers(f"http://{address}/-/ready"), folder / "prometheus.log", process)
         yield Prometheus(f"http://{address}")
 
 
-def _until(done: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError):
-            if done():
-                return
-        time.sleep(0.1)
-    raise AssertionError(f"not ready (exit {process.poll()}):\n{log.read_text(errors='replace')[-3000:]}")
+def _answers(url: str) -> bool:
+    try:
+        get(url)
+    except OSError:
+        return False
+    return True
 
 
 def get(url: str, **headers: str) -> bytes:

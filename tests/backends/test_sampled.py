@@ -21,7 +21,7 @@ from deployments.explain.traces.survey import survey
 from deployments.telemetry import names
 from deployments.telemetry.sampling.threshold import BITS
 from tests.backends.running import collector, jaeger
-from tests.support.made import SKEW, moved, otlp, otlp_of, request
+from tests.support.made import SKEW, ident_of, moved, otlp, request
 
 REQUESTS, FAILED, SLOW = 5_000, 100, 250
 TOTAL_MS = 500_000.0
@@ -159,12 +159,7 @@ def test_what_the_replicas_decided_themselves_is_not_sampled_again(tmp_path: Pat
             running.take(spans)
             running.settle()
         found = {span.key for span in source_at(store.url).traces({span.trace_id for span in spans})}
-    assert found == {(span.trace_id, _ident(span)) for span in spans}
-
-
-def _ident(span: Span) -> str:
-    ident: str = otlp_of(span)["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["spanId"]
-    return ident
+    assert found == {(span.trace_id, ident_of(span.span_id)) for span in spans}
 
 
 def test_both_apis_of_jaeger_say_the_same(kept: Kept) -> None:

@@ -167,13 +167,13 @@ def otlp_of(one: Span) -> dict[str, Any]:
     """A ``TracesData`` object."""
     made: dict[str, Any] = {
         "traceId": one.trace_id,
-        "spanId": _ident(one.span_id),
-        "parentSpanId": _ident(one.parent_id),
+        "spanId": ident_of(one.span_id),
+        "parentSpanId": ident_of(one.parent_id),
         "name": one.name,
         "startTimeUnixNano": str(one.start_ns),
         "endTimeUnixNano": str(one.end_ns),
         "attributes": [{"key": key, "value": _value(content)} for key, content in one.attributes.items()],
-        "links": [{"traceId": trace, "spanId": _ident(name)} for trace, name in one.links],
+        "links": [{"traceId": trace, "spanId": ident_of(name)} for trace, name in one.links],
         "status": {"code": 2} if one.failed else {},
     }
     if state := one.attributes.get(names.W3C_TRACESTATE):
@@ -193,5 +193,5 @@ def _value(content: Any) -> dict[str, Any]:
     return kinds.get(type(content), lambda v: {"stringValue": v})(content)
 
 
-def _ident(name: str) -> str:
+def ident_of(name: str) -> str:
     return name.encode().hex().ljust(16, "0") if name else ""

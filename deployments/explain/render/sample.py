@@ -7,12 +7,12 @@ from typing import Any
 
 from deployments.explain.counted import Counted
 from deployments.explain.traces.survey import Survey
-from deployments.explain.traces.weights import Sample, interval_of, percentile
+from deployments.explain.traces.weights import PERCENTILES, Sample, interval_of, percentile
 from deployments.explain.verdict import Verdict
 
 _LATE_S = 30.0
 ON_THEIR_WAY = "ours 10 s after the root has come, 70 s after the first span if the root is elsewhere"
-_PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
+_PERCENTILES = PERCENTILES | {"max": 1.0}
 
 
 def percentiles(ascending: Sequence[float], weights: Sequence[float] | None = None) -> dict[str, float]:
@@ -26,7 +26,7 @@ def intervals(survey: Survey) -> dict[str, tuple[float, float]]:
     pairs = list(zip(survey.latencies_ms, survey.latency_weights, strict=True))
     if not survey.sample.variance or not pairs:
         return {}
-    return {name: interval_of(pairs, share) for name, share in _PERCENTILES.items() if share < 1}
+    return {name: interval_of(pairs, share) for name, share in PERCENTILES.items()}
 
 
 def of_a_sample(sample: Sample) -> str:

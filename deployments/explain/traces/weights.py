@@ -15,6 +15,8 @@ from typing import Any
 from deployments.telemetry import names
 from deployments.telemetry.sampling.threshold import BITS, threshold
 
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+"""Those that are shown."""
 _MOST = 1e9
 _SURE = 1.96
 """Standard errors on either side: 95 %."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from deployments.telemetry.metrics import MetricSpec
+from deployments.telemetry.metrics import DROPPED_RECORDS, UNWRITTEN_SPANS, MetricSpec
 
 _UNITS = {
     "ms": "milliseconds",
@@ -44,3 +44,28 @@ def prometheus_name(name: str, kind: str, unit: str) -> str:
 def label(attribute: str) -> str:
     """Return an attribute name as a Prometheus label."""
     return re.sub(r"[^a-zA-Z0-9_]", "_", attribute)
+
+
+def of_the_collector(name: str) -> str:
+    """Select one of the Collector's own counters; whether it has a suffix depends on its version."""
+    return f'{{__name__=~"otelcol_{name}(_total)?"}}'
+
+
+LOST_SPANS = 'otel_sdk_exporter_span_exported_total{error_type!=""}'
+"""OpenTelemetry SDK metric: spans that an exporter could not deliver."""
+REFUSED_SPANS = 'otel_sdk_processor_span_processed_total{error_type!=""}'
+"""OpenTelemetry SDK metric: spans rejected because the queue was full."""
+LOST_BY_PROCESSES = (series(DROPPED_RECORDS), series(UNWRITTEN_SPANS), LOST_SPANS, REFUSED_SPANS)
+"""What counts the spans and records that our processes lost."""
+LOST_BY_THE_COLLECTOR = tuple(
+    map(
+        of_the_collector,
+        (
+            "exporter_send_failed_spans",
+            "exporter_enqueue_failed_spans",
+            "receiver_refused_spans",
+            "processor_tail_sampling_sampling_trace_dropped_too_early",
+        ),
+    )
+)
+"""What counts those that the Collector lost. One selector each: a rate drops the name."""
