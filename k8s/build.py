@@ -39,8 +39,11 @@ def dumped(document: Any) -> str:
     return yaml.dump(document, Dumper=_Block, sort_keys=False, width=10_000)
 
 
-def serve_config(*, gpus_per_model_replica: float = 0) -> dict[str, Any]:
-    """Return serve_config.yaml with the settings that differ on a cluster."""
+def serve_config(*, replicas: int = 2, gpus_per_model_replica: float = 0) -> dict[str, Any]:
+    """Return serve_config.yaml with the settings that differ on a cluster.
+
+    replicas: how many of each stage there are at least; two or more are on as many workers.
+    """
     config: dict[str, Any] = copy.deepcopy(yaml.safe_load(SERVE_CONFIG.read_text()))
     # Listen on the pod's address; the NetworkPolicy decides who may connect.
     config["http_options"]["host"] = "0.0.0.0"
@@ -49,6 +52,9 @@ def serve_config(*, gpus_per_model_replica: float = 0) -> dict[str, Any]:
     # The Collector decides which traces are kept.
     config["applications"][0]["args"]["telemetry"]["sampling"]["mode"] = "tail"
     for deployment in config["applications"][0]["deployments"]:
+        deployment["autoscaling_config"]["min_replicas"] = replicas
+        if replicas > 1:
+            deployment["max_replicas_per_node"] = 1
         if deployment["name"] == "Model" and gpus_per_model_replica:
             deployment["ray_actor_options"]["num_gpus"] = gpus_per_model_replica
     return config
@@ -68,6 +74,7 @@ def files() -> dict[Path, str]:
     made = {
         HERE / "base" / "serve.yaml": serve_patch(serve_config()),
         HERE / "overlays" / "gpu" / "serve.yaml": serve_patch(serve_config(gpus_per_model_replica=1)),
+        HERE / "overlays" / "small" / "serve.yaml": serve_patch(serve_config(replicas=1)),
         HERE / "base" / "prometheus" / "rules.yaml": _MADE + dumped(rules()),
     }
     for uid in DASHBOARDS:

@@ -19,6 +19,8 @@ from deployments.explain.options import Against, against, duration_s, factor, sh
 
 Value = TypeVar("Value")
 _TRACE_ID_DIGITS = 32
+_PORTS = (8000, 9000)
+"""Of serve_config.yaml: HTTP and gRPC."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = commands.parse_args(given[: len(given) - len(passed_on)])
     if options.command == "serve":
         return _serve(options.config, passed_on)
+    if options.command == "drain":
+        from deployments.cli.drain import run
+
+        return run(options.deadline_s, options.ports or _PORTS)
     where = options.source or str(TelemetryConfig().store_directory())
     try:
         _ask(options, where)
@@ -129,6 +135,29 @@ def parser() -> argparse.ArgumentParser:
         usage="slowlens serve [CONFIG] [arguments of serve run ...]",
     )
     serve.add_argument("config", nargs="?", type=Path, default=Path("serve_config.yaml"), metavar="CONFIG")
+    leaving = commands.add_parser(
+        "drain",
+        help="take this node of a Ray cluster out of service, before it is stopped",
+        description="On a worker: Serve starts its replicas elsewhere, or lets them answer what they have; clients are "
+        "told to connect anew. Waits until no replica and no connection is left. The only worker goes on until another "
+        "one serves. On the head: waits until no worker is being drained.",
+    )
+    leaving.add_argument(
+        "--deadline-s",
+        type=float,
+        default=690,
+        metavar="SECONDS",
+        help="when to give up (690). Replicas for which there is no place end so long before it as Serve's "
+        "`graceful_shutdown_timeout_s` (605)",
+    )
+    leaving.add_argument(
+        "--port",
+        dest="ports",
+        type=int,
+        action="append",
+        metavar="PORT",
+        help="where clients connect, HTTP first; may be repeated (8000 and 9000)",
+    )
     verdict = commands.add_parser("why", help="explain why the slow requests were slow")
     _add_source(verdict)
     _add_model(verdict)

@@ -48,6 +48,26 @@ FAST: dict[str, Setting] = {
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": Setting(
         "75", "How long a client of HAProxy may send or take nothing, instead of an hour."
     ),
+    "RAY_SERVE_HAPROXY_TIMEOUT_CONNECT_S": Setting(
+        "1", "How long HAProxy waits for an ingress replica to accept a connection; then it asks another."
+    ),
+    # Serve writes this as it is into HAProxy's `default-server inter ...`.
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": Setting(
+        "2s tcp-ut 2s",
+        "HAProxy checks ingress replicas every 2 s, and gives a connection up after 2 s in which the other machine has "
+        "not acknowledged what was sent. (A replica that is only busy acknowledges: its kernel does.)",
+    ),
+    "RAY_SERVE_HAPROXY_RETRY_ON": Setting(
+        "conn-failure empty-response",
+        "A request of up to 16 KiB whose ingress replica died without an answer is sent to another. Inference changes "
+        "nothing, so it may be done twice.",
+    ),
+    "RAY_SERVE_HAPROXY_RETRIES": Setting("1", "Send a request once more, at most: what kills replicas kills only two."),
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": Setting(
+        "605",
+        "When ingress replicas come or go HAProxy is replaced; how long the one before may finish its requests, as long "
+        "as the longest deadline (`limits.max_timeout_ms`). (Serve's 120 s cut longer streams.)",
+    ),
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": Setting(
         "67108864", "Largest message over gRPC, in bytes, instead of 2 GiB. `limits.max_body_bytes` is checked later."
     ),

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ import promql_parser
 import pytest
 import ray
 import yaml
-from ray.scripts.scripts import drain_node
 from ray.serve.schema import ServeDeploySchema
 
 from deployments import __version__
+from deployments.cli.main import parser
 from deployments.cli.serve import FAST
 from deployments.config import AppConfig
 from deployments.telemetry.export.prometheus_names import prometheus_name, series
@@ -31,7 +32,7 @@ from k8s.build import HERE, SERVE_CONFIG, files
 from k8s.dashboards import DASHBOARDS, dashboard
 from tests.unit.test_config import unknown_keys
 
-OVERLAYS = ("cpu", "gpu", "cpu with all components")
+OVERLAYS = ("cpu", "gpu", "small", "cpu with all components")
 COMPONENTS = ("grafana", "collectors")
 OURS = {"RayService", "Kustomization"}
 CRD = "SLOWLENS_KUBERAY_CRD"
@@ -87,18 +88,12 @@ def pod_specs(resources: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, 
 # --- Kubernetes and KubeRay schemas ----------------------------------------------------------------------------------
 
 
-def test_core_resources_are_valid_for_kubernetes(resources: list[dict[str, Any]]) -> None:
+def test_core_resources_are_valid_for_kubernetes(overlay: str, resources: list[dict[str, Any]]) -> None:
     core = [one for one in resources if one["kind"] not in OURS]
 
-    assert {one["kind"] for one in core} == {
-        "ConfigMap",
-        "Deployment",
-        "Namespace",
-        "NetworkPolicy",
-        "Service",
-        "ServiceAccount",
-        "StatefulSet",
-    }
+    always = {"ConfigMap", "Deployment", "Namespace", "NetworkPolicy", "PriorityClass", "Service", "ServiceAccount"}
+    of_two = set() if overlay == "small" else {"PodDisruptionBudget", "Role", "RoleBinding"}
+    assert {one["kind"] for one in core} == always | of_two | {"StatefulSet"}
     for one in core:
         kubernetes_validate.validate(one, "1.34", strict=True)
 
@@ -132,7 +127,9 @@ def strict(schema: Any) -> None:
 
 
 def test_everything_is_in_one_namespace(resources: list[dict[str, Any]]) -> None:
-    assert {one["metadata"].get("namespace") for one in resources if one["kind"] != "Namespace"} == {"slowlens"}
+    of_the_cluster = ("Namespace", "PriorityClass")
+    inside = [one for one in resources if one["kind"] not in of_the_cluster]
+    assert {one["metadata"].get("namespace") for one in inside} == {"slowlens"}
 
 
 # --- Serve configuration ---------------------------------------------------------------------------------------------
@@ -145,6 +142,10 @@ def test_the_serve_config_matches_the_repository(overlay: str, resources: list[d
     expected["http_options"]["host"] = "0.0.0.0"
     expected["logging_config"]["encoding"] = "JSON"
     expected["applications"][0]["args"]["telemetry"]["sampling"]["mode"] = "tail"
+    for deployment in expected["applications"][0]["deployments"]:
+        if overlay != "small":
+            deployment["autoscaling_config"]["min_replicas"] = 2
+            deployment["max_replicas_per_node"] = 1
     if overlay == "gpu":
         (model,) = (one for one in expected["applications"][0]["deployments"] if one["name"] == "Model")
         model["ray_actor_options"]["num_gpus"] = 1
@@ -184,12 +185,12 @@ def test_versions_match_the_package(resources: list[dict[str, Any]]) -> None:
 # --- how it runs -----------------------------------------------------------------------------------------------------
 
 
-def test_the_head_runs_no_work_and_receives_no_requests(resources: list[dict[str, Any]]) -> None:
+def test_the_head_runs_no_work_and_receives_no_requests(overlay: str, resources: list[dict[str, Any]]) -> None:
     spec = service(resources)["spec"]
 
     assert spec["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert spec["excludeHeadPodFromServeSvc"] is True
-    assert spec["rayClusterConfig"]["enableInTreeAutoscaling"] is True
+    assert spec["rayClusterConfig"]["enableInTreeAutoscaling"] is (overlay != "small")
     assert spec["upgradeStrategy"] == {"type": "NewCluster"}
 
 
@@ -212,18 +213,63 @@ def test_gpu_workers_scale_from_zero_and_only_the_model_requests_them(
     assert not any("nvidia.com/gpu" in json.dumps(groups["cpu"]) for _ in groups)
 
 
-def test_one_replica_of_each_stage_fits_the_first_worker(resources: list[dict[str, Any]]) -> None:
+def test_there_are_two_of_everything_that_answers(overlay: str, resources: list[dict[str, Any]]) -> None:
+    spec = service(resources)["spec"]["rayClusterConfig"]
     config = yaml.safe_load(service(resources)["spec"]["serveConfigV2"])
-    wanted = sum(one["ray_actor_options"]["num_cpus"] for one in config["applications"][0]["deployments"])
-    (worker, *_) = service(resources)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    deployments = config["applications"][0]["deployments"]
+    (worker, *_) = spec["workerGroupSpecs"]
+    pod = worker["template"]["spec"]
+    count = 1 if overlay == "small" else 2
 
-    assert worker["minReplicas"] >= 1
-    assert wanted <= float(worker["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
+    assert (worker["minReplicas"], worker["replicas"]) == (count, count)
+    assert {one["autoscaling_config"]["min_replicas"] for one in deployments} == {count}
+    assert {one.get("max_replicas_per_node") for one in deployments} == {None if overlay == "small" else 1}
+    assert [one["topologyKey"] for one in pod["topologySpreadConstraints"]] == [
+        "kubernetes.io/hostname",
+        "topology.kubernetes.io/zone",
+    ]
+    # One replica of each stage fits a worker.
+    wanted = sum(one["ray_actor_options"]["num_cpus"] for one in deployments)
+    assert wanted <= float(pod["containers"][0]["resources"]["requests"]["cpu"])
+
+
+def test_the_control_plane_outlives_its_head(overlay: str, resources: list[dict[str, Any]]) -> None:
+    spec = service(resources)["spec"]["rayClusterConfig"]
+    there = {(one["kind"], one["metadata"]["name"]): one for one in resources}
+    if overlay == "small":
+        assert "gcsFaultToleranceOptions" not in spec
+        assert not [name for _, name in there if "valkey" in name]
+        return
+    options = spec["gcsFaultToleranceOptions"]
+    valkey = there["StatefulSet", "slowlens-valkey"]["spec"]
+    (container,) = valkey["template"]["spec"]["containers"]
+    (first,) = valkey["template"]["spec"]["initContainers"]
+    (policy,) = there["NetworkPolicy", "slowlens-valkey"]["spec"]["ingress"]
+
+    assert options["redisAddress"] == "redis://slowlens-valkey:6379"
+    secret = options["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert [one["valueFrom"]["secretKeyRef"] for one in container["env"]] == [secret, secret]
+    # Only what makes the Secret can call the API server, and it can do nothing else there.
+    assert [one["name"] for one in first["volumeMounts"]] == ["config", "account"]
+    assert [one["name"] for one in container["volumeMounts"]] == ["config", "data"]
+    assert there["Role", "slowlens-valkey"]["rules"] == [
+        {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}
+    ]
+    assert policy["from"][0]["podSelector"]["matchExpressions"][0]["values"] == ["head", "redis-cleanup"]
+    assert valkey["volumeClaimTemplates"]
+
+
+def test_the_priorities_exist(resources: list[dict[str, Any]]) -> None:
+    there = {one["metadata"]["name"]: one["value"] for one in resources if one["kind"] == "PriorityClass"}
+    used = {spec["priorityClassName"] for _, spec in pod_specs(resources) if "priorityClassName" in spec}
+
+    assert used == set(there) == {"slowlens-control-plane", "slowlens-workers"}
+    assert there["slowlens-control-plane"] > there["slowlens-workers"] > 0
 
 
 def test_every_container_is_hardened_and_requests_resources(resources: list[dict[str, Any]]) -> None:
     for name, spec in pod_specs(resources):
-        for container in spec["containers"]:
+        for container in spec["containers"] + spec.get("initContainers", []):
             context = container["securityContext"]
             assert context["runAsNonRoot"] is True, name
             assert context["readOnlyRootFilesystem"] is True, name
@@ -232,14 +278,17 @@ def test_every_container_is_hardened_and_requests_resources(resources: list[dict
             assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
             assert {"cpu", "memory"} <= container["resources"]["requests"].keys(), name
             assert "memory" in container["resources"]["limits"], name
-    assert service(resources)["spec"]["rayClusterConfig"]["autoscalerOptions"]["securityContext"]["runAsNonRoot"]
+    spec = service(resources)["spec"]["rayClusterConfig"]
+    if spec["enableInTreeAutoscaling"]:
+        assert spec["autoscalerOptions"]["securityContext"]["runAsNonRoot"]
 
 
 def test_only_the_head_has_api_access(resources: list[dict[str, Any]]) -> None:
     for name, spec in pod_specs(resources):
+        account = "slowlens-valkey" if name == "slowlens-valkey" else "slowlens"
         if name != "head":
-            assert (spec["serviceAccountName"], spec["automountServiceAccountToken"]) == ("slowlens", False), name
-    assert not [one for one in resources if "Role" in one["kind"]]
+            assert (spec["serviceAccountName"], spec["automountServiceAccountToken"]) == (account, False), name
+    assert {one["metadata"]["name"] for one in resources if one["kind"] == "Role"} <= {"slowlens-valkey"}
 
 
 def test_ray_and_pipeline_pods_have_network_policies(resources: list[dict[str, Any]]) -> None:
@@ -272,21 +321,21 @@ def test_referenced_services_and_config_maps_exist(resources: list[dict[str, Any
     assert {("Service", target.partition(":")[0]) for target in targets} <= there
 
 
-def test_a_worker_is_drained_before_it_stops(resources: list[dict[str, Any]]) -> None:
-    options = {option for one in drain_node.params for option in one.opts}
-    for group in service(resources)["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
-        spec = group["template"]["spec"]
+def test_every_ray_node_is_drained_before_it_stops(resources: list[dict[str, Any]]) -> None:
+    config = yaml.safe_load(service(resources)["spec"]["serveConfigV2"])
+    for name, spec in pod_specs([service(resources)]):
         (*_, script) = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-        drain, wait, stop = (part.strip() for part in re.split(r";(?= for |\s*ray stop)", script))
+        drain, stop = (part.strip() for part in script.split(";"))
+        options = parser().parse_args(shlex.split(drain)[1:])
 
-        assert set(re.findall(r"--[a-z-]+", drain)) <= options
-        (seconds,) = (int(found) for found in re.findall(r"--deadline-remaining-seconds (\d+)", drain))
-        assert f"$(seq {seconds})" in wait
-        assert stop == "ray stop"
-        assert seconds < spec["terminationGracePeriodSeconds"]
-        config = yaml.safe_load(service(resources)["spec"]["serveConfigV2"])
+        assert (options.command, stop) == ("drain", "ray stop"), name
+        assert options.deadline_s < spec["terminationGracePeriodSeconds"]
         for deployment in config["applications"][0]["deployments"]:
-            assert AppConfig().limits.max_timeout_ms < deployment["graceful_shutdown_timeout_s"] * 1e3 < seconds * 1e3
+            graceful_s = deployment["graceful_shutdown_timeout_s"]
+            assert AppConfig().limits.max_timeout_ms < graceful_s * 1e3
+            # Where replicas have no place to go, they end so long before the deadline: later than HAProxy's idle
+            # connections, by which requests come until then.
+            assert options.deadline_s - graceful_s > int(FAST["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"].value)
 
 
 # --- the Collector ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,194 @@
+"""``slowlens drain``: takes this Ray node out of service before what runs it is stopped, without losing a request.
+
+In Kubernetes it runs in each pod when that is deleted. On a worker, Serve starts replacements of its replicas elsewhere,
+and ends them when these run or, if there is no place, when they have answered; its HAProxy tells every client by
+``Connection: close`` to come back elsewhere. A worker that is the only one goes on until another one serves. On the head,
+the work of others is waited for: nothing of this can be done without it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+_HEAD_RESOURCE = "node:__internal_head__"
+_ESTABLISHED = "01"
+_UNDER_WAY_S = 10
+"""How long a head waits for workers that are to end with it to say so."""
+_ANOTHER_S = 60
+"""How long the only worker waits for another one to start, and then for that to serve."""
+_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class RayNode:
+    node_id: str
+    address: str
+    is_head: bool
+    is_draining: bool
+
+
+class Cluster(Protocol):
+    """What draining needs to know of a Ray cluster, and to do in it."""
+
+    node_id: str
+
+    def nodes(self) -> list[RayNode]:
+        """Those that are alive."""
+        ...
+
+    def serves(self, node: RayNode) -> bool:
+        """Whether requests to the node are answered."""
+        ...
+
+    def begin(self) -> None:
+        """Have Serve move the replicas of this node and its proxy tell clients to go."""
+        ...
+
+    def keep_open(self, is_open: bool) -> None:
+        """Whether the proxy of this node is to take requests although the node is drained."""
+        ...
+
+    def replicas(self) -> int:
+        """How many replicas there are on this node."""
+        ...
+
+    def connections(self) -> int:
+        """How many connections clients have to the proxy of this node."""
+        ...
+
+
+def drain(cluster: Cluster, deadline_s: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> bool:
+    """Return whether all had ended within ``deadline_s``."""
+
+    def within(limit_s: float, is_done: Callable[[], bool]) -> bool:
+        until = min(clock() + limit_s, end)
+        while not is_done():
+            if clock() >= until:
+                return False
+            sleep(_EVERY_S)
+        return True
+
+    end = clock() + deadline_s
+    (own,) = (one for one in cluster.nodes() if one.node_id == cluster.node_id)
+    if own.is_head:
+        within(_UNDER_WAY_S, lambda: any(one.is_draining for one in cluster.nodes()))
+        return within(deadline_s, lambda: not any(one.is_draining for one in cluster.nodes()))
+
+    def others() -> list[RayNode]:
+        found = [one for one in cluster.nodes() if not one.is_head and one.node_id != own.node_id]
+        return [one for one in found if not one.is_draining]
+
+    def another_serves() -> bool:
+        return any(cluster.serves(one) for one in others())
+
+    def is_end_of_all() -> bool:
+        return not others() and any(one.is_draining for one in cluster.nodes() if one.node_id != own.node_id)
+
+    is_only = not another_serves() and not is_end_of_all()
+    if is_only:
+        within(_ANOTHER_S, lambda: bool(others()) or is_end_of_all())
+    cluster.begin()
+    if is_only and others():
+        cluster.keep_open(True)
+        within(_ANOTHER_S, another_serves)
+        cluster.keep_open(False)
+    return within(deadline_s, lambda: cluster.replicas() == 0 and cluster.connections() == 0)
+
+
+class ServeCluster:
+    """The cluster that this node belongs to. Needs Ray's own interfaces, as `ray drain-node` does; see test_drain.py."""
+
+    def __init__(self, deadline_s: float, ports: Sequence[int]) -> None:
+        import ray
+        from ray.serve.context import _get_global_client
+
+        ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="ERROR")
+        context = ray.get_runtime_context()
+        self._ray: Any = ray
+        self._serve = _get_global_client
+        self._gcs: Any = ray._raylet.GcsClient(address=context.gcs_address)  # noqa: SLF001
+        self._deadline_s = deadline_s
+        self._ports = ports
+        self.node_id: str = context.get_node_id()
+
+    def nodes(self) -> list[RayNode]:
+        draining = self._gcs.get_draining_nodes(timeout=5)
+        return [
+            RayNode(
+                one["NodeID"], one["NodeManagerAddress"], _HEAD_RESOURCE in one["Resources"], one["NodeID"] in draining
+            )
+            for one in self._ray.nodes()
+            if one["Alive"]
+        ]
+
+    def serves(self, node: RayNode) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{node.address}:{self._ports[0]}/-/healthz", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def begin(self) -> None:
+        from ray.core.generated import autoscaler_pb2
+
+        until_ms = time.time_ns() // 10**6 + int(self._deadline_s * 1e3)
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why_not = self._gcs.drain_node(self.node_id, reason, "slowlens drain", until_ms)
+        if not accepted:
+            raise RuntimeError(f"Ray does not drain this node: {why_not}")
+
+    def keep_open(self, is_open: bool) -> None:
+        own = RayNode(self.node_id, "localhost", is_head=False, is_draining=True)
+        if is_open:
+            # Serve closes it once, in its next round.
+            for _ in range(50):
+                if not self.serves(own):
+                    break
+                time.sleep(0.1)
+        try:
+            proxy = self._ray.get_actor(f"SERVE_PROXY_ACTOR-{self.node_id}", namespace="serve")
+        except ValueError:
+            return
+        self._ray.get(proxy.update_draining.remote(not is_open), timeout=10)
+
+    def replicas(self) -> int:
+        details = self._ray.get(self._serve()._controller.get_serve_instance_details.remote(), timeout=10)  # noqa: SLF001
+        return sum(
+            replica["node_id"] == self.node_id
+            for application in details["applications"].values()
+            for deployment in application["deployments"].values()
+            for replica in deployment["replicas"]
+        )
+
+    def connections(self) -> int:
+        return established(self._ports)
+
+
+def established(ports: Sequence[int], tables: Sequence[Path] = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))) -> int:
+    """How many connections others have to these ports of this machine. Linux only."""
+    local = {f"{port:04X}" for port in ports}
+    lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    return sum(line[1].rpartition(":")[2] in local and line[3] == _ESTABLISHED for line in lines)
+
+
+def run(deadline_s: float, ports: Sequence[int]) -> int:
+    """Return the exit status: 0 when all has ended; 1, with one line on stderr, if it has not or cannot be done."""
+    # The driver that this process is needs none of it.
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    try:
+        is_done = drain(ServeCluster(deadline_s, ports), deadline_s, time.monotonic, time.sleep)
+    except Exception as error:
+        # The pod ends whatever this says, and a controller that is gone has many names.
+        print(f"slowlens: this node was not drained: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    if not is_done:
+        print(f"slowlens: not all had ended after {deadline_s:.0f} s", file=sys.stderr)  # noqa: T201
+    return 0 if is_done else 1
