@@ -1,13 +1,14 @@
 """``slowlens drain``: takes this Ray node out of service before what runs it is stopped, without losing a request.
 
-In Kubernetes it runs in each pod when that is deleted. On a worker, Serve starts replacements of its replicas elsewhere,
-and ends them when these run or, if there is no place, when they have answered; its HAProxy tells every client by
-``Connection: close`` to come back elsewhere. A worker that is the only one goes on until another one serves. On the head,
-the work of others is waited for: nothing of this can be done without it.
+In Kubernetes it runs in each pod when that is deleted. On a worker, Serve starts replacements of its replicas
+elsewhere, and ends them when these run or, if there is no place, when they have answered; its HAProxy tells every client
+by ``Connection: close`` to come back elsewhere. A worker that is the only one goes on until another one serves. On the
+head, the work of others is waited for: nothing of this can be done without it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -104,17 +105,18 @@ def drain(cluster: Cluster, deadline_s: float, clock: Callable[[], float], sleep
 
 
 class ServeCluster:
-    """The cluster that this node belongs to. Needs Ray's own interfaces, as `ray drain-node` does; see test_drain.py."""
+    """The cluster that this node belongs to, by interfaces of Ray's own, as `ray drain-node` uses them."""
 
     def __init__(self, deadline_s: float, ports: Sequence[int]) -> None:
         import ray
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.serve.context import _get_global_client
 
-        ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="ERROR")
+        ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level=logging.ERROR)
         context = ray.get_runtime_context()
         self._ray: Any = ray
-        self._serve = _get_global_client
-        self._gcs: Any = ray._raylet.GcsClient(address=context.gcs_address)  # noqa: SLF001
+        self._serve: Any = _get_global_client
+        self._gcs: Any = GcsClient(address=context.gcs_address)
         self._deadline_s = deadline_s
         self._ports = ports
         self.node_id: str = context.get_node_id()
@@ -137,10 +139,10 @@ class ServeCluster:
             return False
 
     def begin(self) -> None:
-        from ray.core.generated import autoscaler_pb2
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 
         until_ms = time.time_ns() // 10**6 + int(self._deadline_s * 1e3)
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         accepted, why_not = self._gcs.drain_node(self.node_id, reason, "slowlens drain", until_ms)
         if not accepted:
             raise RuntimeError(f"Ray does not drain this node: {why_not}")

@@ -65,8 +65,8 @@ FAST: dict[str, Setting] = {
     "RAY_SERVE_HAPROXY_RETRIES": Setting("1", "Send a request once more, at most: what kills replicas kills only two."),
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": Setting(
         "605",
-        "When ingress replicas come or go HAProxy is replaced; how long the one before may finish its requests, as long "
-        "as the longest deadline (`limits.max_timeout_ms`). (Serve's 120 s cut longer streams.)",
+        "When ingress replicas come or go HAProxy is replaced; how long the one before may finish its requests: the "
+        "longest deadline (`limits.max_timeout_ms`). (Serve's 120 s cut longer streams.)",
     ),
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": Setting(
         "67108864", "Largest message over gRPC, in bytes, instead of 2 GiB. `limits.max_body_bytes` is checked later."

@@ -26,14 +26,14 @@ secret = {
     "immutable": True,
     "data": {"password": password},
 }
-request = urllib.request.Request(  # noqa: S310
+request = urllib.request.Request(
     f"{SERVER}/api/v1/namespaces/{namespace}/secrets",
     data=json.dumps(secret).encode(),
     headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text()}", "Content-Type": "application/json"},
 )
 context = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt")) if SERVER.startswith("https") else None
 try:
-    with urllib.request.urlopen(request, timeout=10, context=context):  # noqa: S310
+    with urllib.request.urlopen(request, timeout=10, context=context):
         print(f"made the Secret {NAME}")  # noqa: T201
 except urllib.error.HTTPError as error:
     if error.code != 409:

@@ -1,0 +1,183 @@
+"""20 requests a second from 8 clients with kept-alive connections, while something is changed, killed or taken away."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.running import (
+    HEAD,
+    NAMESPACE,
+    WORKER,
+    Load,
+    Row,
+    active_cluster,
+    found,
+    is_serving,
+    is_settled,
+    kubectl,
+    pods,
+    ray_service,
+    row,
+    wait_until,
+)
+
+pytestmark = pytest.mark.timeout(1200)
+AFTER_S = 15
+"""How long the load goes on when all is as before."""
+
+
+@pytest.fixture
+def during(applied: Path, image: str, turn: int, rows: list[Row]) -> Callable[[str], Any]:
+    @contextmanager
+    def measured(what: str) -> Iterator[list[Row]]:
+        wait_until("settled before", is_settled, 400)
+        load = Load("load", image)
+        result: list[Row] = []
+        try:
+            time.sleep(5)
+            yield result
+            wait_until("settled after", is_settled, 400)
+            time.sleep(AFTER_S)
+        finally:
+            result.append(row(what, load.stop()))
+            rows.append(result[0])
+
+    return measured
+
+
+def name_of(selector: str) -> str:
+    return str(pods(selector)[0]["metadata"]["name"])
+
+
+def change(*, serve_config: str | None = None, head: dict[str, Any] | None = None) -> None:
+    """Change Serve's configuration, which is rolled out in place, or the pod of the head, which makes a new cluster."""
+    changes: list[dict[str, Any]] = []
+    if serve_config is not None:
+        changes.append({"op": "replace", "path": "/spec/serveConfigV2", "value": serve_config})
+    if head is not None:
+        changes.append({"op": "add", "path": "/spec/rayClusterConfig/headGroupSpec/template/metadata", "value": head})
+    kubectl("-n", NAMESPACE, "patch", "rayservice", "slowlens", "--type=json", "-p", json.dumps(changes))
+
+
+def marked() -> dict[str, Any]:
+    return {"annotations": {"slowlens/changed": f"{time.time():.0f}"}}
+
+
+def is_running_everything() -> bool:
+    """Whether Serve is done with the last change of its configuration."""
+    applications = ray_service()["status"]["activeServiceStatus"]["applicationStatuses"]
+    return all(
+        one["status"] == "RUNNING"
+        and all(two["status"] == "HEALTHY" for two in one["serveDeploymentStatuses"].values())
+        for one in applications.values()
+    )
+
+
+def test_a_change_of_the_serve_configuration(during: Callable[[str], Any], turn: int) -> None:
+    with during("serveConfigV2 changed") as result:
+        config = ray_service()["spec"]["serveConfigV2"]
+        change(serve_config=re.sub(r"cache_entries: \d+", f"cache_entries: {5000 + turn}", config))
+        time.sleep(15)
+        wait_until("the new configuration runs", is_running_everything, 200)
+
+    assert not result[0].failed
+    assert result[0].p99_ms < 1000
+
+
+def test_a_new_cluster(during: Callable[[str], Any]) -> None:
+    old = active_cluster()
+    with during("new cluster (NewCluster)") as result:
+        change(head=marked())
+        wait_until("the new cluster serves", lambda: is_serving(after=old), 300)
+
+    assert not result[0].failed
+    assert result[0].p99_ms < 1000
+
+
+def test_a_worker_is_deleted(during: Callable[[str], Any]) -> None:
+    with during("worker deleted") as result:
+        kubectl("-n", NAMESPACE, "delete", "pod", name_of(WORKER), "--wait=false")
+
+    assert not result[0].failed
+    assert result[0].p99_ms < 1000
+
+
+def test_a_worker_is_evicted_as_by_kubectl_drain(during: Callable[[str], Any]) -> None:
+    with during("worker evicted (kubectl drain)") as result:
+        name = name_of(WORKER)
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name, "namespace": NAMESPACE}}
+        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{name}/eviction"
+        kubectl("create", "--raw", path, "-f", "-", given=json.dumps(eviction))
+
+    assert not result[0].failed
+    assert result[0].p99_ms < 1000
+
+
+def test_a_worker_is_killed_without_grace(during: Callable[[str], Any]) -> None:
+    with during("worker killed without grace") as result:
+        kubectl("-n", NAMESPACE, "delete", "pod", name_of(WORKER), "--grace-period=0", "--force")
+
+    assert sum(result[0].failed.values()) <= 8
+    assert result[0].longest_s < 3
+
+
+@pytest.mark.parametrize(
+    ("what", "selector"),
+    [
+        ("head killed", HEAD),
+        ("Valkey killed", "app.kubernetes.io/name=slowlens-valkey"),
+        ("Collector killed", "app.kubernetes.io/name=slowlens-collector"),
+        ("Jaeger killed", "app.kubernetes.io/name=slowlens-jaeger"),
+        ("Prometheus killed", "app.kubernetes.io/name=slowlens-prometheus"),
+    ],
+)
+def test_what_no_request_passes_through_is_killed(during: Callable[[str], Any], what: str, selector: str) -> None:
+    with during(what) as result:
+        kubectl("-n", NAMESPACE, "delete", "pod", name_of(selector), "--grace-period=0", "--force")
+        time.sleep(20)
+
+    assert not result[0].failed
+    assert result[0].p99_ms < 1000
+
+
+def test_the_operator_is_killed(during: Callable[[str], Any]) -> None:
+    (operator,) = found("pods", "-A", "-l", "app.kubernetes.io/component=kuberay-operator")["items"]
+    with during("operator killed") as result:
+        kubectl(
+            "-n",
+            operator["metadata"]["namespace"],
+            "delete",
+            "pod",
+            operator["metadata"]["name"],
+            "--grace-period=0",
+            "--force",
+        )
+        time.sleep(20)
+
+    assert not result[0].failed
+    assert result[0].p99_ms < 1000
+
+
+def test_an_application_that_cannot_start_leaves_the_old_cluster_serving(during: Callable[[str], Any]) -> None:
+    old = active_cluster()
+    spec = ray_service()["spec"]
+    head = spec["rayClusterConfig"]["headGroupSpec"]["template"].get("metadata", {})
+    with during("new cluster whose application cannot start") as result:
+        wrong = re.sub(r"source: \S+", "source: pkg:not_there/model", spec["serveConfigV2"])
+        change(serve_config=wrong, head=marked())
+        wait_until("the new cluster was tried", lambda: len(pods(HEAD)) == 2, 60)
+        time.sleep(60)
+        assert active_cluster() == old
+        change(serve_config=spec["serveConfigV2"], head=head)
+        wait_until("the old one alone", lambda: is_serving() and len(pods(HEAD)) == 1, 300)
+
+    assert not result[0].failed
+    assert result[0].p99_ms < 1000
