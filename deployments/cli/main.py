@@ -37,9 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from deployments.cli.drain import run
 
         return run(options.deadline_s, options.ports or _PORTS)
-    where = options.source or str(TelemetryConfig().store_directory())
     try:
-        _ask(options, where)
+        if options.command == "doctor":
+            from deployments.cli.examine import doctor
+
+            return doctor(options.namespace, options.context, options.format)
+        _ask(options, options.source or str(TelemetryConfig().store_directory()))
         sys.stdout.flush()
     except ConfigError as error:
         commands.error(str(error))
@@ -158,6 +161,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="PORT",
         help="where clients connect, HTTP first; may be repeated (8000 and 9000)",
     )
+    patient = commands.add_parser(
+        "doctor",
+        help="say what is wrong with slowlens on a Kubernetes cluster",
+        description="Reads from the API server, with kubectl and its configuration, and changes nothing. The exit "
+        "status is 1 if something is wrong.",
+    )
+    patient.add_argument(
+        "-n", "--namespace", default="slowlens", metavar="NAME", help="where it was applied (slowlens)"
+    )
+    patient.add_argument("--context", metavar="NAME", help="of kubectl's configuration; default: its current one")
+    patient.add_argument("--format", choices=("text", "json"), default="text")
     verdict = commands.add_parser("why", help="explain why the slow requests were slow")
     _add_source(verdict)
     _add_model(verdict)

@@ -34,9 +34,10 @@ def found(*arguments: str, namespace: str = NAMESPACE) -> Any:
 
 
 def pods(selector: str) -> list[dict[str, Any]]:
-    """Those that are not being deleted."""
+    """Those that are not being deleted, the ready ones first."""
     items = found("pods", "-l", selector)["items"]
-    return [one for one in items if "deletionTimestamp" not in one["metadata"]]
+    there = [one for one in items if "deletionTimestamp" not in one["metadata"]]
+    return sorted(there, key=is_ready, reverse=True)
 
 
 def is_ready(pod: dict[str, Any]) -> bool:
@@ -76,8 +77,11 @@ def is_serving(workers: int = 2, after: str = "") -> bool:
 
 def is_settled(workers: int = 2) -> bool:
     """Whether it serves and nothing that was replaced is still there. (The autoscaler may have added idle workers.)"""
-    there = found("pods", "-l", "ray.io/is-ray-node=yes")["items"]
-    return is_serving(workers) and not any("deletionTimestamp" in one["metadata"] for one in there)
+    if not is_serving(workers):
+        return False
+    own = active_cluster()
+    there = [one["metadata"] for one in found("pods", "-l", "ray.io/is-ray-node=yes")["items"]]
+    return all(one["labels"]["ray.io/cluster"] == own and "deletionTimestamp" not in one for one in there)
 
 
 def overlay(folder: Path, name: str, image: str) -> Path:

@@ -29,7 +29,6 @@ from tests.cluster.running import (
     wait_until,
 )
 
-pytestmark = pytest.mark.timeout(1200)
 AFTER_S = 15
 """How long the load goes on when all is as before."""
 
@@ -49,6 +48,7 @@ def during(applied: Path, image: str, turn: int, rows: list[Row]) -> Callable[[s
         finally:
             result.append(row(what, load.stop()))
             rows.append(result[0])
+            print(result[0], flush=True)
 
     return measured
 

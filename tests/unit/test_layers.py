@@ -33,7 +33,7 @@ LAYERS = [
     {"explain.causes", "explain.findings"},
     {"explain.periods"},
     {"explain.verdict"},
-    {"explain", "autoscaling", "transport", "http", "protocols"},
+    {"explain", "autoscaling", "transport", "http", "protocols", "doctor"},
     {"stages", "simulate", "page"},
     {"app"},
     {"gateway"},
