@@ -5,7 +5,6 @@ A test fails if the files differ from what this would write.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from k8s.dashboards import DASHBOARDS, dashboard
 
 HERE = Path(__file__).parent
 SERVE_CONFIG = HERE.parent / "serve_config.yaml"
+SERVE_MODELS = HERE.parent / "serve_models.yaml"
 NAME = "slowlens"
 _MADE = "# Made by `python -m k8s.build`.\n"
 
@@ -39,25 +39,37 @@ def dumped(document: Any) -> str:
     return yaml.dump(document, Dumper=_Block, sort_keys=False, width=10_000)
 
 
-def serve_config(*, replicas: int = 2, gpus_per_model_replica: float = 0) -> dict[str, Any]:
-    """Return serve_config.yaml with the settings that differ on a cluster.
+def serve_config(
+    source: Path = SERVE_CONFIG, *, replicas: int = 2, gpus_per_model_replica: float = 0
+) -> dict[str, Any]:
+    """Return a configuration of Serve with the settings that differ on a cluster.
 
     replicas: how many of each stage there are at least; two or more are on as many workers.
     """
-    config: dict[str, Any] = copy.deepcopy(yaml.safe_load(SERVE_CONFIG.read_text()))
+    # Through JSON: YAML's aliases are one object in several places.
+    config: dict[str, Any] = json.loads(json.dumps(yaml.safe_load(source.read_text())))
     # Listen on the pod's address; the NetworkPolicy decides who may connect.
     config["http_options"]["host"] = "0.0.0.0"
     # For the cluster's log collector.
     config["logging_config"]["encoding"] = "JSON"
-    # The Collector decides which traces are kept.
-    config["applications"][0]["args"]["telemetry"]["sampling"]["mode"] = "tail"
-    for deployment in config["applications"][0]["deployments"]:
-        deployment["autoscaling_config"]["min_replicas"] = replicas
+    for application in config["applications"]:
+        _of_a_cluster(application, replicas, gpus_per_model_replica)
+    return config
+
+
+def _of_a_cluster(application: dict[str, Any], replicas: int, gpus_per_model_replica: float) -> None:
+    # The Collector decides which traces are kept. A gateway has the settings of each of its models.
+    for args in application["args"].get("applications", {"": application["args"]}).values():
+        args.setdefault("telemetry", {}).setdefault("sampling", {})["mode"] = "tail"
+    for deployment in application["deployments"]:
+        if "autoscaling_config" in deployment:
+            deployment["autoscaling_config"]["min_replicas"] = replicas
+        else:
+            deployment["num_replicas"] = replicas
         if replicas > 1:
             deployment["max_replicas_per_node"] = 1
         if deployment["name"] == "Model" and gpus_per_model_replica:
             deployment["ray_actor_options"]["num_gpus"] = gpus_per_model_replica
-    return config
 
 
 def serve_patch(config: dict[str, Any]) -> str:
@@ -70,12 +82,20 @@ def serve_patch(config: dict[str, Any]) -> str:
     return _MADE + dumped(resource)
 
 
+def rules_of_operator() -> dict[str, Any]:
+    """The same rules as an object of the Prometheus operator."""
+    api = "monitoring.coreos.com/v1"
+    return {"apiVersion": api, "kind": "PrometheusRule", "metadata": {"name": NAME}, "spec": rules()}
+
+
 def files() -> dict[Path, str]:
     made = {
         HERE / "base" / "serve.yaml": serve_patch(serve_config()),
         HERE / "overlays" / "gpu" / "serve.yaml": serve_patch(serve_config(gpus_per_model_replica=1)),
         HERE / "overlays" / "small" / "serve.yaml": serve_patch(serve_config(replicas=1)),
+        HERE / "components" / "models" / "serve.yaml": serve_patch(serve_config(SERVE_MODELS)),
         HERE / "base" / "prometheus" / "rules.yaml": _MADE + dumped(rules()),
+        HERE / "components" / "prometheus-operator" / "rules.yaml": _MADE + dumped(rules_of_operator()),
     }
     for uid in DASHBOARDS:
         made[HERE / "base" / "grafana" / f"{uid}.json"] = json.dumps(dashboard(uid), indent=2) + "\n"
