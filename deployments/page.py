@@ -22,8 +22,8 @@ from deployments.explain.counted import counter_at
 from deployments.explain.options import PageConfig, duration_s, share
 from deployments.explain.render.html import as_html, content_security_policy
 from deployments.explain.render.text import as_json
-from deployments.explain.traces.of_model import NoSuchModel
 from deployments.explain.traces.open import source_at
+from deployments.explain.traces.parts import NoSuchPart
 from deployments.explain.traces.servers.http_api import SourceError
 from deployments.explain.verdict import Verdict, examine
 from deployments.http.keys import ApiKeys
@@ -97,7 +97,7 @@ class DiagnosisPage:
         try:
             count = counter_at(self._config.metrics, model)
             return examine(source_at(self._where, model), slowest, time.time_ns() - since_s * 10**9, count=count)
-        except NoSuchModel as error:
+        except NoSuchPart as error:
             raise NotFound(str(error)) from None
         except (SourceError, FileNotFoundError) as error:
             raise SourceUnavailable(str(error)) from None

@@ -23,8 +23,8 @@ from deployments.explain.render.waterfall import member_traces, members, spent, 
 from deployments.explain.requests.breakdown import break_down
 from deployments.explain.requests.request import split
 from deployments.explain.traces.files import Source, TraceFiles
-from deployments.explain.traces.of_model import NoSuchModel, OfModel
-from deployments.explain.traces.open import source_at
+from deployments.explain.traces.open import part_of, source_at
+from deployments.explain.traces.parts import NoSuchPart
 from deployments.explain.traces.servers.http_api import SourceError, without_password
 from deployments.explain.verdict import Verdict, examine
 
@@ -48,13 +48,16 @@ def why(
     against: Against | None = None,
     model: str | None = None,
     metrics: str | None = None,
+    cluster: str | None = None,
 ) -> None:
     """Raises NothingToShow."""
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(opened(where, model))
+        source = stack.enter_context(opened(where, model, cluster))
         then = None
         if against is not None:
-            other = stack.enter_context(opened(against.source, model)) if against.source is not None else source
+            is_same = against.source is None and against.cluster is None
+            elsewhere = against.source or where, model, against.cluster
+            other = source if is_same else stack.enter_context(opened(*elsewhere))
             then = other, against.since_ns, against.until_ns
         verdict = examine(source, slowest, since_ns, then, counter_at(metrics, model))
         if then is None and any(finding.fix.changes for finding in verdict.findings):
@@ -133,7 +136,7 @@ def _now(where: str, since_s: int, slowest: float, model: str | None, metrics: s
         verdict = examine(source, slowest, now_ns - since_s * 10**9, count=counter_at(metrics, model))
     except FileNotFoundError:
         return Text(f"no traces at {where} yet")
-    except NoSuchModel as error:
+    except NoSuchPart as error:
         return Text(str(error))
     except SourceError as error:
         raise NothingToShow(str(error)) from None
@@ -146,8 +149,8 @@ def _now(where: str, since_s: int, slowest: float, model: str | None, metrics: s
 
 
 @contextlib.contextmanager
-def opened(where: str, model: str | None = None) -> Iterator[Source]:
-    """Open the source, or one model's part of it, with a progress bar on a terminal while a long file is read.
+def opened(where: str, model: str | None = None, cluster: str | None = None) -> Iterator[Source]:
+    """Open the source, or a model's or cluster's part of it, with a progress bar on a terminal while a long file is read.
 
     Raises NothingToShow.
     """
@@ -161,8 +164,8 @@ def opened(where: str, model: str | None = None) -> Iterator[Source]:
                 source.on_progress = lambda done, total: progress.update(
                     task, completed=done, total=total, visible=total > _LONG_BYTES
                 )
-            yield source if model is None else OfModel(source, model)
-    except (OSError, SourceError, NoSuchModel) as error:
+            yield part_of(source, model, cluster)
+    except (OSError, SourceError, NoSuchPart) as error:
         raise NothingToShow(f"{error} (looked in {without_password(where)})") from None
 
 

@@ -61,9 +61,10 @@ def _ask(options: argparse.Namespace, where: str) -> None:
             now_ns = time.time_ns()
             since_ns = _since_ns(options, now_ns)
             then = _against(options, now_ns)
-            if then is not None and then.source is None and options.since_s is None:
+            if then is not None and then.source is None and then.cluster is None and options.since_s is None:
                 since_ns = int(then.until_ns)
-            why(where, since_ns, options.slowest, options.format, options.output, then, options.model, options.metrics)
+            form = options.slowest, options.format, options.output
+            why(where, since_ns, *form, then, options.model, options.metrics, options.cluster)
         case "what-if":
             _what_if(options, where)
         case "trace":
@@ -78,6 +79,8 @@ def _since_ns(options: argparse.Namespace, now_ns: int) -> int:
 
 def _against(options: argparse.Namespace, now_ns: int) -> Against | None:
     """Raises ConfigError."""
+    if options.cluster is not None and options.metrics is not None:
+        raise ConfigError("argument --cluster: not with --metrics, which counts all clusters together")
     if options.against is None:
         return None
     try:
@@ -175,14 +178,15 @@ def parser() -> argparse.ArgumentParser:
     verdict = commands.add_parser("why", help="explain why the slow requests were slow")
     _add_source(verdict)
     _add_model(verdict)
+    _add_cluster(verdict)
     _add_metrics(verdict)
     _add_window(verdict, None)
     verdict.add_argument(
         "--against",
-        metavar="WINDOW|PATH|URL",
+        metavar="WINDOW|PATH|URL|cluster:NAME",
         help="say what takes longer than in another period: `1d`, the same period a day earlier, "
-        "`2026-11-25T10:00Z..2026-11-25T11:00Z` (without --since: with all that came after it), or everything of "
-        "another source",
+        "`2026-11-25T10:00Z..2026-11-25T11:00Z` (without --since: with all that came after it), than everything of "
+        "another source, or than what another Ray cluster did (the old one of an upgrade)",
     )
     verdict.add_argument("--format", choices=("text", "json", "html"), default="text")
     verdict.add_argument("-o", dest="output", type=Path, metavar="FILE", help="output file; default: standard output")
@@ -236,6 +240,12 @@ def _add_source(command: argparse.ArgumentParser) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="NAME", help="only requests of this model; default: of all")
+
+
+def _add_cluster(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cluster", metavar="NAME", help="only what this Ray cluster did (KubeRay's RayCluster); default: all of them"
+    )
 
 
 def _add_metrics(command: argparse.ArgumentParser) -> None:

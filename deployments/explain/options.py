@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 from deployments.config import Section
 
 _DIGITS, _LONGEST_DAYS = 9, 3660
+_CLUSTER = "cluster:"
 
 
 def duration_s(text: str) -> int:
@@ -62,21 +63,26 @@ def share(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """What ``--against`` names: a period of the same source, or another source."""
+    """What ``--against`` names: a period or a Ray cluster of the same source, or another source."""
 
     source: str | None
     since_ns: int = 0
     until_ns: float = float("inf")
+    cluster: str | None = None
 
 
 def against(text: str, since_s: int | None, now_ns: int) -> Against:
-    """Parse ``1d``, ``2026-11-25T10:00Z..2026-11-25T11:00Z``, or a path or URL. Raises ValueError.
+    """Parse ``1d``, ``2026-11-25T10:00Z..2026-11-25T11:00Z``, ``cluster:NAME``, or a path or URL. Raises ValueError.
 
     Args:
         text: as given.
         since_s: length of the period that is compared; None if it is everything.
         now_ns: when that period ends, in Unix nanoseconds.
     """
+    if text.startswith(_CLUSTER):
+        if text == _CLUSTER:
+            raise ValueError(f"{text!r} must name a Ray cluster, such as cluster:slowlens-abcde")
+        return Against(None, cluster=text.removeprefix(_CLUSTER))
     begin, dots, end = text.partition("..")
     if dots and begin[:1].isdecimal():
         period = Against(None, _unix_ns(begin), _unix_ns(end))

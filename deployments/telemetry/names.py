@@ -11,6 +11,8 @@ SCOPE = "slowlens"
 NAMESPACE = "slowlens"
 SETTING = "slowlens."
 """Prefix of resource attributes with the process's configuration, followed by the key in serve_config.yaml."""
+RAY_CLUSTER_NAME = "ray.cluster.name"
+"""Resource attribute with the RayCluster that a process belongs to, where KubeRay runs it."""
 Service = Literal["ingress", "tokenizer", "model", "postprocessor", "autoscaler"]
 
 # --- spans -----------------------------------------------------------------------------------------------------------

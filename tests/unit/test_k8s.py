@@ -177,7 +177,7 @@ def test_versions_match_the_package(resources: list[dict[str, Any]]) -> None:
 
     assert ray.__version__ == RAY
     assert service(resources)["spec"]["rayClusterConfig"]["rayVersion"] == RAY
-    assert f"FROM rayproject/ray:{RAY}-py311" in dockerfile
+    assert f"ARG BASE=rayproject/ray:{RAY}-py311-cpu\nFROM ${{BASE}}\n" in dockerfile
     assert f"slowlens:{VERSION}" in dockerfile
     assert {spec["containers"][0]["image"] for _, spec in pod_specs([service(resources)])} == {f"slowlens:{VERSION}"}
 

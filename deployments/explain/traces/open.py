@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deployments.explain.traces.files import Source, TraceFiles
-from deployments.explain.traces.of_model import OfModel
+from deployments.explain.traces.parts import OfCluster, OfModel
 from deployments.explain.traces.servers.http_api import Api
 from deployments.explain.traces.servers.jaeger import Jaeger, OlderJaeger
 from deployments.explain.traces.servers.tempo import Tempo
@@ -17,7 +17,13 @@ def source_at(where: str, model: str | None = None) -> Source:
     Two requests determine which server it is: Tempo has ``/api/echo``, Jaeger ``/api/v3/services``. Raises
     FileNotFoundError and SourceError.
     """
-    source = _source_at(where)
+    return part_of(_source_at(where), model, None)
+
+
+def part_of(source: Source, model: str | None, cluster: str | None) -> Source:
+    """What a model and a Ray cluster have in a source; None is all of them."""
+    if cluster is not None:
+        source = OfCluster(source, cluster)
     return source if model is None else OfModel(source, model)
 
 

@@ -54,6 +54,11 @@ class Span:
         return self.trace_id, self.span_id
 
     @property
+    def cluster(self) -> str:
+        """KubeRay's RayCluster; empty elsewhere."""
+        return str(self.resource.get(names.RAY_CLUSTER_NAME, ""))
+
+    @property
     def ms(self) -> float:
         return (self.end_ns - self.start_ns) / 1e6
 

@@ -52,14 +52,23 @@ class Root:
     """The ingress."""
     number: int = 0
     """Of those of its model in that ingress, from 1; 0 if it has none."""
+    cluster: str = ""
 
     @classmethod
     def of(cls, span: Span) -> Root:
-        return cls.made(span.key, span.start_ns, span.end_ns, span.attributes, span.failed, span.instance)
+        times = span.start_ns, span.end_ns
+        return cls.made(span.key, *times, span.attributes, span.failed, span.instance, span.cluster)
 
     @classmethod
     def made(
-        cls, key: Key, started_ns: int, ended_ns: int, attributes: Mapping[str, Any], failed: bool, instance: str
+        cls,
+        key: Key,
+        started_ns: int,
+        ended_ns: int,
+        attributes: Mapping[str, Any],
+        failed: bool,
+        instance: str,
+        cluster: str = "",
     ) -> Root:
         """Read the attributes of a root span."""
         error = str(attributes.get(names.ERROR_TYPE) or ("error" if failed else ""))
@@ -74,6 +83,7 @@ class Root:
             model=sys.intern(str(attributes.get(names.AI_MODEL_NAME, ""))),
             instance=sys.intern(instance),
             number=number if isinstance(number, int) else 0,
+            cluster=sys.intern(cluster),
         )
 
     @property

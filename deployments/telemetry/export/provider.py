@@ -232,6 +232,8 @@ def make_resource(service: Service, config: AppConfig, identity: ReplicaIdentity
             "service.version": __version__,
             **_environment(config.telemetry.environment),
             "ray.node.id": identity.node_id,
+            # KubeRay says it to its pods: the old and the new cluster of an upgrade.
+            **({names.RAY_CLUSTER_NAME: cluster} if (cluster := os.environ.get("RAY_CLUSTER_NAME")) else {}),
             "host.name": socket.gethostname(),
             "process.pid": os.getpid(),
             **_kubernetes(os.environ),

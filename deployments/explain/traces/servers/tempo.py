@@ -21,7 +21,8 @@ _SELECTED = (
     names.AI_SAMPLING_WEIGHT,
     names.W3C_TRACESTATE,
 )
-_SELECT = ", ".join(["status", "resource.service.instance.id", *(f"span.{name}" for name in _SELECTED)])
+_RESOURCE = ("service.instance.id", names.RAY_CLUSTER_NAME)
+_SELECT = ", ".join(["status", *(f"resource.{name}" for name in _RESOURCE), *(f"span.{name}" for name in _SELECTED)])
 
 
 class Tempo(Backend):
@@ -98,4 +99,5 @@ def _tempo_root(trace_id: str, span: dict[str, Any]) -> Root:
     started_ns = time_ns(span["startTimeUnixNano"])
     ended_ns = time_ns(started_ns + int(span["durationNanos"]))
     failed = attributes.get("status") == "error"
-    return Root.made(key, started_ns, ended_ns, attributes, failed, str(attributes.get("service.instance.id", "")))
+    instance, cluster = (str(attributes.get(name, "")) for name in _RESOURCE)
+    return Root.made(key, started_ns, ended_ns, attributes, failed, instance, cluster)

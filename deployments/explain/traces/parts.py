@@ -1,8 +1,9 @@
-"""The traces of one model, where several share a store."""
+"""A part of a trace store: the traces of one model, or of one Ray cluster, where several share it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import ClassVar
 
 from deployments.explain.traces.files import Source
 from deployments.explain.traces.otlp import Span
@@ -10,20 +11,19 @@ from deployments.explain.traces.survey import Root, Survey
 from deployments.telemetry import names
 
 
-class NoSuchModel(Exception):
-    """There are requests, but none of this model; the message names the others."""
+class NoSuchPart(Exception):
+    """There are requests, but none of this model or cluster; the message names the others."""
 
 
-class OfModel:
-    """A ``Source`` that leaves out the requests, runs, loads and scaling decisions of other models.
+class _Part:
+    """A ``Source`` that leaves out the requests of others. ``roots`` raises NoSuchPart."""
 
-    ``roots`` raises NoSuchModel.
-    """
+    what: ClassVar[str]
 
-    def __init__(self, source: Source, model: str) -> None:
-        self._source, self._model = source, model
+    def __init__(self, source: Source, name: str) -> None:
+        self._source, self._name = source, name
         self._others: set[str] = set()
-        """Traces of the requests of other models."""
+        """Traces of the requests of others."""
 
     @property
     def broken(self) -> int:
@@ -54,18 +54,31 @@ class OfModel:
         return self._source.linked(trace)
 
     def roots(self, since_ns: int) -> Iterator[Root]:
-        known, others, models = set[str](), set[str](), set[str]()
+        known, others, names_of_others = set[str](), set[str](), set[str]()
         for root in self._source.roots(since_ns):
-            if root.model == self._model:
+            name = self._name_of(root)
+            if name == self._name:
                 known.add(root.key[0])
                 yield root
             else:
                 others.add(root.key[0])
-                models.add(root.model)
-        if not known and models:
-            listed = ", ".join(sorted(repr(name) for name in models)[:20])
-            raise NoSuchModel(f"there is no request of the model {self._model!r}; there are some of {listed}")
+                names_of_others.add(name)
+        if not known and names_of_others:
+            listed = ", ".join(sorted(repr(name) for name in names_of_others)[:20])
+            raise NoSuchPart(f"there is no request of the {self.what} {self._name!r}; there are some of {listed}")
         self._others = others - known
+
+    def spans(self, survey: Survey) -> Iterator[Span]:
+        raise NotImplementedError
+
+    def _name_of(self, root: Root) -> str:
+        raise NotImplementedError
+
+
+class OfModel(_Part):
+    """Without the requests, runs, loads and scaling decisions of other models."""
+
+    what = "model"
 
     def spans(self, survey: Survey) -> Iterator[Span]:
         scalings, applications = list[Span](), set[str]()
@@ -78,9 +91,25 @@ class OfModel:
                 yield span
         yield from (one for one in scalings if one.attributes.get(names.AI_AUTOSCALING_APPLICATION) in applications)
 
+    def _name_of(self, root: Root) -> str:
+        return root.model
+
     def _is_ours(self, span: Span) -> bool:
         """Of the spans in traces of their own, each names its model."""
-        return bool(span.attributes.get(names.AI_MODEL_NAME, self._model) == self._model)
+        return bool(span.attributes.get(names.AI_MODEL_NAME, self._name) == self._name)
+
+
+class OfCluster(_Part):
+    """Without what other Ray clusters sent: the old and the new one of an upgrade write into one store."""
+
+    what = "cluster"
+
+    def spans(self, survey: Survey) -> Iterator[Span]:
+        # Callers' own spans are of no cluster.
+        return (one for one in self._source.spans(survey) if one.cluster in ("", self._name))
+
+    def _name_of(self, root: Root) -> str:
+        return root.cluster
 
 
 def _application(span: Span) -> str:
