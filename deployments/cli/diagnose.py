@@ -150,7 +150,7 @@ def _now(where: str, since_s: int, slowest: float, model: str | None, metrics: s
 
 @contextlib.contextmanager
 def opened(where: str, model: str | None = None, cluster: str | None = None) -> Iterator[Source]:
-    """Open the source, or a model's or cluster's part of it, with a progress bar on a terminal while a long file is read.
+    """Open a source, or a part of it, with a progress bar on a terminal while a long file is read.
 
     Raises NothingToShow.
     """

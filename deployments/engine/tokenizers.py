@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,17 @@ from deployments.engine.fake import FakeTextTokenizer, FakeTokenizer
 from deployments.engine.protocol import Encoded, Text, TextTokenizer, Tokenizer
 from deployments.errors import ConfigError
 from deployments.messages import ChatMessage, Ids
+
+
+def keep_torch_out(config: ModelConfig) -> None:
+    """Have transformers do without torch in this process, where only tokenizers are needed: 0.5 GB and seconds less.
+
+    Call it when the model's card is loaded, which may convert the model. A model's own code may need torch.
+    """
+    if not config.trust_remote_code:
+        # So Python marks a module that cannot be imported; transformers then asks for none of what needs it.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 class TemplateError(ValueError):

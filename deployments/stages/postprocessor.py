@@ -8,7 +8,7 @@ from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.outputs.predictions import PredictionBuilder
-from deployments.engine.tokenizers import load_pretrained_tokenizer
+from deployments.engine.tokenizers import keep_torch_out, load_pretrained_tokenizer
 from deployments.messages import Envelope, Postprocessed, PostprocessRequest
 from deployments.stages.channel_stage import EventLoopStage, Handled
 from deployments.stages.replica import Placement, prepare_replica
@@ -22,6 +22,8 @@ class PostprocessorStage(EventLoopStage):
         placement = placement or prepare_replica()
         card = ModelCard.load(config.model)
         predicts_words = card.task in ("token-classification", "fill-mask")
+        if placement.is_own_process:
+            keep_torch_out(config.model)
         pretrained = load_pretrained_tokenizer(config.model, card) if predicts_words else None
         # Decoding a sequence for each candidate would hold up the replica's other requests.
         self._takes_long = card.task == "fill-mask"

@@ -35,6 +35,8 @@ class Placement:
     host: str = "127.0.0.1"
     """Address of its node, as Ray knows it."""
     max_ongoing_requests: int = DEFAULT_MAX_ONGOING_REQUESTS
+    is_own_process: bool = False
+    """Whether the process is the replica's alone, as under Serve."""
 
 
 class Stoppable:
@@ -111,6 +113,7 @@ def placement_of(context: ReplicaContext) -> Placement:
         gpus=tuple(str(device) for device in ray_context.get_accelerator_ids().get("GPU", ())),
         host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
         max_ongoing_requests=getattr(_deployment_config(context), "max_ongoing_requests", DEFAULT_MAX_ONGOING_REQUESTS),
+        is_own_process=True,
     )
 
 

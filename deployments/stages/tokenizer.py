@@ -12,7 +12,7 @@ from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.protocol import MAX_MASKS, Encoded, Text
-from deployments.engine.tokenizers import load_tokenizer
+from deployments.engine.tokenizers import keep_torch_out, load_tokenizer
 from deployments.errors import InvalidField
 from deployments.messages import Envelope, Ids, Ragged, Tokenized, TokenizeRequest
 from deployments.stages.channel_stage import EventLoopStage, Handled
@@ -30,6 +30,8 @@ class TokenizerStage(EventLoopStage):
         placement = placement or prepare_replica()
         self._config = config
         self._card = ModelCard.load(config.model)
+        if placement.is_own_process:
+            keep_torch_out(config.model)
         self._tokenizer = load_tokenizer(config.model, self._card)
         self._with_offsets = self._card.task == "token-classification"
         self._cache = _Cache(config.tokenizer.cache_entries, config.tokenizer.cache_max_chars)

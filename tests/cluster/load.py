@@ -30,7 +30,7 @@ async def first_answer(session: aiohttp.ClientSession, url: str) -> None:
         await asyncio.sleep(0.2)
 
 
-async def client(session: aiohttp.ClientSession, url: str, interval_s: float) -> None:
+async def client(session: aiohttp.ClientSession, url: str, number: int, interval_s: float) -> None:
     while True:
         began, told = time.time(), ""
         outcome: Any
@@ -42,7 +42,8 @@ async def client(session: aiohttp.ClientSession, url: str, interval_s: float) ->
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             outcome, told = type(error).__name__, str(error)[:300]
         took_s = time.time() - began
-        print(json.dumps({"at": began, "s": round(took_s, 4), "outcome": outcome, "told": told}), flush=True)
+        line = {"client": number, "at": began, "s": round(took_s, 4), "outcome": outcome, "told": told}
+        print(json.dumps(line), flush=True)
         await asyncio.sleep(max(0.0, interval_s - took_s) if interval_s else 0.05 * (outcome != 200))
 
 
@@ -50,7 +51,8 @@ async def main(url: str, clients: int, rate: float) -> None:
     timeout = aiohttp.ClientTimeout(total=CLIENT_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         await first_answer(session, url)
-        await asyncio.gather(*(client(session, url, clients / rate if rate else 0) for _ in range(clients)))
+        interval_s = clients / rate if rate else 0
+        await asyncio.gather(*(client(session, url, number, interval_s) for number in range(clients)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NAMESPACE, CALLERS = "slowlens", "slowlens-callers"
 URL = f"http://slowlens-serve-svc.{NAMESPACE}:8000/v1/embeddings"
+SILENT_S = 5
+"""Longer than clients pause between two requests, and than an answer takes."""
 WORKER, HEAD = "ray.io/node-type=worker", "ray.io/node-type=head"
 
 
@@ -122,6 +124,11 @@ class Row:
 
 
 def row(what: str, lines: list[dict[str, Any]]) -> Row:
+    """What lines of load.py say. A client that has said nothing for long waits for an answer, and that counts."""
+    until = max(one["at"] + one["s"] for one in lines)
+    heard = {one["client"]: one["at"] + one["s"] for one in lines}
+    silent = {number: at for number, at in heard.items() if until - at > SILENT_S}
+    lines = lines + [{"at": at, "s": until - at, "outcome": "no answer yet", "told": ""} for at in silent.values()]
     took = sorted(one["s"] for one in lines)
     bad = [one for one in lines if one["outcome"] != 200]
     during = max(one["at"] for one in bad) - min(one["at"] for one in bad) if bad else 0.0

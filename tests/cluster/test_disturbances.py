@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ from tests.cluster.running import (
     wait_until,
 )
 
+P99_MS = float(os.environ.get("SLOWLENS_P99_MS", "1000"))
+"""For machines that have less CPU than two clusters beside each other need."""
 AFTER_S = 15
 """How long the load goes on when all is as before."""
 
@@ -89,7 +93,7 @@ def test_a_change_of_the_serve_configuration(during: Callable[[str], Any], turn:
         wait_until("the new configuration runs", is_running_everything, 200)
 
     assert not result[0].failed
-    assert result[0].p99_ms < 1000
+    assert result[0].p99_ms < P99_MS
 
 
 def test_a_new_cluster(during: Callable[[str], Any]) -> None:
@@ -99,7 +103,7 @@ def test_a_new_cluster(during: Callable[[str], Any]) -> None:
         wait_until("the new cluster serves", lambda: is_serving(after=old), 300)
 
     assert not result[0].failed
-    assert result[0].p99_ms < 1000
+    assert result[0].p99_ms < P99_MS
 
 
 def test_a_worker_is_deleted(during: Callable[[str], Any]) -> None:
@@ -107,7 +111,7 @@ def test_a_worker_is_deleted(during: Callable[[str], Any]) -> None:
         kubectl("-n", NAMESPACE, "delete", "pod", name_of(WORKER), "--wait=false")
 
     assert not result[0].failed
-    assert result[0].p99_ms < 1000
+    assert result[0].p99_ms < P99_MS
 
 
 def test_a_worker_is_evicted_as_by_kubectl_drain(during: Callable[[str], Any]) -> None:
@@ -118,7 +122,7 @@ def test_a_worker_is_evicted_as_by_kubectl_drain(during: Callable[[str], Any]) -
         kubectl("create", "--raw", path, "-f", "-", given=json.dumps(eviction))
 
     assert not result[0].failed
-    assert result[0].p99_ms < 1000
+    assert result[0].p99_ms < P99_MS
 
 
 def test_a_worker_is_killed_without_grace(during: Callable[[str], Any]) -> None:
@@ -145,7 +149,7 @@ def test_what_no_request_passes_through_is_killed(during: Callable[[str], Any], 
         time.sleep(20)
 
     assert not result[0].failed
-    assert result[0].p99_ms < 1000
+    assert result[0].p99_ms < P99_MS
 
 
 def test_the_operator_is_killed(during: Callable[[str], Any]) -> None:
@@ -163,7 +167,7 @@ def test_the_operator_is_killed(during: Callable[[str], Any]) -> None:
         time.sleep(20)
 
     assert not result[0].failed
-    assert result[0].p99_ms < 1000
+    assert result[0].p99_ms < P99_MS
 
 
 def test_an_application_that_cannot_start_leaves_the_old_cluster_serving(during: Callable[[str], Any]) -> None:
@@ -180,4 +184,37 @@ def test_an_application_that_cannot_start_leaves_the_old_cluster_serving(during:
         wait_until("the old one alone", lambda: is_serving() and len(pods(HEAD)) == 1, 300)
 
     assert not result[0].failed
-    assert result[0].p99_ms < 1000
+    assert result[0].p99_ms < P99_MS
+
+
+@pytest.mark.skipif("SLOWLENS_API_OFF" not in os.environ, reason="SLOWLENS_API_OFF and _API_ON stop and start it")
+def test_the_api_server_is_away_for_a_minute(during: Callable[[str], Any]) -> None:
+    with during("API server away for 60 s") as result:
+        subprocess.run(os.environ["SLOWLENS_API_OFF"], shell=True, check=True)
+        try:
+            time.sleep(60)
+        finally:
+            subprocess.run(os.environ["SLOWLENS_API_ON"], shell=True, check=True)
+        time.sleep(20)
+
+    assert not result[0].failed
+    assert result[0].p99_ms < P99_MS
+
+
+def test_ten_times_the_load_and_back(during: Callable[[str], Any], image: str) -> None:
+    most = 0
+    with during("load times 10 for 3 min, seen by those who go on as before") as result:
+        more = Load("more", image, clients=80, rate=200)
+        until = time.monotonic() + 180
+        while time.monotonic() < until:
+            most = max(most, len(pods(WORKER)))
+            time.sleep(5)
+        heavy = row("load times 10 for 3 min", more.stop())
+        # Replicas go after a quiet minute, their workers after two more.
+        wait_until("two workers again", lambda: len(pods(WORKER)) == 2, 600)
+    print(f"at most {most} workers; {heavy}", flush=True)
+
+    assert most > 2
+    for one in (heavy, result[0]):
+        refused = [outcome for outcome in one.failed if not outcome.startswith(("429 {", "503 {", "504 {"))]
+        assert not refused

@@ -203,22 +203,28 @@ def test_every_stage_scales_across_nodes_and_survives_the_loss_of_one(
 def test_draining_a_node_before_its_removal_fails_no_request(
     cluster: Cluster, receiver: OtlpReceiver, tmp_path: Path
 ) -> None:
-    """What a worker's ``preStop`` does in k8s/base/rayservice.yaml."""
+    """What a worker's ``preStop`` does in k8s/base/rayservice.yaml: ``slowlens drain``, here for one of several nodes."""
     application = {
         **CONFIG["applications"][0],
         "deployments": [{"name": stage, "num_replicas": 3, "ray_actor_options": {"num_cpus": 1}} for stage in STAGES],
     }
-    config, log = tmp_path / "config.yaml", tmp_path / "serve.log"
+    config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**CONFIG, "applications": [application]}))
-    with serve_run(config, log, {}) as process:
+    with serve_run(config, tmp_path / "serve.log", {}):
         leaving = next(node for node in cluster.worker_nodes if replicas_on(node))
         load = Load(CLIENTS)
         try:
             receiver.wait_for(lambda spans: len(named(spans, names.PREDICT)) > 200)
-            why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "evicted"]
-            which = ["--address", cluster.address, "--node-id", leaving.node_id, "--deadline-remaining-seconds", "90"]
-            subprocess.run([Path(sys.executable).with_name("ray"), "drain-node", *which, *why], check=True)
-            wait_for(lambda: not replicas_on(leaving), log, process)
+            # All nodes share the proxy's port, on which the load's connections stay.
+            code = f"""if True:
+                import time
+                from deployments.cli.drain import ServeCluster, drain
+                own = ServeCluster(90, [{PORT}])
+                own.node_id, own.connections = {leaving.node_id!r}, lambda: 0
+                raise SystemExit(not drain(own, 90, time.monotonic, time.sleep))
+            """
+            subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+            assert not replicas_on(leaving)
             cluster.remove_node(leaving, allow_graceful=False)
             receiver.clear()
             receiver.wait_for(lambda spans: len(named(spans, names.PREDICT)) > 200)

@@ -8,7 +8,7 @@ from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
 from deployments.engine.generation.text import detokenize
-from deployments.engine.tokenizers import load_text_tokenizer
+from deployments.engine.tokenizers import keep_torch_out, load_text_tokenizer
 from deployments.messages import Detokenized, DetokenizeRequest, Envelope, Reply
 from deployments.stages.channel_stage import EventLoopStage
 from deployments.stages.replica import Placement, prepare_replica
@@ -24,6 +24,8 @@ class DetokenizerStage(EventLoopStage):
         started_s = time.monotonic()
         placement = placement or prepare_replica()
         card = ModelCard.load(config.model)
+        if placement.is_own_process:
+            keep_torch_out(config.model)
         self._tokenizer = load_text_tokenizer(config.model, card)
         self._meter = EventLoopMeter(started_s)
         telemetry = Telemetry("postprocessor", config, card.name, placement.identity)

@@ -9,7 +9,7 @@ import numpy as np
 from deployments.autoscaling.meters import EventLoopMeter
 from deployments.config import AppConfig
 from deployments.engine.card import ModelCard
-from deployments.engine.tokenizers import TemplateError, load_text_tokenizer
+from deployments.engine.tokenizers import TemplateError, keep_torch_out, load_text_tokenizer
 from deployments.errors import InvalidField
 from deployments.messages import Envelope, Ids, Ragged, RenderRequest, Tokenized
 from deployments.stages.channel_stage import EventLoopStage, Handled
@@ -27,6 +27,8 @@ class PromptTokenizerStage(EventLoopStage):
         placement = placement or prepare_replica()
         self._config = config
         self._card = ModelCard.load(config.model)
+        if placement.is_own_process:
+            keep_torch_out(config.model)
         self._tokenizer = load_text_tokenizer(config.model, self._card)
         self._meter = EventLoopMeter(started_s)
         telemetry = Telemetry("tokenizer", config, self._card.name, placement.identity)
