@@ -203,7 +203,7 @@ def test_every_stage_scales_across_nodes_and_survives_the_loss_of_one(
 def test_draining_a_node_before_its_removal_fails_no_request(
     cluster: Cluster, receiver: OtlpReceiver, tmp_path: Path
 ) -> None:
-    """What a worker's ``preStop`` does in k8s/base/rayservice.yaml: ``slowlens drain``, here for one of several nodes."""
+    """What a worker's ``preStop`` does in k8s/base/rayservice.yaml, ``slowlens drain``: here of one node of several."""
     application = {
         **CONFIG["applications"][0],
         "deployments": [{"name": stage, "num_replicas": 3, "ray_actor_options": {"num_cpus": 1}} for stage in STAGES],

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -196,6 +197,16 @@ def coverage(traces: dict[str, list[Span]], trace_ids: set[str]) -> float:
         shares.append(sum(s.end - s.start for s in children) / (root.end - root.start))
     assert statistics.fmean(shares) <= 1.0001
     return min(shares)
+
+
+def test_torch_is_loaded_where_the_model_is_and_nowhere_else(running: Running) -> None:
+    loaded: dict[str, bool] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        title = (process / "cmdline").read_bytes().partition(b"\0")[0].decode()
+        if title.startswith("ray::ServeReplica:slowlens:"):
+            loaded[title.rpartition(":")[2]] = "libtorch_cpu" in (process / "maps").read_text()
+
+    assert loaded == {"Ingress": False, "Tokenizer": False, "Model": True, "Postprocessor": False}
 
 
 def test_an_unsampled_request_leaves_no_spans(running: Running) -> None:
