@@ -191,8 +191,9 @@ class ServeCluster:
     def replicas(self) -> int:
         with _control_plane():
             details = self._ray.get(self._controller.get_serve_instance_details.remote(), timeout=_CALL_S)
+        # One that is being placed has no node.
         return sum(
-            replica["node_id"] == self.node_id
+            replica.get("node_id") == self.node_id
             for application in details["applications"].values()
             for deployment in application["deployments"].values()
             for replica in deployment["replicas"]

@@ -165,8 +165,9 @@ def test_every_ray_process_starts_with_the_fast_environment(resources: list[dict
     for name, spec in pod_specs([service(resources)]):
         (container,) = spec["containers"]
         environment = {one["name"]: one.get("value") for one in container["env"]}
-        # A stopping ingress is drained for as long as Serve has it: it is known in more than one place.
-        fast = {key: one.value for key, one in FAST.items() if not key.endswith("_MIN_DRAINING_PERIOD_S")}
+        fast = {key: one.value for key, one in FAST.items()}
+        # A stopping ingress is known in more than one place.
+        fast["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "10"
         assert {key: environment.get(key) for key in fast} == fast, name
         assert environment["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://slowlens-collector:4317"
         assert {"K8S_POD_NAME", "K8S_NODE_NAME", "K8S_NAMESPACE_NAME"} <= environment.keys()
@@ -326,9 +327,11 @@ def test_every_ray_node_is_drained_before_it_stops(resources: list[dict[str, Any
     for name, spec in pod_specs([service(resources)]):
         (*_, script) = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         drain, stop = (part.strip() for part in script.split(";"))
-        options = parser().parse_args(shlex.split(drain)[1:])
+        command, _, log = drain.partition(" > ")
+        options = parser().parse_args(shlex.split(command)[1:])
 
-        assert (options.command, stop) == ("drain", "ray stop"), name
+        # What it says is in the log of the container.
+        assert (options.command, log, stop) == ("drain", "/proc/1/fd/1 2>&1", "ray stop"), name
         assert options.deadline_s < spec["terminationGracePeriodSeconds"]
         for deployment in config["applications"][0]["deployments"]:
             graceful_s = deployment["graceful_shutdown_timeout_s"]
