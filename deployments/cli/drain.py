@@ -27,8 +27,8 @@ _ALIVE = 0
 """`GcsNodeInfo.ALIVE`."""
 _UNDER_WAY_S = 30
 """How long a head waits for workers that are to end with it to say so."""
-_ANOTHER_S = 60
-"""How long the only worker waits for another one to start, and then for that to serve."""
+_ANOTHER_S = 120
+"""How long the only worker goes on taking requests, until another one serves that the autoscaler adds."""
 _SILENT_S = 60
 """How long the control plane may not answer, as while its head is replaced, before this gives up."""
 _CALL_S = 5
@@ -112,12 +112,10 @@ def drain(cluster: Cluster, deadline_s: float, clock: Callable[[], float], sleep
         return not others() and any(one.is_draining for one in cluster.nodes() if one.node_id != own.node_id)
 
     is_only = not another_serves() and not is_end_of_all()
-    if is_only:
-        within(_ANOTHER_S, lambda: bool(others()) or is_end_of_all())
     cluster.begin()
-    if is_only and others():
+    if is_only:
         cluster.keep_open(True)
-        within(_ANOTHER_S, another_serves)
+        within(_ANOTHER_S, lambda: another_serves() or is_end_of_all())
         cluster.keep_open(False)
     return within(deadline_s, lambda: cluster.replicas() == 0 and cluster.connections() == 0)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from deployments.cli.main import main
 from tests.cluster.running import (
     HEAD,
     NAMESPACE,
@@ -55,6 +56,14 @@ def during(applied: Path, image: str, turn: int, rows: list[Row]) -> Callable[[s
             print(result[0], flush=True)
 
     return measured
+
+
+def doctor(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    """What ``slowlens doctor`` finds, by kind."""
+    capsys.readouterr()
+    main(["doctor", "--format", "json"])
+    answer = capsys.readouterr().out
+    return {one["kind"]: one for one in json.loads(answer)["problems"]} if answer else {}
 
 
 def name_of(selector: str) -> str:
@@ -170,7 +179,9 @@ def test_the_operator_is_killed(during: Callable[[str], Any]) -> None:
     assert result[0].p99_ms < P99_MS
 
 
-def test_an_application_that_cannot_start_leaves_the_old_cluster_serving(during: Callable[[str], Any]) -> None:
+def test_an_application_that_cannot_start_leaves_the_old_cluster_serving(
+    during: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     old = active_cluster()
     spec = ray_service()["spec"]
     head = spec["rayClusterConfig"]["headGroupSpec"]["template"].get("metadata", {})
@@ -178,8 +189,11 @@ def test_an_application_that_cannot_start_leaves_the_old_cluster_serving(during:
         wrong = re.sub(r"source: \S+", "source: pkg:not_there/model", spec["serveConfigV2"])
         change(serve_config=wrong, head=marked())
         wait_until("the new cluster was tried", lambda: len(pods(HEAD)) == 2, 60)
-        time.sleep(60)
+        wait_until("doctor says why", lambda: "application_failed" in doctor(capsys), 120, every_s=5)
         assert active_cluster() == old
+        told = doctor(capsys)["application_failed"]
+        assert told["title"].endswith("is DEPLOY_FAILED (the old cluster serves on)")
+        assert "not_there" in " ".join(told["evidence"])
         change(serve_config=spec["serveConfigV2"], head=head)
         wait_until("the old one alone", lambda: is_serving() and len(pods(HEAD)) == 1, 300)
 

@@ -91,7 +91,7 @@ def test_the_only_worker_serves_on_until_another_one_does() -> None:
     made.events = [(15, starts), (30, lambda one: one.serving.add("two")), (60, all_ended)]
 
     assert made.run()
-    assert made.done == [(15, "begin"), (15, "open"), (30, "closed")]
+    assert made.done == [(0, "begin"), (0, "open"), (30, "closed")]
     assert made.now_s == 60
 
 
@@ -100,7 +100,7 @@ def test_the_only_worker_does_not_wait_for_ever() -> None:
     made.events = [(200, all_ended)]
 
     assert made.run()
-    assert made.done == [(60, "begin")]
+    assert made.done == [(0, "begin"), (0, "open"), (120, "closed")]
 
 
 def test_when_all_workers_end_together_none_waits_for_another() -> None:
