@@ -199,16 +199,3 @@ def callers() -> Iterator[None]:
         yield
     finally:
         kubectl("delete", "namespace", CALLERS, "--wait=false")
-
-
-def post(text: str = "hello") -> tuple[int, str]:
-    """One request, from this process through the API server; for what needs no load."""
-    path = f"/api/v1/namespaces/{NAMESPACE}/services/slowlens-serve-svc:8000/proxy/v1/embeddings"
-    result = subprocess.run(
-        ["kubectl", "create", "--raw", path, "-f", "-"],
-        input=json.dumps({"model": "all-MiniLM-L6-v2", "input": text}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return result.returncode, result.stdout or result.stderr

@@ -126,6 +126,29 @@ def strict(schema: Any) -> None:
         strict(one)
 
 
+OTHERS = {"Gateway", "HTTPRoute", "PrometheusRule", "ServiceMonitor"}
+"""Kinds of other projects. They were tried on an API server that knows them: docs/kubernetes.md."""
+
+
+@pytest.mark.parametrize("component", sorted(path.name for path in (HERE / "components").iterdir()))
+def test_every_component_can_be_added(component: str, tmp_path: Path) -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    paths = {"resources": HERE / "overlays" / "gpu", "components": HERE / "components" / component}
+    # It is in this overlay already.
+    wanted = {key: [os.path.relpath(path, tmp_path.resolve())] for key, path in paths.items() if path.name != "valkey"}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({**wanted, "namespace": "slowlens"}))
+    command = ["kubectl", "kustomize", str(tmp_path)]
+    made = list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+    for one in made:
+        if one["kind"] not in OURS | OTHERS:
+            kubernetes_validate.validate(one, "1.34", strict=True)
+    if CRD in os.environ:
+        validator().validate(service(made))
+    ServeDeploySchema.model_validate(yaml.safe_load(service(made)["spec"]["serveConfigV2"]))
+
+
 def test_everything_is_in_one_namespace(resources: list[dict[str, Any]]) -> None:
     of_the_cluster = ("Namespace", "PriorityClass")
     inside = [one for one in resources if one["kind"] not in of_the_cluster]
