@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from deployments.cli.supervise import tcp_sockets
+
 _HEAD_RESOURCE = "node:__internal_head__"
 _ESTABLISHED = "01"
 _ALIVE = 0
@@ -227,11 +229,9 @@ def _control_plane() -> Iterator[None]:
         raise NoControlPlane(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
 
 
-def established(ports: Sequence[int], tables: Sequence[Path] = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))) -> int:
+def established(ports: Sequence[int], folder: Path = Path("/proc/net")) -> int:
     """How many connections others have to these ports of this machine. Linux only."""
-    local = {f"{port:04X}" for port in ports}
-    lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
-    return sum(line[1].rpartition(":")[2] in local and line[3] == _ESTABLISHED for line in lines)
+    return sum(port in ports and state == _ESTABLISHED for port, state, _ in tcp_sockets(folder))
 
 
 def run(deadline_s: float, ports: Sequence[int]) -> int:

@@ -151,9 +151,9 @@ def parser() -> argparse.ArgumentParser:
     leaving.add_argument(
         "--deadline-s",
         type=float,
-        default=690,
+        default=700,
         metavar="SECONDS",
-        help="when to give up (690). Replicas for which there is no place end so long before it as Serve's "
+        help="when to give up (700). Replicas for which there is no place end so long before it as Serve's "
         "`graceful_shutdown_timeout_s` (605)",
     )
     leaving.add_argument(

@@ -47,7 +47,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 def holder_of(port: int) -> str | None:
     """Who listens on a TCP port of this machine, such as ``haproxy (pid 123)``; None if nobody does. Linux only."""
-    sockets = {inode for at, inode in _listening() if at == port}
+    sockets = {inode for at, state, inode in tcp_sockets() if (at, state) == (port, _LISTENING)}
     if not sockets:
         return None
     for process in Path("/proc").glob("[0-9]*"):
@@ -60,14 +60,13 @@ def holder_of(port: int) -> str | None:
     return "a process of another user"
 
 
-def _listening() -> Iterator[tuple[int, str]]:
-    """Port and socket of everything that listens."""
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+def tcp_sockets(folder: Path = Path("/proc/net")) -> Iterator[tuple[int, str, str]]:
+    """Local port, state and name of every TCP socket of this machine. Linux only."""
+    for table in ("tcp", "tcp6"):
         try:
-            lines = Path(table).read_text().splitlines()[1:]
+            lines = (folder / table).read_text().splitlines()[1:]
         except OSError:
             continue
         for line in lines:
             _, local, _, state, *rest = line.split()
-            if state == _LISTENING:
-                yield int(local.rpartition(":")[2], 16), f"socket:[{rest[5]}]"
+            yield int(local.rpartition(":")[2], 16), state, f"socket:[{rest[5]}]"

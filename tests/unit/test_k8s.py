@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import promql_parser
 import pytest
 import ray
 import yaml
+from ray.serve.config import HTTPOptions
 from ray.serve.schema import ServeDeploySchema
 
 from deployments import __version__
@@ -41,14 +42,14 @@ VERSION = __version__
 RAY = re.findall(r"^ray==(.+)$", (HERE.parent / "constraints.txt").read_text(), re.MULTILINE)[0]
 
 
-def built(overlay: str, folder: Path) -> list[dict[str, Any]]:
-    """The resources of an overlay, or of one in ``folder`` that adds all components."""
-    name, _, components = overlay.partition(" with ")
+def built(overlay: str, folder: Path, components: Sequence[str] = COMPONENTS) -> list[dict[str, Any]]:
+    """The resources of an overlay, or of one in ``folder`` that adds components."""
+    name, _, with_components = overlay.partition(" with ")
     path = HERE / "overlays" / name
-    if components:
+    if with_components:
         wanted = {
             "resources": [os.path.relpath(path, folder)],
-            "components": [os.path.relpath(HERE / "components" / one, folder) for one in COMPONENTS],
+            "components": [os.path.relpath(HERE / "components" / one, folder) for one in components],
             "namespace": "slowlens",
         }
         (folder / "kustomization.yaml").write_text(yaml.safe_dump(wanted))
@@ -134,12 +135,8 @@ OTHERS = {"Gateway", "HTTPRoute", "PrometheusRule", "ServiceMonitor"}
 def test_every_component_can_be_added(component: str, tmp_path: Path) -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
-    paths = {"resources": HERE / "overlays" / "gpu", "components": HERE / "components" / component}
-    # It is in this overlay already.
-    wanted = {key: [os.path.relpath(path, tmp_path.resolve())] for key, path in paths.items() if path.name != "valkey"}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({**wanted, "namespace": "slowlens"}))
-    command = ["kubectl", "kustomize", str(tmp_path)]
-    made = list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    # Valkey is in this overlay already.
+    made = built("gpu with one", tmp_path.resolve(), [component] if component != "valkey" else [])
 
     for one in made:
         if one["kind"] not in OURS | OTHERS:
@@ -362,6 +359,7 @@ def test_every_ray_node_is_drained_before_it_stops(resources: list[dict[str, Any
             # Where replicas have no place to go, they end so long before the deadline: later than HAProxy's idle
             # connections, by which requests come until then.
             assert options.deadline_s - graceful_s > int(FAST["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"].value)
+            assert options.deadline_s - graceful_s > HTTPOptions().keep_alive_timeout_s
 
 
 # --- the Collector ---------------------------------------------------------------------------------------------------

@@ -168,18 +168,18 @@ def test_a_head_that_is_away_for_a_while_is_waited_for_and_one_that_stays_away_i
 
 
 def test_connections_of_clients_are_counted(tmp_path: Path) -> None:
-    table = tmp_path / "tcp"
-    table.write_text(
-        "  sl  local_address rem_address   st\n"
-        "   0: 00000000:1F40 00000000:0000 0A\n"  # listens on 8000
-        "   1: 0100007F:1F40 0100007F:A1B2 01\n"  # a client of 8000
-        "   2: 0100007F:1F40 0100007F:A1B3 06\n"  # one that is closed
-        "   3: 0100007F:A1B2 0100007F:1F40 01\n"  # the client's own end
-        "   4: 0100007F:2328 0100007F:A1B4 01\n"  # a client of 9000
+    rest = "00000000:00000000 00:00000000 00000000     0        0 1"
+    (tmp_path / "tcp").write_text(
+        "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+        f"   0: 00000000:1F40 00000000:0000 0A {rest}\n"  # listens on 8000
+        f"   1: 0100007F:1F40 0100007F:A1B2 01 {rest}\n"  # a client of 8000
+        f"   2: 0100007F:1F40 0100007F:A1B3 06 {rest}\n"  # one that is closed
+        f"   3: 0100007F:A1B2 0100007F:1F40 01 {rest}\n"  # the client's own end
+        f"   4: 0100007F:2328 0100007F:A1B4 01 {rest}\n"  # a client of 9000
     )
 
-    assert established([8000, 9000], [table, tmp_path / "not there"]) == 2
-    assert established([8000], [table]) == 1
+    assert established([8000, 9000], tmp_path) == 2
+    assert established([8000], tmp_path) == 1
 
 
 def test_where_there_is_no_ray_it_says_so() -> None:
