@@ -5,6 +5,7 @@
     python benchmarks/diagnosis.py --rounds 3 -o FILE     # writes a table of the true and the named causes
     python benchmarks/diagnosis.py padding --keep FOLDER  # keeps the traces for later inspection
     python benchmarks/diagnosis.py --again FOLDER         # judges kept traces again
+    python benchmarks/diagnosis.py padding --fix          # runs it again with the setting that is proposed
 
 Prints each verdict, and exits with status 1 if one is wrong: the first cause must be a true one, all true causes must
 be named, and a healthy run must have none. Needs Linux, ports 8000 and 14318, and a C compiler for one case. A case
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -34,14 +36,27 @@ BEGUN = "begun"
 """Name of the file beside kept traces that holds the start time of the traffic, in Unix seconds."""
 
 
-def named_in(case: Slowdown, keep: Path | None) -> list[str]:
-    """Run a case and return the causes of its verdict, in order. Copy the traces to ``keep``, if given."""
+Report = dict[str, Any]
+"""As ``slowlens why --format json`` prints it."""
+_CHANGE = re.compile(
+    r"((?:deployments|batching|limits|generation)\.[\w.]+):\s(?:[\w.]+\s->\s)?(\d+(?:\.\d+)?)", re.MULTILINE
+)
+_P99 = re.compile(r"(predicted|at\sbest)\sp99\s(\d+)\s->\s(\d+)")
+
+
+def report_on(case: Slowdown, keep: Path | None = None, fix: tuple[str, float] | None = None) -> Report:
+    """Run a case and report on it. Copy the traces to ``keep``, if given.
+
+    Args:
+        fix: a setting to change first, and its value.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         setup = case.setup(folder)
         config = folder / "config.yaml"
-        config.write_text(changed((HERE / setup.config).read_text(), setup))
-        command = [str(PROGRAMS / "serve"), "run", str(config)]
+        text = changed((HERE / setup.config).read_text(), setup)
+        config.write_text(with_setting(text, *fix) if fix is not None else text)
+        command = [*setup.prefix, str(PROGRAMS / "serve"), "run", str(config)]
         environment = {"RAY_USAGE_STATS_ENABLED": "0", **setup.environment}
         server = Server("slowlens", command, 8000, environment, HERE.parent)
         with running(server, folder / "log", until_healthy):
@@ -49,24 +64,56 @@ def named_in(case: Slowdown, keep: Path | None) -> list[str]:
             begun = time.time()
             case.drive(folder)
             time.sleep(2)
-            named = verdict_on(folder / "slowlens", begun)
+            report = verdict_on(folder / "slowlens", begun)
         if keep is not None:
             shutil.copytree(folder / "slowlens", keep)
             (keep / BEGUN).write_text(str(begun))
-        return named
+        return report
 
 
-def verdict_on(store: Path, begun: float) -> list[str]:
+def verdict_on(store: Path, begun: float) -> Report:
     since = f"{int(time.time() - begun) + 1}s"
     why = [str(PROGRAMS / "slowlens"), "why", "--source", str(store), "--since", since]
     print(subprocess.run(why, capture_output=True, text=True).stdout, file=sys.stderr, flush=True)
     verdict = subprocess.run([*why, "--format", "json"], capture_output=True, text=True, check=True).stdout
-    return [finding["cause"] for finding in json.loads(verdict)["findings"]]
+    report: Report = json.loads(verdict)
+    return report
 
 
-def is_right(named: list[str], truth: tuple[str, ...]) -> bool:
+def is_right(report: Report, case: Slowdown) -> bool:
     """Whether the first cause is a true one and all true causes are named; for a healthy run, whether none is named."""
-    return named[:1] != [] and named[0] in truth and set(truth) <= set(named) if truth else not named
+    named, findings = causes(report), report["findings"]
+    if not case.truth:
+        return not named
+    told = " ".join(one["summary"] + one["fix"] for one in findings if one["cause"] == case.truth[0])
+    return named[:1] != [] and named[0] in case.truth and set(case.truth) <= set(named) and case.says in told
+
+
+def causes(report: Report) -> list[str]:
+    return [finding["cause"] for finding in report["findings"]]
+
+
+def proposed(report: Report) -> tuple[str, float, float | None] | None:
+    """The first setting that the first finding proposes, its value, and the p99 that is predicted for it, if any is."""
+    fix = report["findings"][0]["fix"] if report["findings"] else ""
+    setting, p99 = _CHANGE.search(fix), _P99.search(fix)
+    if setting is None:
+        return None
+    return setting[1], float(setting[2]), float(p99[3]) if p99 is not None else None
+
+
+def with_setting(text: str, key: str, value: float) -> str:
+    document = yaml.safe_load(text)
+    application = document["applications"][0]
+    section, *path, last = key.split(".")
+    if section == "deployments":
+        place = next(one for one in application["deployments"] if one["name"] == path.pop(0))
+    else:
+        place = application.setdefault("args", {}).setdefault(section, {})
+    for part in path:
+        place = place.setdefault(part, {})
+    place[last] = int(value) if value.is_integer() else value
+    return yaml.safe_dump(document)
 
 
 def until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -88,12 +135,12 @@ def until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> Non
 
 def get_going(case: Slowdown) -> None:
     """Send warm-up requests, then wait ``rest_s``, in which a case that scales to zero loses its replicas again."""
-    for _ in range(20):
-        if case.warm_up is not None:
-            case.warm_up()
-            continue
-        short()
-        fills(1, 5)()
+    if case.warm_up is not None:
+        case.warm_up()
+    else:
+        for _ in range(20):
+            short()
+            fills(1, 5)()
     time.sleep(case.rest_s)
 
 
@@ -115,15 +162,32 @@ def merge(into: dict[str, Any], changes: dict[str, Any]) -> None:
             into[key] = value
 
 
-def table(results: dict[str, list[list[str]]]) -> str:
+def table(results: dict[str, list[Report]]) -> str:
     lines = ["| case | what was done | truth | named, by round | right |", "| --- | --- | --- | --- | --- |"]
     for name, rounds in results.items():
         case = SLOWDOWNS[name]
         truth = " and ".join(f"`{cause}`" for cause in case.truth) or "nothing"
-        named = "; ".join(", ".join(causes) or "nothing" for causes in rounds)
-        right = sum(is_right(causes, case.truth) for causes in rounds)
+        named = "; ".join(", ".join(causes(report)) or "nothing" for report in rounds)
+        right = sum(is_right(report, case) for report in rounds)
         lines.append(f"| {name} | {case.what} | {truth} | {named} | {right} of {len(rounds)} |")
     return "\n".join(lines)
+
+
+FIXES = """\
+| case | change | p99 ms before | predicted | measured | of the predicted gain |
+| --- | --- | --- | --- | --- | --- |"""
+
+
+def fixed(name: str, report: Report) -> str | None:
+    """Run a case again with what its report proposes: a line of a table; None if that is no setting."""
+    found = proposed(report)
+    if found is None:
+        return None
+    key, value, predicted = found
+    before, after = report["latency_ms"]["p99"], report_on(SLOWDOWNS[name], fix=(key, value))["latency_ms"]["p99"]
+    gained = f"{(before - after) / (before - predicted):.0%}" if predicted is not None else ""
+    told = f"{predicted:.0f}" if predicted is not None else ""
+    return f"| {name} | `{key}: {value:g}` | {before:.0f} | {told} | {after:.0f} | {gained} |"
 
 
 def main() -> int:
@@ -132,24 +196,30 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="folder in which to keep the traces of each case")
+    parser.add_argument("--fix", action="store_true", help="run each case again with the setting that is proposed")
     parser.add_argument("--again", type=Path, metavar="FOLDER", help="judge the traces kept in this folder")
     options = parser.parse_args()
     if unknown := set(options.cases) - set(SLOWDOWNS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    results: dict[str, list[list[str]]] = {name: [] for name in options.cases or SLOWDOWNS}
+    fixes: list[str] = []
+    results: dict[str, list[Report]] = {name: [] for name in options.cases or SLOWDOWNS}
     for number in range(1, options.rounds + 1):
         for name, rounds in results.items():
             kept = (options.again or options.keep or Path()) / f"{name}-{number}"
             if options.again is not None:
                 rounds.append(verdict_on(kept, float((kept / BEGUN).read_text())))
             else:
-                rounds.append(named_in(SLOWDOWNS[name], kept if options.keep is not None else None))
-            right = "right" if is_right(rounds[-1], SLOWDOWNS[name].truth) else "WRONG"
-            print(f"round {number}: {name}: {', '.join(rounds[-1]) or 'nothing'}: {right}", flush=True)
-    print(f"\n{table(results)}")
+                rounds.append(report_on(SLOWDOWNS[name], kept if options.keep is not None else None))
+            right = "right" if is_right(rounds[-1], SLOWDOWNS[name]) else "WRONG"
+            print(f"round {number}: {name}: {', '.join(causes(rounds[-1])) or 'nothing'}: {right}", flush=True)
+            if options.fix and (line := fixed(name, rounds[-1])) is not None:
+                print(line, flush=True)
+                fixes.append(line)
+    tables = "\n".join([table(results), *(["", FIXES, *fixes] if fixes else [])])
+    print(f"\n{tables}")
     if options.output is not None:
-        options.output.write_text(table(results) + "\n")
-    return int(any(not is_right(causes, SLOWDOWNS[name].truth) for name in results for causes in results[name]))
+        options.output.write_text(tables + "\n")
+    return int(any(not is_right(report, SLOWDOWNS[name]) for name in results for report in results[name]))
 
 
 if __name__ == "__main__":

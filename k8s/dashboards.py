@@ -268,6 +268,16 @@ CAPACITY_DASHBOARD = (
         ),
     ),
     Panel(
+        "Shortages",
+        "The share of the time in which threads in the container, or else on the machine, waited for CPUs, memory or "
+        "the disk, and in which a hypervisor ran others on the machine's CPUs.",
+        "percentunit",
+        (
+            Query(f"max by (job, resource) ({series(metrics.PRESSURE)})", "{{job}} waits for {{resource}}"),
+            Query(f"max by (job) ({series(metrics.CPU_STEAL)})", "{{job}}: CPUs are stolen"),
+        ),
+    ),
+    Panel(
         "Processes",
         "CPU time of each replica as a fraction of its machine, the share of the time in which its threads got no CPU, "
         "and in which its container's limit held it back, and resident memory (right).",

@@ -68,7 +68,7 @@ CAUSES = (
         "long_input",
         ("own_work", "others_work"),
         False,
-        "on inputs longer than usual, their own or those that they waited behind",
+        "on longer inputs, or more of them, than usual: their own, or those that they waited behind or ran with",
         fixes.shorter_inputs,
         behind="others_work",
     ),
@@ -129,10 +129,7 @@ CAUSES = (
         ("contention",),
         True,
         "in runs that took longer than the same work usually takes",
-        advice(
-            "something else used the device: look for other processes on its GPU or CPUs, and give the Model "
-            "deployment its own CPUs or GPU (num_cpus, num_gpus)"
-        ),
+        fixes.device_of_its_own,
     ),
     Cause(
         "cpu_starvation",

@@ -6,13 +6,14 @@ A fix includes the text around its changes; ``render`` formats each change.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from deployments.explain.requests.capture import BINS, Capture, bin_ns
-from deployments.explain.requests.parts import input_sizes, median
+from deployments.explain.requests.parts import median, sizes_of
 from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import orders_during
 from deployments.telemetry import names
@@ -84,15 +85,31 @@ def shorter_fill_wait(_: Capture, slow: Sequence[Request]) -> Fix:
 
 
 def shorter_inputs(capture: Capture, slow: Sequence[Request]) -> Fix:
-    sizes = input_sizes(capture)
-    # Those who waited behind a long input may be short themselves.
-    long = [request for request in capture.requests if request.tokens / max(1, request.inputs) >= sizes.long] or slow
-    tokens = median([request.tokens / max(1, request.inputs) for request in long])
+    sizes = sizes_of(capture)
+    # Those who waited behind a large request may be small themselves.
+    large = [request for request in capture.requests if request.tokens >= sizes.large] or slow
+    tokens, inputs = (median([count(one) for one in large]) for count in (_tokens, _inputs))
+    usual = median([one.inputs for one in capture.requests], [capture.weight(one) for one in capture.requests])
+    if inputs > usual:
+        return Fix(
+            f"the large requests have {inputs:.0f} inputs and {tokens:.0f} tokens (medians; usual are {usual:.0f} and "
+            f"{sizes.usual:.0f}): allow fewer inputs in a request (",
+            Change("limits.max_inputs", capture.settings.get("limits.max_inputs"), max(1, round(inputs / 2))),
+            "), send them to replicas of their own, or make runs cheaper (a GPU, model.dtype)",
+        )
     return Fix(
         f"the long inputs have {tokens:.0f} tokens (median; usual are {sizes.usual:.0f}): reject them (",
-        _input_limit(capture, long),
+        _input_limit(capture, large),
         "), truncate them (model.max_length), or make runs cheaper (a GPU, model.dtype)",
     )
+
+
+def _tokens(request: Request) -> float:
+    return request.tokens
+
+
+def _inputs(request: Request) -> float:
+    return request.inputs
 
 
 def less_tokenization(capture: Capture, slow: Sequence[Request]) -> Fix:
@@ -160,6 +177,12 @@ def replicas_for_calls(capture: Capture, slow: Sequence[Request]) -> Fix:
     least = f"deployments.{name}.autoscaling_config.min_replicas"
     if capture.settings.get(least) == 0:
         return Fix(f"keep a replica of the {name} deployment running: ", Change(least, 0, 1))
+    if _mostly(slow, names.AI_GC_PAUSE_MS):
+        held = Counter(one.hindered[names.AI_GC_PAUSE_MS][0] for one in slow if names.AI_GC_PAUSE_MS in one.hindered)
+        return Fix(
+            f"collections of garbage stop the {held.most_common(1)[0][0]}: let its processes hold fewer objects, or call "
+            "gc.freeze() when they hold them"
+        )
     more = more_replicas(capture, name, slow=slow)
     if isinstance(current, int | float) and current < _ALL_AT_ONCE:
         return Fix(Change(key, current, _ALL_AT_ONCE), ", or add replicas (", more, ")")
@@ -203,17 +226,74 @@ def larger_cache(capture: Capture, slow: Sequence[Request]) -> Fix:
     )
 
 
-def more_cpu(_: Capture, slow: Sequence[Request]) -> Fix:
-    held_back = sum(names.AI_CPU_THROTTLED_MS in request.hindered for request in slow)
-    if 2 * held_back >= len(slow):
+_STOLEN = (
+    "the hypervisor gives the CPUs to other machines (ai.cpu.steal_ratio): take a machine whose CPUs are its own, and "
+    "not one that has used up its credit"
+)
+
+
+_LIMITED = (
+    "a CPU limit of the container is reached (ai.cpu.throttled_ratio): raise or remove it (resources.limits of its "
+    "pod), or use less CPU in it (fewer replicas in one pod, model.threads)"
+)
+
+
+def device_of_its_own(_: Capture, slow: Sequence[Request]) -> Fix:
+    if _mostly(slow, names.AI_CPU_THROTTLED_MS):
+        return Fix(_LIMITED)
+    if _mostly(slow, names.AI_CPU_STEAL_MS):
+        return Fix(_STOLEN)
+    if _mostly(slow, names.AI_MEMORY_PRESSURE_MS):
         return Fix(
-            "a CPU limit of the container is reached (ai.cpu.throttled_ratio): raise or remove it (resources.limits "
-            "of its pod), or use less CPU in it (fewer replicas in one pod, model.threads)"
+            "the container is short of memory (ai.pressure.ratio): give it more (resources.limits of its pod), or run "
+            "fewer replicas in it"
         )
     return Fix(
-        "other processes use the CPUs: see what else runs on the host (ai.cpu.run_delay_ratio of each process), and "
-        "give each stage CPUs of its own (num_cpus)"
+        "something else used the device: look for other processes on its GPU or CPUs, and give the Model deployment "
+        "its own CPUs or GPU (num_cpus, num_gpus)"
     )
+
+
+def _mostly(slow: Sequence[Request], hindrance: str) -> bool:
+    """Whether half of them were hindered so, for a tenth of their time at least."""
+    hit = [one for one in slow if hindrance in one.hindered and one.hindered[hindrance][1] >= one.latency_ns / 1e7]
+    return bool(slow) and 2 * len(hit) >= len(slow)
+
+
+def more_cpu(_: Capture, slow: Sequence[Request]) -> Fix:
+    if _mostly(slow, names.AI_CPU_THROTTLED_MS):
+        return Fix(_LIMITED)
+    if _mostly(slow, names.AI_CPU_STEAL_MS):
+        return Fix(_STOLEN)
+    own, of_all = cpus_used(slow)
+    if own > of_all / 2:
+        return Fix(
+            f"the application itself uses {own:.1f} of the {of_all:.1f} CPUs in use: give it more of them, or start "
+            "fewer replicas and threads on a host (model.threads)"
+        )
+    others = f"other processes use {of_all - own:.1f} of the {of_all:.1f} CPUs in use" if of_all else ""
+    return Fix(
+        f"{others or 'other processes use the CPUs'}: see what else runs on the host (ai.cpu.run_delay_ratio of each "
+        "process), and give each stage CPUs of its own (num_cpus)"
+    )
+
+
+def cpus_used(slow: Sequence[Request]) -> tuple[float, float]:
+    """How many CPUs the application's processes used while these waited for one, and all processes, on their host.
+
+    On the host with most of them; zeros if nothing says it.
+    """
+    hosts = Counter(host for request in slow for _, host, _, _ in request.cpus)
+    if not hosts:
+        return 0.0, 0.0
+    host = hosts.most_common(1)[0][0]
+    own, of_all = defaultdict[str, list[float]](list), list[float]()
+    for request in slow:
+        for instance, where, used, by_all in request.cpus:
+            if where == host:
+                own[instance].append(used)
+                of_all.append(by_all)
+    return sum(map(fmean, own.values())), fmean(of_all)
 
 
 def more_postprocessors(capture: Capture, _: Sequence[Request]) -> Fix:

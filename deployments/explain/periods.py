@@ -154,10 +154,14 @@ def _spent(one: Judged, parts: Sequence[str] | None) -> float:
 
 
 def _block_means(judged: Sequence[Judged], parts: Sequence[str] | None) -> list[float]:
-    """Of blocks of time with equally many requests."""
-    blocks = min(_BLOCKS, len(judged) // _OF_A_BLOCK)
+    return [_mean(block, parts) for block in blocks_of(judged, _BLOCKS)]
+
+
+def blocks_of(judged: Sequence[Judged], most: int) -> list[Sequence[Judged]]:
+    """Blocks of time with equally many requests, at most so many blocks; none of too few requests."""
+    blocks = min(most, len(judged) // _OF_A_BLOCK)
     edges = [number * len(judged) // blocks for number in range(blocks + 1)] if blocks else []
-    return [_mean(judged[begin:end], parts) for begin, end in pairwise(edges)]
+    return [judged[begin:end] for begin, end in pairwise(edges)]
 
 
 def _t(blocks: Sequence[Sequence[float]]) -> float:

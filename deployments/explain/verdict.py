@@ -3,10 +3,12 @@
 1. The slow requests are the slowest share of the answered requests, at least five; the others are ordinary.
 2. The excess of a part is its time beyond the ordinary amount: the median of the ordinary requests on the same route,
    or zero for waiting, padding and contention, which do no useful work. Work that is always long has no excess.
-   Waiting for a CPU grows with everything else: its ordinary amount is a share of the request's time.
+   Waiting for a CPU grows with everything else: its ordinary amount is a share of the request's time, and it counts
+   where it is more than twice that, or while other processes used more of the CPUs than at other times.
 3. A cause is named if at least a tenth of the slow requests, and more than one, lost to it one and a half times what a
    request takes without any waiting, and if it makes up a seventh of the total excess or most of the excess of a
-   quarter of the slow requests. For a cold start one request is enough, because the trace itself states it. If no
+   quarter of the slow requests. For a cold start and a replica that died one request is enough, because the trace
+   itself states it. If no
    cause qualifies, nothing is unusual. Waiting for the device counts as far as it is more than what random arrivals
    at this rate make some requests wait (``chance``).
 4. If requests take longer from some moment on (``periods``), those before it are the ordinary ones, and what work cost
@@ -21,6 +23,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,8 +31,18 @@ from deployments.explain.causes import CAUSES, Cause
 from deployments.explain.chance import wait_by_chance_ms
 from deployments.explain.counted import Counted
 from deployments.explain.findings import EVIDENCE, Finding, advisories, both, failures, traits
-from deployments.explain.fixes import Fix
-from deployments.explain.periods import Change, Judged, Period, change_of, differences, increases, is_longer, moment_of
+from deployments.explain.fixes import Fix, cpus_used
+from deployments.explain.periods import (
+    Change,
+    Judged,
+    Period,
+    blocks_of,
+    change_of,
+    differences,
+    increases,
+    is_longer,
+    moment_of,
+)
 from deployments.explain.requests.capture import Capture, capture
 from deployments.explain.requests.parts import (
     PARTS,
@@ -42,10 +55,10 @@ from deployments.explain.requests.parts import (
 )
 from deployments.explain.requests.pattern import clock, what_hindered
 from deployments.explain.requests.request import Request
-from deployments.explain.requests.scaling import orders_during, scaled_late
+from deployments.explain.requests.scaling import how_loaded, orders_during, scaled_late
 from deployments.explain.token_gaps import TokenGap, token_gaps
 from deployments.explain.traces.files import Source
-from deployments.explain.traces.survey import survey
+from deployments.explain.traces.survey import Key, survey
 from deployments.explain.traces.weights import percentile
 
 MIN_REQUESTS = 20
@@ -55,6 +68,7 @@ _MIN_RULED = 0.25
 """Share of the slow requests for which a cause makes up most of the excess."""
 _MIN_HIT = 2
 _MIN_GAIN = 0.1
+_BLOCKS, _MUCH_MORE = 24, 0.25
 _CHANCE, _FEW = 1.25, 0.05
 """A wait is no chance if it is so much longer than what this share of the slow requests wait by chance."""
 
@@ -77,6 +91,10 @@ class Verdict:
     """What else is different from ``against``."""
     first_token: Verdict | None = None
     """The same for the times to the first token, if there are generations."""
+    usual: Usual = field(default_factory=Usual)
+    """What work costs, and how much of it is usual."""
+    lost_to: dict[Key, str] = field(default_factory=dict)
+    """By request, the named cause that it lost most to, if that was worth naming; slow or not."""
     token_gaps: list[TokenGap] = field(default_factory=list)
     """The longest waits for a token of the slow generations, longest first."""
 
@@ -125,6 +143,7 @@ def judge(found: Capture, then: Capture | None = None) -> Verdict:
     parts = parts_of(found, usual)
     answered = _judged(found, parts)
     verdict = Verdict(found, sorted(answered, key=lambda one: one.request.latency_ns), dict.fromkeys(PARTS, 0.0))
+    verdict.usual = usual
     if then is not None:
         verdict.against = Period(then, _judged(then, parts_of(then, usual)))
         verdict.differences = differences(verdict.against, Period(found, answered))
@@ -229,19 +248,33 @@ def _compare(verdict: Verdict) -> None:
     useful = sum(ms for part, ms in of_all.items() if part not in ("decode", "decode_neighbours"))
     of_slow = sum(weights)
     by_chance = _by_chance(verdict.capture, of_slow / max(1.0, verdict.capture.survey.answered))
+    # Up to how much of a cause is no finding for each of them.
+    no_finding: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(slow))
+    no_finding["device_queue"] = [by_chance] * len(slow)
+    taken = _while_others_had_the_cpus(verdict.answered)
+    no_finding["cpu_starvation"] = [
+        0.0 if one.request.key in taken else starved * sum(one.parts.values()) for one, _ in slow
+    ]
+    lost: list[tuple[str, list[float]]] = []
     for cause in CAUSES:
         amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
-        if cause.name == "device_queue" and cause.name not in lasting:
-            amounts = [ms if ms > by_chance else 0.0 for ms in amounts]
+        if cause.name not in lasting:
+            amounts = [ms if ms > least else 0.0 for ms, least in zip(amounts, no_finding[cause.name], strict=True)]
         hit = [ms >= max(_MIN_MS, cause.least_of_useful * useful) for ms in amounts]
         ruled = [ms > all_of_it / 2 for all_of_it, ms in zip(of_each, amounts, strict=True)]
-        is_hit = sum(hit) >= (1 if cause.is_stated else _MIN_HIT) and _sum(hit, weights) >= _MIN_REQUESTS * of_slow
+        is_hit = any(hit) if cause.is_stated else sum(hit) >= _MIN_HIT and _sum(hit, weights) >= _MIN_REQUESTS * of_slow
         rules = sum(ruled) >= _MIN_HIT and _sum(ruled, weights) >= _MIN_RULED * of_slow
         matters = _sum(amounts, weights) >= _MIN_SHARE * whole or rules
-        if (is_hit or cause.name in lasting) and matters and max(amounts) >= _MIN_MS:
+        lasts = cause.name in lasting and lasting[cause.name] >= _MIN_SHARE * sum(lasting.values())
+        if ((is_hit and matters) or lasts) and max(amounts) >= _MIN_MS:
             of_everybody = [sum(more[part] for part in cause.parts) for more in excess]
             gain = _gain(verdict.answered, of_everybody)
             verdict.findings.append(_finding(cause, verdict, [one for one, _ in slow], amounts, whole, gain))
+            lost.append((cause.name, of_everybody))
+    for number, one in enumerate(verdict.answered):
+        most, name = max(((amounts[number], name) for name, amounts in lost), default=(0.0, ""))
+        if most >= _MIN_MS:
+            verdict.lost_to[one.request.key] = name
 
 
 def _compare_with(then: Period, now: Period, verdict: Verdict) -> None:
@@ -302,10 +335,26 @@ def _usual(ordinary: Sequence[Judged]) -> Parts:
 def _usually_starved(ordinary: Sequence[Judged]) -> float:
     """The share of their time that ordinary requests wait for a CPU: what the application's own processes make.
 
-    The lower quartile, so that a shortage that lasts for most of the window is not taken for usual.
+    By blocks of time, of which it is the lower quartile, so that a shortage that lasts for most of the window is not
+    taken for usual. Single requests differ too much: whoever runs much competes with the application's other processes.
     """
-    shares = sorted((one.parts["cpu_starved"] / max(1e-9, sum(one.parts.values())), one.weight) for one in ordinary)
-    return percentile(shares, 0.25)
+    blocks = blocks_of(sorted(ordinary, key=lambda one: one.request.started_ns), _BLOCKS)
+    shares = [
+        sum(one.weight * one.parts["cpu_starved"] for one in block)
+        / max(1e-9, sum(one.weight * sum(one.parts.values()) for one in block))
+        for block in blocks
+    ]
+    return percentile(sorted((share, 1.0) for share in shares), 0.25)
+
+
+def _while_others_had_the_cpus(answered: Sequence[Judged]) -> set[Key]:
+    """Those of the blocks of time in which other processes used a quarter more of the CPUs than they mostly do."""
+    blocks = blocks_of(sorted(answered, key=lambda one: one.request.started_ns), _BLOCKS)
+    used = [(block, cpus_used([one.request for one in block])) for block in blocks]
+    known = [(block, of_all - own) for block, (own, of_all) in used if of_all]
+    most = max((of_all for _, (_, of_all) in used), default=0.0)
+    usual = percentile(sorted((others, 1.0) for _, others in known), 0.25)
+    return {one.request.key for block, others in known if others >= usual + _MUCH_MORE * most for one in block}
 
 
 def _finding(
@@ -326,6 +375,8 @@ def _finding(
         f"{cause.what}{traits(verdict.capture, concerned, cause.stage)}{_behind(cause, verdict, concerned)}"
     )
     summary += what_hindered(concerned, [ms for _, ms in hit])
+    if cause.name == "cold_start":
+        summary += how_loaded(concerned, verdict.capture.loads)
     if verdict.change is not None and cause.name in verdict.change.increases:
         summary += (
             f"; since {clock(verdict.change.moment_ns)} every request spends "

@@ -302,6 +302,21 @@ CPU_THROTTLED = MetricSpec(
     "every",
     "Share of the time in which a CPU limit of the container held the process back; none where there is no limit",
 )
+CPU_STEAL = MetricSpec(
+    "ai.cpu.steal_ratio",
+    "gauge",
+    "1",
+    "every",
+    "Share of the time in which the hypervisor ran others on this machine's CPUs, by the mean of the CPUs",
+)
+PRESSURE = MetricSpec(
+    "ai.pressure.ratio",
+    "gauge",
+    "1",
+    "every",
+    "Share of the time in which a thread of the container, or else of the machine, waited for CPUs, memory or the disk",
+    ("resource",),
+)
 LOOP_STALLS = MetricSpec(
     "ai.event_loop.stalls", "counter", "{stall}", "every", "Times in which the event loop ran nothing for a second"
 )

@@ -30,12 +30,12 @@ from deployments.telemetry import metrics, names
 from deployments.telemetry.carrier import child_of, from_carrier, from_headers, is_sampled, to_carrier
 from deployments.telemetry.export.drain import MAX_RECORDS, Drain
 from deployments.telemetry.export.provider import Provider, ReplicaIdentity
+from deployments.telemetry.gauges.counters import CPUS, Counter, busy, pressure, stolen, throttled
 from deployments.telemetry.gauges.cpu import RunDelay
 from deployments.telemetry.gauges.garbage import GarbageWatch
-from deployments.telemetry.gauges.instruments import show_gpus, show_process, show_run_delay, show_throttling
+from deployments.telemetry.gauges.instruments import show_gpus, show_process, show_run_delay, show_shortages
 from deployments.telemetry.gauges.nvml import GpuReader
 from deployments.telemetry.gauges.stalls import StallWatch
-from deployments.telemetry.gauges.throttling import Throttling
 from deployments.telemetry.measures import Measures, Reading
 from deployments.telemetry.metrics import MetricSpec
 from deployments.telemetry.names import Service
@@ -98,12 +98,15 @@ class Telemetry:
         self._ids = RandomIdGenerator()
         self._numbers: dict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
         self.gpu = GpuReader(gpus, config.telemetry.gpu_sample_interval_s)
-        self._run_delay, self._throttling, self._garbage = RunDelay(), Throttling(), GarbageWatch()
+        self._run_delay, self._garbage = RunDelay(), GarbageWatch()
+        self._used, self._used_by_all = Counter(time.process_time_ns, most=CPUS), Counter(busy(), most=CPUS)
+        self._limit, self._steal = Counter(throttled()), Counter(stolen())
+        self._pressure = {resource: Counter(pressure(resource)) for resource in ("cpu", "memory", "io")}
         self._garbage.watch()
         self._stalls = StallWatch(lambda: self._measures.count(metrics.LOOP_STALLS))
         show_process(self._measures)
         show_run_delay(self._measures, self._run_delay)
-        show_throttling(self._measures, self._throttling)
+        show_shortages(self._measures, self._limit, self._steal, self._pressure)
         show_gpus(self._measures, self.gpu)
         sampling = config.telemetry.sampling
         rule = KeepRule(sampling.slowest_percent / 100, sampling.one_in) if service == "ingress" else None
@@ -390,7 +393,8 @@ class Telemetry:
 
     def _export(self, records: Iterator[object], lost: int) -> None:
         self._run_delay.look()
-        self._throttling.look()
+        for counter in (self._used, self._used_by_all, self._limit, self._steal, *self._pressure.values()):
+            counter.look()
         self._stalls.look()
         factory = SpanFactory(
             ids=self._ids,
@@ -399,7 +403,16 @@ class Telemetry:
             max_wait_ms=self._config.batching.max_wait_ms,
             wall_offset_ns=time.time_ns() - time.monotonic_ns(),
             run_delay_ns=self._run_delay.between_ns,
-            throttled_ns=self._throttling.between_ns,
+            cpu_used={
+                names.AI_CPU_USED_MS: self._used.between_ns,
+                names.AI_CPU_HOST_USED_MS: self._used_by_all.between_ns,
+            },
+            shortages={
+                names.AI_CPU_THROTTLED_MS: self._limit.between_ns,
+                names.AI_CPU_STEAL_MS: self._steal.between_ns,
+                names.AI_MEMORY_PRESSURE_MS: self._pressure["memory"].between_ns,
+                names.AI_IO_PRESSURE_MS: self._pressure["io"].between_ns,
+            },
             garbage_ns=self._garbage.between_ns,
             stalls_between=self._stalls.between,
         )

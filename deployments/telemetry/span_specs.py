@@ -25,6 +25,13 @@ class SpanSpec:
     """Whether only language models emit it."""
 
 
+CPU_USED = (names.AI_CPU_USED_MS, names.AI_CPU_HOST_USED_MS)
+SHORTAGES = (
+    names.AI_CPU_THROTTLED_MS,
+    names.AI_CPU_STEAL_MS,
+    names.AI_MEMORY_PRESSURE_MS,
+    names.AI_IO_PRESSURE_MS,
+)
 _HOP_ATTRIBUTES = (names.AI_HOP_TRANSIT_MS, names.AI_HOP_WAIT_MS, names.AI_HOP_ATTEMPT)
 
 SPANS: tuple[SpanSpec, ...] = (
@@ -46,7 +53,8 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_MODEL_NAME,
             names.AI_TOTAL_LATENCY_MS,
             names.AI_CPU_RUN_DELAY_MS,
-            names.AI_CPU_THROTTLED_MS,
+            *CPU_USED,
+            *SHORTAGES,
             names.AI_EVENT_LOOP_STALL_MS,
             names.AI_GC_PAUSE_MS,
             names.HTTP_REQUEST_METHOD,
@@ -91,7 +99,8 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_PREPROCESS_WAS_TRUNCATED,
             names.AI_PREPROCESS_CACHE_HITS,
             names.AI_CPU_RUN_DELAY_MS,
-            names.AI_CPU_THROTTLED_MS,
+            *CPU_USED,
+            *SHORTAGES,
             names.AI_EVENT_LOOP_STALL_MS,
             names.AI_GC_PAUSE_MS,
         ),
@@ -107,7 +116,8 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_BATCH_TIMEOUT_MS,
             names.AI_BATCH_WAIT_TIME_MS,
             names.AI_CPU_RUN_DELAY_MS,
-            names.AI_CPU_THROTTLED_MS,
+            *CPU_USED,
+            *SHORTAGES,
             names.AI_EVENT_LOOP_STALL_MS,
             names.AI_GC_PAUSE_MS,
             names.AI_MODEL_LOAD_TYPE,
@@ -169,7 +179,8 @@ SPANS: tuple[SpanSpec, ...] = (
         (
             names.AI_GENERATE_CHOICE,
             names.AI_CPU_RUN_DELAY_MS,
-            names.AI_CPU_THROTTLED_MS,
+            *CPU_USED,
+            *SHORTAGES,
             names.AI_EVENT_LOOP_STALL_MS,
             names.AI_GC_PAUSE_MS,
             names.AI_MODEL_NAME,
@@ -248,7 +259,8 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_POSTPROCESS_DURATION_MS,
             names.AI_POSTPROCESS_OUTPUT_LENGTH,
             names.AI_CPU_RUN_DELAY_MS,
-            names.AI_CPU_THROTTLED_MS,
+            *CPU_USED,
+            *SHORTAGES,
             names.AI_EVENT_LOOP_STALL_MS,
             names.AI_GC_PAUSE_MS,
         ),
@@ -267,6 +279,7 @@ SPANS: tuple[SpanSpec, ...] = (
             names.AI_DEVICE,
             names.AI_GPU_MEMORY_ALLOCATED_GB,
             names.AI_GPU_MEMORY_RESERVED_GB,
+            *SHORTAGES,
         ),
     ),
     SpanSpec(names.LOAD_WEIGHTS, "INTERNAL", "model", names.MODEL_LOAD, ()),

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
@@ -72,7 +72,8 @@ class SpanFactory:
         max_batch_size, max_wait_ms: settings that spans report.
         wall_offset_ns: offset to add to this process's monotonic clock to get Unix time.
         run_delay_ns: how long threads could run and did not between two times of that clock.
-        throttled_ns: how long a CPU limit held this process back between two times of that clock.
+        cpu_used: by attribute, CPU time that was used between two times of that clock.
+        shortages: by attribute, how long something was short between two times of that clock.
         garbage_ns: how long collections of garbage took between two times of that clock.
         stalls_between: stalls of the event loop between two times of that clock.
     """
@@ -83,7 +84,8 @@ class SpanFactory:
     max_wait_ms: float
     wall_offset_ns: int
     run_delay_ns: Callable[[int, int], int] = lambda *_: 0
-    throttled_ns: Callable[[int, int], int] = lambda *_: 0
+    cpu_used: Mapping[str, Callable[[int, int], int]] = field(default_factory=dict)
+    shortages: Mapping[str, Callable[[int, int], int]] = field(default_factory=dict)
     garbage_ns: Callable[[int, int], int] = lambda *_: 0
     stalls_between: Callable[[int, int], list[Stall]] = lambda *_: []
 
@@ -171,17 +173,27 @@ class SpanFactory:
         )
 
     def hindrances(self, time: Timed) -> Attributes:
-        """How long this process was held up meanwhile: by others on its CPUs, a CPU limit, a stalled loop, garbage."""
+        """How long this process was held up meanwhile: by others on its CPUs, a shortage, a stalled loop, garbage."""
         delay_ns = self.run_delay_ns(time.started_ns, time.ended_ns)
-        throttled_ns = self.throttled_ns(time.started_ns, time.ended_ns)
         garbage_ns = self.garbage_ns(time.started_ns, time.ended_ns)
         stalled_ns = sum(stall.shared_ns(time.started_ns, time.ended_ns) for stall in self._stalls(time))
+        is_starved = delay_ns >= _LEAST_RUN_DELAY_NS
         return {
-            names.AI_CPU_RUN_DELAY_MS: _ms(delay_ns) if delay_ns >= _LEAST_RUN_DELAY_NS else None,
-            names.AI_CPU_THROTTLED_MS: _ms(throttled_ns) if throttled_ns >= _LEAST_RUN_DELAY_NS else None,
+            names.AI_CPU_RUN_DELAY_MS: _ms(delay_ns) if is_starved else None,
+            # Whose work it was that left no CPU.
+            **{
+                key: _ms(between(time.started_ns, time.ended_ns)) if is_starved else None
+                for key, between in self.cpu_used.items()
+            },
+            **self.shortage(time),
             names.AI_EVENT_LOOP_STALL_MS: _ms(stalled_ns) if stalled_ns else None,
             names.AI_GC_PAUSE_MS: _ms(garbage_ns) if garbage_ns else None,
         }
+
+    def shortage(self, time: Timed) -> Attributes:
+        """How long what was short meanwhile."""
+        each = {key: between(time.started_ns, time.ended_ns) for key, between in self.shortages.items()}
+        return {key: _ms(short_ns) if short_ns >= _LEAST_RUN_DELAY_NS else None for key, short_ns in each.items()}
 
     def stalls(self, time: Timed) -> list[Event]:
         """An event for each stall of the event loop meanwhile, with what the loop was doing."""
@@ -414,6 +426,7 @@ def _(record: ModelLoadRecord, make: SpanFactory) -> Iterator[Span]:
         names.AI_DEVICE: record.device,
         names.AI_GPU_MEMORY_ALLOCATED_GB: record.memory_allocated_gb,
         names.AI_GPU_MEMORY_RESERVED_GB: record.memory_reserved_gb,
+        **make.shortage(record),
     }
     loaded = Event(names.EVENT_MODEL_LOADED, make.wall_offset_ns + record.ended_ns, {"device": record.device})
     events = [loaded] if record.fault is None else []

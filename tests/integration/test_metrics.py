@@ -19,6 +19,8 @@ ONLY_WHEN_SOMETHING_IS_WRONG = {
         metrics.OUT_OF_MEMORY,
         metrics.LOOP_STALLS,
         metrics.CPU_THROTTLED,
+        metrics.CPU_STEAL,
+        metrics.PRESSURE,
     )
 }
 # tests/e2e/test_prometheus.py calls over gRPC.

@@ -17,7 +17,7 @@ from tests.support.made import otlp, request, window
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here")
 HOSTILE = "</script><img src=x onerror=window.harmed=1><b>"
-CHARTS = ("latency", "cold", "device", "tokens", "batches")
+CHARTS = ("causes", "timeline", "latency", "cold", "device", "tokens", "batches")
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,12 @@ def opened(browser: Browser, path: Path) -> Iterator[Opened]:
     opened.page.close()
 
 
-def test_findings_and_all_five_charts_render_without_a_network(opened: Opened) -> None:
+def test_findings_and_all_charts_render_without_a_network(opened: Opened) -> None:
     page = opened.page
     assert page.locator(".finding h2 b").all_inner_texts() == ["cold_start", "tokenization"]
     assert page.locator("figcaption").all_inner_texts() == [
+        "Latency by cause",
+        "The device around the longest wait",
         "Latency by stage",
         "Cold starts",
         "GPU utilisation against latency",

@@ -27,6 +27,7 @@ from deployments.telemetry.generation.records import GenerateRecord, SegmentReco
 from deployments.telemetry.generation.steps import StepTelemetry
 from deployments.telemetry.records import HopRecord, Interval, RequestRecord, TokenizeRecord
 from deployments.telemetry.sampling.consistent import as_state, trace_of_run
+from deployments.telemetry.span_specs import CPU_USED, SHORTAGES
 from deployments.telemetry.spans import SpanFactory
 
 STEP_MS, DECODE_MS, PREFILL_MS = 20.0, 2.0, 0.5
@@ -168,7 +169,15 @@ def _finish(root: RequestRecord, one: Asked, record: GenerateRecord) -> None:
 
 
 def _spans(records: Iterable[Any], telemetry: Recorded) -> Iterator[Span]:
-    factory = SpanFactory(telemetry.ids, "lm", 32, 0.0, _WALL_NS)
+    factory = SpanFactory(
+        telemetry.ids,
+        "lm",
+        32,
+        0.0,
+        _WALL_NS,
+        cpu_used=dict.fromkeys(CPU_USED, lambda *_: 0),
+        shortages=dict.fromkeys(SHORTAGES, lambda *_: 0),
+    )
     encoders = {
         service: JsonEncoder(Resource({"service.name": f"slowlens.{service}", "service.instance.id": service}))
         for service in ("ingress", "tokenizer", "model")

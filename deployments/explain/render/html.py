@@ -11,6 +11,7 @@ import functools
 import hashlib
 import html
 import json
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -20,6 +21,7 @@ from deployments.explain.findings import Finding
 from deployments.explain.periods import Judged
 from deployments.explain.render.sample import by_metrics, doubts, percentiles
 from deployments.explain.render.text import comparison, fix_text, headline, rows, share_of
+from deployments.explain.render.timeline import timeline
 from deployments.explain.render.waterfall import MOST_MEMBERS, aligned, label, ordered, shown
 from deployments.explain.requests.capture import BINS, Run, bin_ns
 from deployments.explain.requests.parts import fit_runs, median
@@ -30,6 +32,7 @@ from deployments.explain.verdict import Verdict
 
 _POINTS = 250
 """Maximum number of ordinary, and of slow, requests in a scatter plot."""
+_LATENCY_BINS = 40
 _SCRIPTS, _STYLE = ("chart.js", "page.js"), "page.css"
 _GROUPS = {
     "reading": ("validation",),
@@ -142,6 +145,8 @@ class _Data:
             "bins": [(self._begin_ns + number * self._width_ns) / 1e6 for number in range(BINS)],
             "bin_ms": self._width_ns / 1e6,
             "best": [self._use(one.request) if one is not None else None for one in slowest],
+            "causes": self._causes(),
+            "timeline": timeline(self._verdict, self._use),
             "latency": self._latency(),
             "cold": self._cold(),
             "device": self._device(),
@@ -161,6 +166,11 @@ class _Data:
         if not document["cold"]["loads"] and not any(document["cold"]["requests"]):
             cold = "No model replica loaded and no request waited for one."
         texts = {
+            "causes": (
+                "Latency by cause",
+                "How many requests took how long, and what those lost most to that lost to a cause.",
+            ),
+            "timeline": ("The device around the longest wait", _timeline_text(document["timeline"])),
             "latency": ("Latency by stage", "Where a request's time went, on average, by arrival time."),
             "cold": ("Cold starts", cold),
             "device": (
@@ -179,7 +189,34 @@ class _Data:
         self._used[request.trace_id] = request
         return request.trace_id
 
-    # --- the five charts ---
+    # --- the charts ---
+
+    def _causes(self) -> dict[str, Any]:
+        """Requests by latency, in bins that each are so many times as wide as the one before."""
+        answered, lost_to = self._verdict.answered, self._verdict.lost_to
+        if not answered:
+            return {"edges": [], "causes": []}
+        least, most = (max(0.1, one.request.latency_ns / 1e6) for one in (answered[0], answered[-1]))
+        factor = max(1.05, (most / least) ** (1 / _LATENCY_BINS))
+        edges = [least * factor**number for number in range(_LATENCY_BINS + 1)]
+        names = [finding.cause for finding in self._verdict.findings if finding.cause in lost_to.values()]
+        counts = {name: [0.0] * _LATENCY_BINS for name in ("", *names)}
+        traces: dict[str, list[str | None]] = {name: [None] * _LATENCY_BINS for name in counts}
+        for one in answered:
+            at = min(_LATENCY_BINS - 1, max(0, bisect_right(edges, one.request.latency_ns / 1e6) - 1))
+            name = lost_to.get(one.request.key, "")
+            if not counts[name][at]:
+                traces[name][at] = self._use(one.request)
+            counts[name][at] += one.weight
+        causes = [
+            {
+                "cause": name or "no cause",
+                "requests": [round(count, 1) for count in counts[name]],
+                "traces": traces[name],
+            }
+            for name in counts
+        ]
+        return {"edges": [round(edge, 3) for edge in edges], "causes": causes}
 
     def _latency(self) -> list[dict[str, Any]]:
         def mean(ones: Sequence[Judged], parts: Iterable[str]) -> float:
@@ -282,6 +319,12 @@ class _Data:
         bar = [0, "batch_forward", "model", (passed.start_ns - start_ns) / 1e6, run.took_ns / 1e6, run.failed, text]
         members = list(dict.fromkeys(trace_id for trace_id, _ in run.members))
         return {"span": bar, "members": members[:MOST_MEMBERS]}
+
+
+def _timeline_text(drawn: dict[str, Any]) -> str:
+    if not drawn["replica"]:
+        return "No request waited for a device."
+    return f"What {drawn['replica']} ran, and who waited for it meanwhile, longest waits first."
 
 
 def _bar(depth: int, span: Span, start_ns: int) -> list[Any]:

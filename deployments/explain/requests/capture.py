@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from deployments.explain.counted import Counted
 from deployments.explain.requests.device import Device
 from deployments.explain.requests.request import (
+    HINDRANCES,
     Request,
     lacks_a_stage,
     number,
@@ -24,7 +25,7 @@ from deployments.explain.requests.request import (
 )
 from deployments.explain.requests.scaling import Scaling
 from deployments.explain.traces.otlp import Span
-from deployments.explain.traces.survey import Key, Survey
+from deployments.explain.traces.survey import LOAD_PHASES, Key, Survey
 from deployments.explain.traces.weights import weight_of_run
 from deployments.telemetry import names, span_specs
 
@@ -65,6 +66,10 @@ class ModelLoad:
     replica: str
     started_ns: int
     took_ns: int
+    phases_ms: Mapping[str, float] = field(default_factory=dict)
+    """By what was done."""
+    hindered: Mapping[str, float] = field(default_factory=dict)
+    """By attribute, for how many milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,7 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
     devices: dict[str, Device] = defaultdict(Device)
     traces: dict[str, dict[str, Span]] = defaultdict(dict)
     loads: dict[Key, ModelLoad] = {}
+    phases: dict[Key, dict[str, float]] = defaultdict(dict)
     orphans: dict[str, int] = {}
     seen: set[int] = set()
     for span in spans:
@@ -140,7 +146,9 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
                 seen.add(hash(span.key))
                 run = run_of(span)
                 weight = weight_of_run(span.attributes, run.requests)
-                devices[run.replica].add(run.started_ns, run.took_ns, run.tokens, run.padded_tokens, run.size, weight)
+                devices[run.replica].add(
+                    run.started_ns, run.took_ns, run.tokens, run.padded_tokens, run.requests, weight
+                )
                 # If the links of a run were lost, its requests are unknown.
                 if not span.links or any(trace_id in survey.trace_ids_to_read for trace_id, _ in span.links):
                     runs[run.key] = run
@@ -154,7 +162,11 @@ def capture(spans: Iterable[Span], survey: Survey) -> Capture:
                 if not span.links or any(trace_id in survey.trace_ids_to_read for trace_id, _ in span.links):
                     found.segments[span.key] = segment
         elif span.name == names.MODEL_LOAD:
-            loads[span.key] = ModelLoad(span.key, span.instance, span.start_ns, max(0, span.end_ns - span.start_ns))
+            took_ns, held_up = max(0, span.end_ns - span.start_ns), {key: number(span, key) for key in HINDRANCES}
+            loads[span.key] = ModelLoad(span.key, span.instance, span.start_ns, took_ns, phases[span.key], held_up)
+        elif span.name in LOAD_PHASES:
+            took_ns = max(0, span.end_ns - span.start_ns)
+            phases[span.trace_id, span.parent_id][LOAD_PHASES[span.name]] = took_ns / 1e6
         elif span.name == names.SCALING_DECISION:
             found.scalings.append(Scaling.of(span))
         elif span.trace_id in survey.trace_ids_to_read:

@@ -20,8 +20,8 @@ class Within(NamedTuple):
     """In all."""
     tokens: int
     padded_tokens: int
-    size: int
-    """Inputs."""
+    requests: int
+    """That had an input in it; 0 if unknown."""
 
 
 class Device:
@@ -33,18 +33,18 @@ class Device:
 
     def __init__(self) -> None:
         self.ahead_ns = 0
-        # Compact, as there may be a million runs: start, duration, tokens, padded tokens and inputs of each in turn.
+        # Compact, as there may be a million runs: start, duration, tokens, padded tokens and requests of each in turn.
         self._numbers = array("q")
         self._weights = array("d")
         self._starts: list[int] = []
         self._order: list[int] = []
 
     def add(
-        self, started_ns: int, took_ns: int, tokens: int, padded_tokens: int, size: int = 0, weight: float = 1.0
+        self, started_ns: int, took_ns: int, tokens: int, padded_tokens: int, requests: int = 0, weight: float = 1.0
     ) -> None:
         """Add a run that stands for ``weight`` of its kind."""
         self._weights.append(weight)
-        self._numbers.extend((started_ns, took_ns, tokens, padded_tokens, size))
+        self._numbers.extend((started_ns, took_ns, tokens, padded_tokens, requests))
 
     def during(self, interval: Interval) -> Iterator[Within]:
         """Yield each run that was in progress in the interval."""

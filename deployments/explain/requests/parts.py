@@ -3,7 +3,8 @@
 1. The cost of a model run is fitted over all runs, ``a + b * padded tokens``. A request's own work is what a run of its
    tokens alone would cost; each token of its batch-mates and of the batch's padding costs ``b``; what the runs took
    beyond that is contention. A request that waited while others ran waited for what made their runs long: their
-   padding, inputs far longer than usual (``others_work``), or contention. What remains is waiting for ordinary work.
+   padding, requests far larger than usual (``others_work``, also if they were its batch-mates), or contention. What
+   remains is waiting for ordinary work.
 2. The offset between the clocks of two processes is unknown, but the shortest latency in each direction bounds it. A
    call that took longer on the way to the stage than back waited for its replica to take it, beyond the wait in the
    ingress that the trace states; what was slow in both directions is transit.
@@ -82,7 +83,7 @@ _WORK_OF = {
 }
 _ROUNDS = 8
 _LONG_OF_MOST, _LONG_OF_USUAL = 2.0, 4.0
-"""An input is long if it has this many times the tokens of three quarters of all, and of half of them."""
+"""A request is large if it has this many times the tokens of three quarters of all, and of half of them."""
 _SLOW = 1.5
 """A run is slow if it took this many times what it should: less is noise."""
 
@@ -99,21 +100,25 @@ class RunFit:
 
 
 @dataclass(frozen=True, slots=True)
-class InputSizes:
-    """Tokens of an input."""
+class Sizes:
+    """Tokens of a request, in all its inputs."""
 
     usual: float
-    long: float
-    """From here on it is far longer than usual."""
+    large: float
+    """From here on it is far larger than usual."""
+
+    def unusual(self, tokens: float, requests: int) -> float:
+        """The tokens that so many requests have beyond the usual, if they are large on average."""
+        return max(0.0, tokens - requests * self.usual) if requests and tokens / requests >= self.large else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Usual:
     """What work costs, and how much of it is usual: what is beyond is padding, contention, long."""
 
-    runs: RunFit | None
-    steps: StepFit | None
-    sizes: InputSizes
+    runs: RunFit | None = None
+    steps: StepFit | None = None
+    sizes: Sizes = Sizes(0.0, 1.0)
 
 
 def usual_of(capture: Capture, until_ns: float = float("inf")) -> Usual:
@@ -121,7 +126,7 @@ def usual_of(capture: Capture, until_ns: float = float("inf")) -> Usual:
     return Usual(
         fit_runs(run for run in capture.runs.values() if run.started_ns < until_ns),
         fit_steps(segment for segment in capture.segments.values() if segment.started_ns < until_ns),
-        input_sizes(capture, until_ns),
+        sizes_of(capture, until_ns),
     )
 
 
@@ -131,7 +136,7 @@ def parts_of(capture: Capture, usual: Usual) -> list[Parts]:
     quickest = quickest_of(call for request in capture.requests for call in request.calls)
     found = []
     for request in capture.requests:
-        found.append(parts := _parts(request, capture.runs, fit, quickest))
+        found.append(parts := _parts(request, capture.runs, usual, quickest))
         _split_steps(request, parts, capture.segments, step_fit)
         device = capture.devices.get(request.replicas.get("model", ""))
         if fit is not None and device is not None:
@@ -182,18 +187,16 @@ def _split_steps(request: Request, parts: Parts, segments: Mapping[Key, Segment]
     parts["contention"] += prefill.contention + decode.contention
 
 
-def input_sizes(capture: Capture, until_ns: float = float("inf")) -> InputSizes:
-    """What is usual in the requests that began before ``until_ns``; an input of most lengths is long nowhere."""
+def sizes_of(capture: Capture, until_ns: float = float("inf")) -> Sizes:
+    """What is usual in the requests that began before ``until_ns``."""
     each = sorted(
-        (request.tokens / max(1, request.inputs), capture.weight(request))
-        for request in capture.requests
-        if request.started_ns < until_ns
+        (request.tokens, capture.weight(request)) for request in capture.requests if request.started_ns < until_ns
     )
     usual, most = percentile(each, 0.5), percentile(each, 0.75)
-    return InputSizes(usual, max(_LONG_OF_MOST * most, _LONG_OF_USUAL * usual, 1.0))
+    return Sizes(usual, max(_LONG_OF_MOST * most, _LONG_OF_USUAL * usual, 1.0))
 
 
-def _pass_on(request: Request, parts: Parts, device: Device, fit: RunFit, sizes: InputSizes) -> None:
+def _pass_on(request: Request, parts: Parts, device: Device, fit: RunFit, sizes: Sizes) -> None:
     """Pass the wait for the device on to what made the runs long that it waited for."""
     padding = others_work = contention = 0.0
     for wait in request.waits:
@@ -205,8 +208,7 @@ def _pass_on(request: Request, parts: Parts, device: Device, fit: RunFit, sizes:
                 within -= slow
             a_token = within * fit.token_ms / max(expected, 1e-9)
             padding += a_token * max(0, run.padded_tokens - run.tokens)
-            if run.size and run.tokens / run.size >= sizes.long:
-                others_work += a_token * max(0.0, run.tokens - run.size * sizes.usual)
+            others_work += a_token * sizes.unusual(run.tokens, run.requests)
     waited = padding + others_work + contention
     scale = min(1.0, parts["device_busy"] / waited) if waited else 0.0
     parts["device_busy"] -= waited * scale
@@ -227,15 +229,20 @@ def _starve(request: Request, parts: Parts) -> None:
 
 
 def _parts(
-    request: Request, runs: Mapping[Key, Run], fit: RunFit | None, quickest: Mapping[tuple[str, str, str], Call]
+    request: Request, runs: Mapping[Key, Run], usual: Usual, quickest: Mapping[tuple[str, str, str], Call]
 ) -> Parts:
     split = {name: took / 1e6 for name, took in request.breakdown.parts()}
     forward = split.pop("forward")
     split["own_prefill"] = split.pop("prefill")
     parts = dict.fromkeys(PARTS, 0.0) | split
-    own, batch_mates, padding = _work(request, runs, fit, forward)
-    parts["own_work"], parts["batch_mates"], parts["padding"] = own, batch_mates, padding
-    parts["contention"] = forward - own - batch_mates - padding
+    own, others_work, batch_mates, padding = _work(request, runs, usual, forward)
+    parts["own_work"], parts["others_work"], parts["batch_mates"], parts["padding"] = (
+        own,
+        others_work,
+        batch_mates,
+        padding,
+    )
+    parts["contention"] = forward - own - others_work - batch_mates - padding
     # A cold start already includes the whole transit of its call.
     calls = [call for call in request.calls if not (parts["cold_start"] and call.stage == "model")]
     waited = min(parts["transit"], sum(_one_sided_ms(call, quickest) for call in calls))
@@ -245,19 +252,30 @@ def _parts(
 
 
 def _work(
-    request: Request, runs: Mapping[Key, Run], fit: RunFit | None, forward_ms: float
-) -> tuple[float, float, float]:
-    """Split its forward passes into own work, batch_mates, padding; all own work if the runs or the fit are missing."""
-    known = [runs[key] for key in request.runs if key in runs]
+    request: Request, runs: Mapping[Key, Run], usual: Usual, forward_ms: float
+) -> tuple[float, float, float, float]:
+    """Split its forward passes into own work, others' unusual work, batch-mates, padding.
+
+    All is own work if the runs or their cost are unknown.
+    """
+    known, fit = [runs[key] for key in request.runs if key in runs], usual.runs
     if fit is None or not known or len(known) < len(request.runs):
-        return forward_ms, 0.0, 0.0
-    own_tokens = min(request.tokens, sum(run.tokens for run in known))
-    own = fit.run_ms * len(known) + fit.token_ms * own_tokens
-    batch_mates = fit.token_ms * (sum(run.tokens for run in known) - own_tokens)
-    padding = fit.token_ms * sum(max(0, run.padded_tokens - run.tokens) for run in known)
+        return forward_ms, 0.0, 0.0, 0.0
+    tokens = sum(run.tokens for run in known)
+    own_tokens = min(request.tokens, tokens)
+    mates = sum(run.requests - 1 for run in known)
+    unusual = usual.sizes.unusual(tokens - own_tokens, mates)
+    padded = sum(max(0, run.padded_tokens - run.tokens) for run in known)
+    parts = (
+        fit.run_ms * len(known) + fit.token_ms * own_tokens,
+        fit.token_ms * unusual,
+        fit.token_ms * (tokens - own_tokens - unusual),
+        fit.token_ms * padded,
+    )
     # Runs that were faster than the fit leave no contention, and each part is scaled down accordingly.
-    scale = min(1.0, forward_ms / (own + batch_mates + padding)) if own + batch_mates + padding else 0.0
-    return own * scale, batch_mates * scale, padding * scale
+    scale = min(1.0, forward_ms / sum(parts)) if sum(parts) else 0.0
+    own, others_work, batch_mates, padding = (ms * scale for ms in parts)
+    return own, others_work, batch_mates, padding
 
 
 def fit_runs(runs: Iterable[Run]) -> RunFit | None:

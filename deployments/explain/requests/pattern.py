@@ -62,8 +62,11 @@ class _Requests(list[tuple[Request, float]]):
         return percentile(sorted((measure(request), weight) for request, weight in self), share)
 
 
-_HINDRANCES = {
+HINDRANCES = {
     names.AI_CPU_THROTTLED_MS: "a CPU limit of its container held the {} back",
+    names.AI_CPU_STEAL_MS: "the hypervisor ran others on the CPUs of the {} (steal)",
+    names.AI_MEMORY_PRESSURE_MS: "the container of the {} was short of memory (pressure)",
+    names.AI_IO_PRESSURE_MS: "threads in the container of the {} waited for the disk (pressure)",
     names.AI_EVENT_LOOP_STALL_MS: "the event loop of the {} stalled (its stack is in the traces)",
     names.AI_GC_PAUSE_MS: "garbage was collected in the {}",
 }
@@ -72,7 +75,7 @@ _HINDRANCES = {
 def what_hindered(concerned: Sequence[Request], amounts_ms: Sequence[float]) -> str:
     """``; in 12 of them garbage was collected in the model``: for half of what they lost, in half of them."""
     said = ""
-    for key, phrase in _HINDRANCES.items():
+    for key, phrase in HINDRANCES.items():
         hit = [
             one.hindered[key][0]
             for one, ms in zip(concerned, amounts_ms, strict=True)

@@ -27,7 +27,14 @@ _STARVED = (
     ("model", names.BATCHED_PREDICT),
     ("postprocessor", names.POSTPROCESS),
 )
-HINDRANCES = (names.AI_CPU_THROTTLED_MS, names.AI_EVENT_LOOP_STALL_MS, names.AI_GC_PAUSE_MS)
+HINDRANCES = (
+    names.AI_CPU_THROTTLED_MS,
+    names.AI_CPU_STEAL_MS,
+    names.AI_MEMORY_PRESSURE_MS,
+    names.AI_IO_PRESSURE_MS,
+    names.AI_EVENT_LOOP_STALL_MS,
+    names.AI_GC_PAUSE_MS,
+)
 STAGE_OF = {hop: stage for _, hop, stage in _STAGES}
 """Maps the span name of a call to the span name of the stage that it calls."""
 
@@ -84,6 +91,9 @@ class Request:
     """Links of its forward passes; more than there are forward passes if a run was repeated."""
     starved_ms: Mapping[str, float]
     """By stage, how long threads of its process could run and did not meanwhile."""
+    cpus: tuple[tuple[str, str, float, float], ...]
+    """Of each stage whose threads could run and did not: its instance, the host, and how many CPUs its process, and all
+    processes of the host, used meanwhile."""
     hindered: Mapping[str, tuple[str, float]]
     """By attribute, what hindered it: the stage where that took longest, and milliseconds there."""
     waits: tuple[Interval, ...]
@@ -151,6 +161,7 @@ def request_of(spans: Sequence[Span]) -> Request:
         host=_host(predicted.resource) if predicted is not None else "",
         runs=tuple(link for span in by_name[names.FORWARD_PASS] for link in span.links),
         starved_ms=_in_stages(by_name, predicted, names.AI_CPU_RUN_DELAY_MS),
+        cpus=tuple(_cpus(by_name, predicted)),
         hindered={
             key: max(found.items(), key=lambda pair: pair[1])
             for key in HINDRANCES
@@ -169,6 +180,13 @@ def _in_stages(by_name: Mapping[str, Sequence[Span]], predicted: Span | None, ke
     spans["model"] = spans["model"] or ([predicted] if predicted is not None else [])
     found = {stage: sum(number(one, key) for one in ones) for stage, ones in spans.items()}
     return {stage: ms for stage, ms in found.items() if ms > 0}
+
+
+def _cpus(by_name: Mapping[str, Sequence[Span]], predicted: Span | None) -> Iterable[tuple[str, str, float, float]]:
+    generated = [predicted] if predicted is not None and predicted.name == names.GENERATE else []
+    for span in (*(span for _, name in _STARVED for span in by_name.get(name, ())), *generated):
+        if span.ms > 0 and (of_host := number(span, names.AI_CPU_HOST_USED_MS)) > 0:
+            yield span.instance, _host(span.resource), number(span, names.AI_CPU_USED_MS) / span.ms, of_host / span.ms
 
 
 def _generation(root: Span, first: Span, by_name: Mapping[str, Sequence[Span]]) -> Generation:

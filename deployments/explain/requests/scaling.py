@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deployments.explain.requests.pattern import clock
+from deployments.explain.requests.pattern import HINDRANCES, clock
 from deployments.explain.requests.request import Request
 from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
@@ -15,6 +15,8 @@ _BEFORE_NS = 5 * 10**9
 """How long before the arrival of a slow request the policy may have reacted to what made it slow."""
 _ON_THE_WAY_NS = 600 * 10**9
 """The same for replicas that were still starting when it arrived."""
+_MUCH = 0.25
+"""Share of a load that is worth telling."""
 _AT_LIMIT_NS = 65 * 10**9
 """The same for a limit that is too low, which is reported once a minute."""
 
@@ -50,11 +52,38 @@ class Scaling:
         )
 
 
+class Loaded(Protocol):
+    @property
+    def replica(self) -> str: ...
+    @property
+    def took_ns(self) -> int: ...
+    @property
+    def phases_ms(self) -> Mapping[str, float]: ...
+    @property
+    def hindered(self) -> Mapping[str, float]: ...
+
+
 class Loading(Protocol):
     @property
     def started_ns(self) -> int: ...
     @property
     def took_ns(self) -> int: ...
+
+
+def how_loaded(concerned: Sequence[Request], loads: Iterable[Loaded]) -> str:
+    """What the load consisted of that they waited for, as the end of a sentence; empty if it is unknown."""
+    replicas = {request.replicas.get("model") for request in concerned}
+    longest = max((load for load in loads if load.replica in replicas), key=lambda load: load.took_ns, default=None)
+    if longest is None:
+        return ""
+    whole_ms = longest.took_ns / 1e6
+    phases = [f"{what} {ms / 1e3:.1f} s" for what, ms in longest.phases_ms.items() if ms >= _MUCH * whole_ms]
+    said = f"; of that, its model loaded for {whole_ms / 1e3:.1f} s"
+    said += f" ({', '.join(phases)})" if phases else ""
+    for key, ms in longest.hindered.items():
+        if ms >= _MUCH * whole_ms:
+            said += f"; meanwhile, for {ms / 1e3:.1f} s, {HINDRANCES[key].format('replica')}"
+    return said
 
 
 def orders_during(

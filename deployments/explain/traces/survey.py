@@ -27,12 +27,13 @@ ORDINARY, FAILED = 5_000, 500
 _MIN_SLOW = 5
 NOT_OURS = frozenset({"cancelled", "invalid_json", "invalid_field", "too_large", "model_not_found"})
 """``error.type`` of requests whose failure is not the server's fault."""
-OF_A_REQUEST = {spec.name for spec in span_specs.SPANS if spec.parent != "none"} - {
-    names.LOAD_WEIGHTS,
-    names.LOAD_DEVICE_MOVE,
-    names.LOAD_WARM_UP,
+LOAD_PHASES = {
+    names.LOAD_WEIGHTS: "reading the weights",
+    names.LOAD_DEVICE_MOVE: "moving them to the device",
+    names.LOAD_WARM_UP: "warming up",
 }
-_OF_A_PROCESS = {names.BATCH_FORWARD, names.SEGMENT, names.MODEL_LOAD, names.SCALING_DECISION}
+OF_A_REQUEST = {spec.name for spec in span_specs.SPANS if spec.parent != "none"} - LOAD_PHASES.keys()
+_OF_A_PROCESS = {names.BATCH_FORWARD, names.SEGMENT, names.MODEL_LOAD, names.SCALING_DECISION, *LOAD_PHASES}
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 _DEFAULT_QUEUE, _DEFAULT_DELAY_MS = 16_384, 1_000.0
 _FLUSH_S = 5.0
 _SETTINGS: dict[Service, tuple[tuple[str, str], ...]] = {
-    "ingress": (("limits", "max_input_chars"), ("limits", "default_timeout_ms")),
+    "ingress": (("limits", "max_input_chars"), ("limits", "max_inputs"), ("limits", "default_timeout_ms")),
     "tokenizer": (("tokenizer", "cache_entries"),),
     "model": (
         ("model", "source"),

@@ -9,18 +9,23 @@ _KEPT = 12_000
 
 
 class Curve:
-    """What grew between two looks is spread evenly over that time. Times are nanoseconds of one clock."""
+    """What grew between two looks is spread evenly over that time. Times are nanoseconds of one clock.
 
-    def __init__(self) -> None:
+    Args:
+        most: by how much it grows at most in a nanosecond.
+    """
+
+    def __init__(self, most: float = 1.0) -> None:
+        self._most = most
         self._times: list[int] = []
         self._sums: list[int] = []
         self._shown = 0
 
     def add(self, now_ns: int, more_ns: int) -> None:
-        """Add what came since the last call, at most as much as the time itself."""
+        """Add what came since the last call, as far as it may be true."""
         since_ns = self._times[-1] if self._times else now_ns
         self._times.append(now_ns)
-        self._sums.append((self._sums[-1] if self._sums else 0) + min(more_ns, now_ns - since_ns))
+        self._sums.append((self._sums[-1] if self._sums else 0) + min(more_ns, round(self._most * (now_ns - since_ns))))
         if len(self._times) > _KEPT:
             del self._times[: _KEPT // 2], self._sums[: _KEPT // 2]
 

@@ -11,6 +11,8 @@ from typing import Any
 _LEAST_NS = 1_000_000
 """Of a collection that is kept: shorter ones are many and do not matter."""
 _KEPT = 1000
+_REACH_NS = 20_000_000
+"""How long before a request is handled a collection may have ended that kept it from being read."""
 
 
 class GarbageWatch:
@@ -39,7 +41,9 @@ class GarbageWatch:
             self._pauses.append((self._began_ns, ended_ns))
 
     def between_ns(self, started_ns: int, ended_ns: int) -> int:
-        """How much of the time between two times they took."""
-        if not self._pauses or self._pauses[-1][1] <= started_ns:
+        """How long those took that fell between two times, or ended right before: until then nothing was read."""
+        if not self._pauses or self._pauses[-1][1] <= started_ns - _REACH_NS:
             return 0
-        return sum(max(0, min(ended_ns, end) - max(started_ns, begin)) for begin, end in tuple(self._pauses))
+        return sum(
+            max(0, min(ended_ns, end) - begin) for begin, end in tuple(self._pauses) if end > started_ns - _REACH_NS
+        )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from deployments.telemetry import metrics
+from deployments.telemetry.gauges.counters import Counter
 from deployments.telemetry.gauges.cpu import RunDelay
 from deployments.telemetry.gauges.nvml import GpuReader, GpuSample
 from deployments.telemetry.gauges.process import ProcessUsage, open_descriptors, resident_bytes
-from deployments.telemetry.gauges.throttling import Throttling
 from deployments.telemetry.measures import Measures, Reading
 
 Read = Callable[[GpuSample], float | None]
@@ -25,10 +25,17 @@ def show_run_delay(measures: Measures, run_delay: RunDelay) -> None:
     measures.gauge(metrics.CPU_RUN_DELAY, lambda: [(run_delay.ratio(), {})])
 
 
-def show_throttling(measures: Measures, throttling: Throttling) -> None:
-    """Nothing where the kernel does not count it: without control groups, or with none that has a quota."""
-    if throttling.is_known:
-        measures.gauge(metrics.CPU_THROTTLED, lambda: [(throttling.ratio(), {})])
+def show_shortages(measures: Measures, limit: Counter, steal: Counter, pressure: Mapping[str, Counter]) -> None:
+    """Nothing where the kernel does not count it: the limit without control groups, or with none that has a quota."""
+    if limit.is_known:
+        measures.gauge(metrics.CPU_THROTTLED, lambda: [(limit.ratio(), {})])
+    if steal.is_known:
+        measures.gauge(metrics.CPU_STEAL, lambda: [(steal.ratio(), {})])
+    known = {resource: one for resource, one in pressure.items() if one.is_known}
+    if known:
+        measures.gauge(
+            metrics.PRESSURE, lambda: [(one.ratio(), {"resource": resource}) for resource, one in known.items()]
+        )
 
 
 def show_gpus(measures: Measures, reader: GpuReader) -> None:

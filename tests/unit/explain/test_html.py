@@ -98,3 +98,41 @@ def test_a_page_without_requests_says_so() -> None:
     assert "no requests" in page
     assert "0 answered requests are too few" in page
     assert drawn([])["traces"] == {}
+
+
+def test_latency_by_cause_counts_every_request_once() -> None:
+    data = drawn(window({"tokenize": 90.0}))["causes"]
+    by_cause = {one["cause"]: one["requests"] for one in data["causes"]}
+
+    assert set(by_cause) == {"no cause", "tokenization"}
+    assert sum(by_cause["tokenization"]) == 20
+    assert sum(by_cause["no cause"]) == 220
+    # Those that lost time to it are the slowest.
+    edges = data["edges"]
+    slow = [edges[number] for number, count in enumerate(by_cause["tokenization"]) if count]
+    others = [edges[number] for number, count in enumerate(by_cause["no cause"]) if count]
+    assert min(slow) > max(others)
+    traces = next(one["traces"] for one in data["causes"] if one["cause"] == "tokenization")
+    assert {int(trace, 16) % 12 for trace in traces if trace} == {3}
+
+
+def test_the_timeline_shows_what_the_device_ran_while_the_longest_waited() -> None:
+    # A large request runs for 400 ms from 2 ms before another arrives, which waits for it.
+    spans = window({"tokens": 800}, every=60)
+    spans += [*request(500, 3.5 * 250.0, busy=390.0)]
+    data = drawn(spans)["timeline"]
+
+    assert data["replica"] == "model"
+    assert data["waiting"]
+    assert max(wait["to"] - wait["from"] for wait in data["waiting"]) == pytest.approx(390, abs=1)
+    blocks = {block["kind"] for block in data["blocks"]}
+    assert "large requests" in blocks
+    (large,) = [block for block in data["blocks"] if block["kind"] == "large requests"]
+    assert int(large["trace"], 16) == 3
+    # On the clock of the ingress, as everything on the page.
+    assert large["from"] == pytest.approx(10**12 + 3 * 250.0, abs=10)
+
+
+def test_without_a_wait_there_is_no_timeline() -> None:
+    spans = [one for one in window({}) if one.name != names.QUEUE]
+    assert drawn(spans)["timeline"] == {"replica": "", "blocks": [], "waiting": []}

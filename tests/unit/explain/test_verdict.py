@@ -473,6 +473,41 @@ def test_a_limit_of_the_container_is_told_from_other_processes() -> None:
     assert "in 12 of them a CPU limit of its container held the model back" in held_back.summary
 
 
+def test_stolen_cpus_and_a_lack_of_memory_are_told_from_other_processes() -> None:
+    spans = window({"contention": 80.0})
+    (among_others,) = verdict(spans).findings
+    assert among_others.cause == "device_contention"
+    assert "something else used the device" in fix_text(among_others)
+    for key, told, fix in (
+        (
+            "ai__cpu__steal_ms",
+            "the hypervisor ran others on the CPUs",
+            "the hypervisor gives the CPUs to other machines",
+        ),
+        ("ai__memory__pressure_ms", "was short of memory", "the container is short of memory"),
+    ):
+        (finding,) = verdict(hindered(spans, **{key: 60.0})).findings
+        assert finding.cause == "device_contention"
+        assert told in finding.summary
+        assert fix in fix_text(finding)
+
+
+def test_what_a_cold_start_consisted_of() -> None:
+    slow = {"cold": 9000.0}
+    spans = window(slow, every=60, count=60)
+    load = span("e" * 32, "l", "", names.MODEL_LOAD, "model", -1000.0, 6000.0, ai__io__pressure_ms=4500.0)
+    phases = [
+        span("e" * 32, "a", "l", names.LOAD_WEIGHTS, "model", -1000.0, 5000.0),
+        span("e" * 32, "b", "l", names.LOAD_WARM_UP, "model", 4000.0, 1000.0),
+    ]
+    (finding,) = verdict([*spans, *phases, load]).findings
+    assert finding.cause == "cold_start"
+    assert "its model loaded for 6.0 s (reading the weights 5.0 s)" in finding.summary
+    assert "for 4.5 s, threads in the container of the replica waited for the disk" in finding.summary
+    (finding,) = verdict([*spans, replace(load, instance="another")]).findings
+    assert "loaded for" not in finding.summary
+
+
 def test_stalls_and_collections_of_garbage_are_named() -> None:
     spans = window({"contention": 80.0})
     assert "in 12 of them garbage was collected in the model" in (
@@ -482,3 +517,30 @@ def test_stalls_and_collections_of_garbage_are_named() -> None:
         verdict(hindered(spans, ai__event_loop__stall_ms=60.0)).findings[0].summary
     )
     assert "garbage" not in verdict(hindered(spans, ai__gc__pause_ms=5.0)).findings[0].summary
+    (waited,) = verdict(hindered(window({"there": 60.0}), ai__gc__pause_ms=100.0)).findings
+    assert waited.cause == "replica_queue"
+    assert "garbage was collected in the model" in waited.summary
+    assert "collections of garbage stop the model" in fix_text(waited)
+
+
+@pytest.mark.parametrize(
+    ("used", "told"),
+    [(0.3, "other processes use 1.2 of the 2.0 CPUs"), (0.9, "the application itself uses 2.0 of the 2.0 CPUs")],
+)
+def test_who_used_the_cpus_is_told(used: float, told: str) -> None:
+    # The model and the tokenizer were starved; each used so many of the two CPUs that were in use.
+    used_by = {names.BATCHED_PREDICT: used + 0.2, names.PREPROCESS: used}
+    spans = [
+        replace(
+            one,
+            attributes=one.attributes
+            | {"ai.cpu.used_ms": used_by[one.name] * one.ms, "ai.cpu.host_used_ms": 2.0 * one.ms},
+            resource={**one.resource, "host.name": "one"},
+        )
+        if one.name in used_by
+        else one
+        for one in window({"contention": 80.0, "starved": 80.0})
+    ]
+    (finding,) = verdict(spans).findings
+    assert finding.cause == "cpu_starvation"
+    assert told in fix_text(finding)

@@ -19,15 +19,17 @@ class Node:
 def test_collections_of_a_millisecond_or_more_are_kept_by_time() -> None:
     now = [0]
     seen = GarbageWatch(lambda: now[0])
-    for start, end in ((10, 15), (20, 20.5), (30, 40)):
+    for start, end in ((10, 15), (60, 60.5), (100, 110)):
         now[0] = round(start * MS)
         seen.note("start", {})
         now[0] = round(end * MS)
         seen.note("stop", {})
-    assert seen.between_ns(0, 100 * MS) == 15 * MS
-    assert seen.between_ns(12 * MS, 35 * MS) == 8 * MS
-    assert seen.between_ns(16 * MS, 29 * MS) == 0
-    assert seen.between_ns(50 * MS, 60 * MS) == 0
+    assert seen.between_ns(0, 200 * MS) == 15 * MS
+    assert seen.between_ns(40 * MS, 104 * MS) == 4 * MS
+    assert seen.between_ns(40 * MS, 99 * MS) == 0
+    # A request that is handled right after one may have arrived while nothing was read.
+    assert seen.between_ns(16 * MS, 29 * MS) == 5 * MS
+    assert seen.between_ns(131 * MS, 160 * MS) == 0
 
 
 def test_a_collection_that_began_before_the_watch_is_no_pause() -> None:

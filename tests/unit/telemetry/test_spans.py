@@ -30,7 +30,7 @@ from deployments.telemetry.records import (
     TokenizeRecord,
     UnfinishedWait,
 )
-from deployments.telemetry.span_specs import SPANS, SpanSpec
+from deployments.telemetry.span_specs import CPU_USED, SHORTAGES, SPANS, SpanSpec
 from deployments.telemetry.spans import SpanFactory
 
 ENVELOPE = Envelope(Carrier("00-" + "a" * 32 + "-" + "b" * 16 + "-01"), "id", 0, 10**9)
@@ -42,7 +42,15 @@ EMITTED_ELSEWHERE = {names.SCALING_DECISION}
 
 
 def factory() -> SpanFactory:
-    return SpanFactory(RandomIdGenerator(), "model", 32, 0.0, 1_000_000)
+    return SpanFactory(
+        RandomIdGenerator(),
+        "model",
+        32,
+        0.0,
+        1_000_000,
+        cpu_used=dict.fromkeys(CPU_USED, lambda *_: 0),
+        shortages=dict.fromkeys(SHORTAGES, lambda *_: 0),
+    )
 
 
 def batch(member: Membership) -> BatchRecord:

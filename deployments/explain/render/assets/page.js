@@ -30,12 +30,59 @@ const middle = (bin) => data.bins[bin] + data.bin_ms / 2;
 // A point of a bin leads to the trace that shows it best.
 const inBins = (values) => values.map((y, bin) => ({ x: middle(bin), y, trace: data.best[bin] }));
 
+// There are fewer colours than there may be parts.
+const ofSeries = (number) => color(`--c${number % 12}`);
+const KINDS = {
+  ordinary: "--c0", "large requests": "--c2", "mostly padding": "--c4", "slower than usual": "--c3", failed: "--c9",
+  decodes: "--c0", "computes prompts": "--c6",
+};
+
 const charts = {
+  causes: () => ({
+    type: "bar",
+    data: {
+      labels: data.causes.edges.slice(0, -1).map(round),
+      datasets: data.causes.causes.map(({ cause, requests, traces }, number) => ({
+        label: cause,
+        data: requests.map((y, bin) => ({ x: round(data.causes.edges[bin]), y, trace: traces[bin] })),
+        backgroundColor: number ? ofSeries(number + 1) : color("--c11"), barPercentage: 1, categoryPercentage: 0.96,
+      })),
+    },
+    options: {
+      scales: {
+        x: { stacked: true, title: { display: true, text: "ms or more", color: color("--faint") }, ticks: { color: color("--faint"), maxTicksLimit: 10, maxRotation: 0 }, grid: { display: false } },
+        y: axis("requests", { stacked: true, ticks: { precision: 0, color: color("--faint") } }),
+      },
+    },
+  }),
+  timeline: () => {
+    const rows = ["device", ...data.timeline.waiting.map(({ trace }, number) => `${number + 1}: ${trace.slice(0, 8)}`)];
+    const times = [...data.timeline.blocks, ...data.timeline.waiting].flatMap(({ from, to }) => [from, to]);
+    const kinds = [...new Set(data.timeline.blocks.map(({ kind }) => kind))];
+    const bars = (label, marks, paint) => ({ label, data: marks, backgroundColor: paint, borderColor: color("--panel"), borderWidth: 1, borderSkipped: false, grouped: false, barPercentage: 0.9, categoryPercentage: 1 });
+    return {
+      type: "bar",
+      data: {
+        labels: rows,
+        datasets: [
+          ...kinds.map((kind) => bars(kind, data.timeline.blocks.filter((block) => block.kind === kind).map(({ from, to, text, trace }) => ({ x: [from, to], y: "device", text, trace })), color(KINDS[kind]))),
+          ...(data.timeline.waiting.length ? [bars("waits", data.timeline.waiting.map(({ from, to, trace }, number) => ({ x: [from, to], y: rows[number + 1], trace })), color("--c8"))] : []),
+        ],
+      },
+      options: {
+        indexAxis: "y",
+        scales: {
+          x: { ...timeAxis(), min: Math.min(...times), max: Math.max(...times), ticks: { callback: (value) => new Date(value).toISOString().slice(14, 22), maxTicksLimit: 6, maxRotation: 0, color: color("--faint") } },
+          y: { ticks: { color: color("--faint"), autoSkip: false, font: { size: 10 } }, grid: { display: false } },
+        },
+      },
+    };
+  },
   latency: () => ({
     type: "bar",
     data: {
       datasets: data.latency.map(({ part, ms }, number) => ({
-        label: part, data: inBins(ms), backgroundColor: color(`--c${number}`), barPercentage: 1, categoryPercentage: 0.96,
+        label: part, data: inBins(ms), backgroundColor: ofSeries(number), barPercentage: 1, categoryPercentage: 0.96,
       })),
     },
     options: {
@@ -92,6 +139,11 @@ const charts = {
   }),
 };
 
+const TITLES = {
+  causes: ({ x }) => `${x} ms or more`,
+  timeline: ({ x }) => `${clock(x[0])}, ${round(x[0] % 1000)} ms`,
+  tokens: ({ x }) => `${x} tokens`,
+};
 let drawn = [];
 function draw() {
   drawn.forEach((chart) => chart.destroy());
@@ -114,8 +166,8 @@ function draw() {
           legend: { labels: { color: color("--ink"), boxWidth: 9, boxHeight: 9, usePointStyle: type === "scatter" } },
           tooltip: {
             callbacks: {
-              title: (items) => (name === "tokens" ? `${items[0].raw.x} tokens` : clock(items[0].raw.x)),
-              label: (item) => `${item.dataset.label}: ${round(item.raw.y)}`,
+              title: (items) => TITLES[name]?.(items[0].raw) ?? clock(items[0].raw.x),
+              label: (item) => (name === "timeline" ? `${item.dataset.label}, ${round(item.raw.x[1] - item.raw.x[0])} ms${item.raw.text ? `: ${item.raw.text}` : ""}` : `${item.dataset.label}: ${round(item.raw.y)}`),
               footer: (items) => (items[0].raw.trace ? "click to open a trace" : ""),
             },
           },
