@@ -180,8 +180,8 @@ def replicas_for_calls(capture: Capture, slow: Sequence[Request]) -> Fix:
     if _mostly(slow, names.AI_GC_PAUSE_MS):
         held = Counter(one.hindered[names.AI_GC_PAUSE_MS][0] for one in slow if names.AI_GC_PAUSE_MS in one.hindered)
         return Fix(
-            f"collections of garbage stop the {held.most_common(1)[0][0]}: let its processes hold fewer objects, or call "
-            "gc.freeze() when they hold them"
+            f"collections of garbage stop the {held.most_common(1)[0][0]}: let its processes hold fewer objects, or "
+            "call gc.freeze() when they hold them"
         )
     more = more_replicas(capture, name, slow=slow)
     if isinstance(current, int | float) and current < _ALL_AT_ONCE:
