@@ -1,7 +1,7 @@
 """Arrival patterns: requests per second for each second, as fractions of the pattern's peak.
 
 ``python benchmarks/scaling/patterns.py`` generated ``patterns.csv`` once: formulas with noise from a fixed seed, not
-recorded traffic. The simulation reads the file, so changing these formulas requires regenerating it.
+recorded traffic. The replay reads the file, so changing these formulas requires regenerating it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A real run on this machine with the fake engine, compared with its simulation."""
+"""A real run on this machine with the fake engine, compared with the replay of its traces."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from typing import Any
 
 import aiohttp
 import yaml
-from policies import QueueWait
-from simulation import Setup, simulate
 
 from deployments.autoscaling.settings import POLICY
+from deployments.explain.traces.files import TraceFiles
+from deployments.simulate.recording import record
+from deployments.simulate.replay import Replayed
+from deployments.simulate.what_if import what_if
 from deployments.telemetry import names
 
 URL = "http://127.0.0.1:8000"
 BATCH, RUN_S, TARGET_S = 8, 0.4, 0.5
-RATE = BATCH / RUN_S
 PATTERN = [0.25] * 40 + [1.0] * 80 + [0.25] * 120
 PEAK = 60.0
 """Requests per second: enough work for three replicas."""
@@ -75,24 +76,25 @@ class Seen:
     replica_s: float = 0.0
     start_s: float = 0.0
     decisions: list[str] = field(default_factory=list)
+    replayed: Replayed = field(default_factory=Replayed)
 
 
 def compare() -> str:
     seen = measure()
-    setup = Setup(RATE, PEAK, seen.start_s, TARGET_S, 1, MAX_REPLICAS, RUN_S)
-    simulated = [simulate(PATTERN, QueueWait(60), setup, seed) for seed in range(5)]
-    late = sorted(result.late_share for result in simulated)
-    cost = sorted(result.replica_s for result in simulated)
-    most = sorted(max(result.replicas) for result in simulated)
+    done = seen.replayed
+    late = done.refused + sum(
+        outcome.replica_wait_ns + outcome.queue_ns > TARGET_S * 1e9 for _, outcome in done.answered
+    )
+    requests = len(done.answered) + done.refused
     ordered = max((int(one.split()[-1]) for one in seen.decisions), default=1)
     return "\n".join(
         [
-            "| | real | simulated (median of 5) |",
+            "| | real | replayed |",
             "| --- | --- | --- |",
-            f"| requests | {seen.requests} ({seen.failed} failed) | {simulated[0].requests} |",
-            f"| late | {seen.late / max(1, seen.requests):.1%} | {late[2]:.1%} |",
-            f"| replicas at most | {ordered} | {most[2]} |",
-            f"| replica-seconds | {seen.replica_s:.0f} | {cost[2]:.0f} |",
+            f"| requests | {seen.requests} ({seen.failed} failed) | {requests} ({done.refused} refused) |",
+            f"| late | {seen.late / max(1, seen.requests):.1%} | {late / max(1, requests):.1%} |",
+            f"| replicas at most | {ordered} | {done.replicas} |",
+            f"| replica-seconds | {seen.replica_s:.0f} | {done.replica_seconds:.0f} |",
             f"| start of a replica | {seen.start_s:.1f} s | the same |",
         ]
     )
@@ -107,6 +109,7 @@ def measure() -> Seen:
             waits = asyncio.run(send(PATTERN, PEAK))
             time.sleep(3)
         read_decisions(folder / "slowlens", seen, began, began + len(PATTERN))
+        seen.replayed = what_if(record(TraceFiles(folder / "slowlens"), round(began * 1e9)), {}).replayed
     seen.requests, seen.failed = len(waits), waits.count(None)
     seen.late = sum(wait is not None and wait > TARGET_S * 1e3 for wait in waits)
     return seen

@@ -68,7 +68,9 @@ _MIN_RULED = 0.25
 """Share of the slow requests for which a cause makes up most of the excess."""
 _MIN_HIT = 2
 _MIN_GAIN = 0.1
-_BLOCKS, _MUCH_MORE = 24, 0.25
+_BLOCKS, _MUCH_MORE = 24, 0.15
+_LEAST_IF_SEEN = 1.0
+"""The least that a request must have lost to a cause of which there is other evidence, in times of useful work."""
 _CHANCE, _FEW = 1.25, 0.05
 """A wait is no chance if it is so much longer than what this share of the slow requests wait by chance."""
 
@@ -251,16 +253,18 @@ def _compare(verdict: Verdict) -> None:
     # Up to how much of a cause is no finding for each of them.
     no_finding: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(slow))
     no_finding["device_queue"] = [by_chance] * len(slow)
-    taken = _while_others_had_the_cpus(verdict.answered)
+    # Where other processes are seen to have the CPUs, less is one.
+    seen = {("cpu_starvation", key) for key in _while_others_had_the_cpus(verdict.answered)}
     no_finding["cpu_starvation"] = [
-        0.0 if one.request.key in taken else starved * sum(one.parts.values()) for one, _ in slow
+        0.0 if ("cpu_starvation", one.request.key) in seen else starved * sum(one.parts.values()) for one, _ in slow
     ]
     lost: list[tuple[str, list[float]]] = []
     for cause in CAUSES:
         amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
         if cause.name not in lasting:
             amounts = [ms if ms > least else 0.0 for ms, least in zip(amounts, no_finding[cause.name], strict=True)]
-        hit = [ms >= max(_MIN_MS, cause.least_of_useful * useful) for ms in amounts]
+        least = [_LEAST_IF_SEEN if (cause.name, one.request.key) in seen else cause.least_of_useful for one, _ in slow]
+        hit = [ms >= max(_MIN_MS, times * useful) for ms, times in zip(amounts, least, strict=True)]
         ruled = [ms > all_of_it / 2 for all_of_it, ms in zip(of_each, amounts, strict=True)]
         is_hit = any(hit) if cause.is_stated else sum(hit) >= _MIN_HIT and _sum(hit, weights) >= _MIN_REQUESTS * of_slow
         rules = sum(ruled) >= _MIN_HIT and _sum(ruled, weights) >= _MIN_RULED * of_slow
@@ -348,7 +352,7 @@ def _usually_starved(ordinary: Sequence[Judged]) -> float:
 
 
 def _while_others_had_the_cpus(answered: Sequence[Judged]) -> set[Key]:
-    """Those of the blocks of time in which other processes used a quarter more of the CPUs than they mostly do."""
+    """Those of the blocks of time in which other processes used a seventh more of the CPUs than they mostly do."""
     blocks = blocks_of(sorted(answered, key=lambda one: one.request.started_ns), _BLOCKS)
     used = [(block, cpus_used([one.request for one in block])) for block in blocks]
     known = [(block, of_all - own) for block, (own, of_all) in used if of_all]

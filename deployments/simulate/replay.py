@@ -16,7 +16,7 @@ import math
 import random
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -61,13 +61,22 @@ class Replayed:
     replica_seconds: float = 0.0
     replicas: int = 0
     """At most."""
+    running: list[int] = field(default_factory=list)
+    """Replicas that could serve, twice a second."""
 
 
-def replay(recording: Recording, settings: Settings, rate: float = 1.0) -> Replayed:
-    """Serve the recorded requests with these settings, ``rate`` times as fast as they came."""
+Policy = Callable[[Any], tuple[float, Any]]
+"""As Serve calls it: from an AutoscalingContext to a number of replicas and a state."""
+
+
+def replay(recording: Recording, settings: Settings, rate: float = 1.0, policy: Policy | None = None) -> Replayed:
+    """Serve the recorded requests with these settings, ``rate`` times as fast as they came.
+
+    Replicas are scaled, if they are, by ``policy`` instead of our own.
+    """
     # In a thread of its own: the caller's may have an event loop that runs.
     with ThreadPoolExecutor(1) as alone:
-        return alone.submit(lambda: run(_Replay(recording, settings, rate).run())).result()
+        return alone.submit(lambda: run(_Replay(recording, settings, rate, policy).run())).result()
 
 
 class _Replica:
@@ -131,8 +140,9 @@ class _Replica:
 
 
 class _Replay:
-    def __init__(self, recording: Recording, settings: Settings, rate: float) -> None:
+    def __init__(self, recording: Recording, settings: Settings, rate: float, policy: Policy | None) -> None:
         self.recording, self._settings, self._rate = recording, settings, rate
+        self._policy: Policy = policy or _Policy(**settings.policy)
         self._begin_ns = recording.requests[0].at_ns
         self._run_starts = [run.started_ns - self._begin_ns for run in recording.runs]
         self._factors = [run.took_ns / 1e6 / max(1e-6, recording.fit.ms(run.padded_tokens)) for run in recording.runs]
@@ -265,6 +275,7 @@ class _Replay:
         """Sum up what the replicas, running or starting, cost."""
         while True:
             began_s = asyncio.get_running_loop().time()
+            self._found.running.append(len(self._replicas))
             try:
                 await asyncio.sleep(_REPORT_S)
             finally:
@@ -272,10 +283,10 @@ class _Replay:
                 self._found.replica_seconds += took_s * (len(self._replicas) + len(self._starting))
 
     async def _scale(self) -> None:
-        policy = _Policy(**self._settings.policy)
         while True:
             await asyncio.sleep(_REPORT_S)
-            wanted, _ = policy(self._seen())
+            proposed, _ = self._policy(self._seen())
+            wanted = min(self._settings.max_replicas, max(self._settings.min_replicas, math.ceil(proposed)))
             if wanted > self._target:
                 self._order(wanted - self._target)
             elif wanted < self._target:
@@ -298,6 +309,8 @@ class _Replay:
             capacity_adjusted_min_replicas=self._settings.min_replicas,
             capacity_adjusted_max_replicas=self._settings.max_replicas,
             total_queued_requests=len(self._waiting),
+            total_num_requests=len(self._waiting) + sum(replica.calls for replica in self._replicas),
+            current_time=now_s,
             raw_metrics=series,
             config=SimpleNamespace(),
         )
