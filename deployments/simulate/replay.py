@@ -142,7 +142,7 @@ class _Replica:
 class _Replay:
     def __init__(self, recording: Recording, settings: Settings, rate: float, policy: Policy | None) -> None:
         self.recording, self._settings, self._rate = recording, settings, rate
-        self._policy: Policy = policy or _Policy(**settings.policy)
+        self._policy = policy
         self._begin_ns = recording.requests[0].at_ns
         self._run_starts = [run.started_ns - self._begin_ns for run in recording.runs]
         self._factors = [run.took_ns / 1e6 / max(1e-6, recording.fit.ms(run.padded_tokens)) for run in recording.runs]
@@ -283,9 +283,10 @@ class _Replay:
                 self._found.replica_seconds += took_s * (len(self._replicas) + len(self._starting))
 
     async def _scale(self) -> None:
+        policy: Policy = self._policy or _Policy(**self._settings.policy)
         while True:
             await asyncio.sleep(_REPORT_S)
-            proposed, _ = self._policy(self._seen())
+            proposed, _ = policy(self._seen())
             wanted = min(self._settings.max_replicas, max(self._settings.min_replicas, math.ceil(proposed)))
             if wanted > self._target:
                 self._order(wanted - self._target)
