@@ -616,6 +616,19 @@ SLOWDOWNS = {
         "8 closed-loop clients; four busy loops on one of two CPUs for a quarter of the time",
         lambda _: together(lambda: clients(8, SECONDS), later(lambda: hogs(1 / 4, of_one_cpu=True))),
     ),
+    "every_5_s": Slowdown(
+        ("cpu_starvation",),
+        "four busy loops for half a second, every five seconds",
+        lambda _: together(steady, *(later(lambda: hogs(1 / 48), part) for part in (0.1, 0.3, 0.5, 0.7, 0.9))),
+        says="every ",
+    ),
+    "busy_ingress": Slowdown(
+        ("replica_queue",),
+        "a model that takes 1 ms, and 64 clients at once for a quarter of the time",
+        lambda _: together(steady, later(burst)),
+        lambda _: Setup(args={"model": {"engine": "fake", "fake": {"base_ms": 1.0}}}),
+        says="Ingress",
+    ),
     "cpu_limit": Slowdown(
         ("cpu_starvation",),
         "the container is limited to half a CPU for a quarter of the time",

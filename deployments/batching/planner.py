@@ -17,6 +17,8 @@ from deployments.config import BatchingConfig
 
 _LEAST_OF_FIXED = 4
 """What the tokens of a run may always cost, in times of the run's fixed cost."""
+_CAUTION = 1.15
+"""Factor on what a run is expected to take that must end before a deadline: if it ends a little later, it was in vain."""
 _REGROWTH = 1.02
 """Factor by which a limit learned from an out-of-memory error grows with every run that fits."""
 
@@ -134,7 +136,7 @@ class BatchPlanner:
         """Remove the longest, but never the oldest, until the rest meet their deadlines. Returns whether it did."""
         size = len(entries)
         while len(entries) > 1:
-            if now_ns + self.run_ns(entries) <= min(entry.deadline_ns for entry in entries):
+            if now_ns + _CAUTION * self.run_ns(entries) <= min(entry.deadline_ns for entry in entries):
                 break
             entries.remove(max(entries[1:], key=lambda entry: entry.padded))
         return len(entries) < size
