@@ -134,14 +134,13 @@ def until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> Non
 
 
 def get_going(case: Slowdown) -> None:
-    """Send warm-up requests, then wait ``rest_s``, in which a case that scales to zero loses its replicas again."""
+    """Send warm-up requests."""
     if case.warm_up is not None:
         case.warm_up()
     else:
         for _ in range(20):
             short()
             fills(1, 5)()
-    time.sleep(case.rest_s)
 
 
 def changed(text: str, setup: Setup) -> str:

@@ -48,8 +48,6 @@ class Slowdown:
     drive: Callable[[Path], object]
     """Sends the traffic and slows it down. Receives a folder for its files."""
     setup: Callable[[Path], Setup] = lambda _: Setup()
-    rest_s: float = 0.0
-    """Idle time before the traffic, so that replicas scale down."""
     warm_up: Callable[[], None] | None = None
     """Sends the requests before the traffic, if embeddings are not what is served, or a capacity is to be measured."""
     says: str = ""
@@ -532,7 +530,7 @@ SLOWDOWNS = {
         "scaled to zero before the first request",
         lambda _: together(steady, short),
         from_zero,
-        rest_s=20,
+        warm_up=lambda: None,
     ),
     "cpu_hog": Slowdown(
         ("cpu_starvation",), "four busy loops for an eighth of the time", lambda _: together(steady, later(hogs))

@@ -18,7 +18,7 @@ from deployments.config import BatchingConfig
 _LEAST_OF_FIXED = 4
 """What the tokens of a run may always cost, in times of the run's fixed cost."""
 _CAUTION = 1.15
-"""Factor on what a run is expected to take that must end before a deadline: if it ends a little later, it was in vain."""
+"""Factor on what a run is expected to take that must end before a deadline: ending a little later, it was in vain."""
 _REGROWTH = 1.02
 """Factor by which a limit learned from an out-of-memory error grows with every run that fits."""
 

@@ -168,5 +168,7 @@ CAUSES = (
         "reading the request",
         advice("the client sent its body slowly: check its network, or whatever is between it and the ingress"),
         "ingress",
+        # Serve's front takes some milliseconds to hand over a body, and at times many.
+        least_of_useful=3.0,
     ),
 )

@@ -268,7 +268,8 @@ def _compare(verdict: Verdict) -> None:
         ruled = [ms > all_of_it / 2 for all_of_it, ms in zip(of_each, amounts, strict=True)]
         is_hit = any(hit) if cause.is_stated else sum(hit) >= _MIN_HIT and _sum(hit, weights) >= _MIN_REQUESTS * of_slow
         rules = sum(ruled) >= _MIN_HIT and _sum(ruled, weights) >= _MIN_RULED * of_slow
-        matters = _sum(amounts, weights) >= _MIN_SHARE * whole or rules
+        # That a replica died is told like failures are, however little time it took.
+        matters = _sum(amounts, weights) >= _MIN_SHARE * whole or rules or cause.name == "errors_retries"
         lasts = cause.name in lasting and lasting[cause.name] >= _MIN_SHARE * sum(lasting.values())
         if ((is_hit and matters) or lasts) and max(amounts) >= _MIN_MS:
             of_everybody = [sum(more[part] for part in cause.parts) for more in excess]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,86 @@ def test_who_waits_behind_a_long_input_waits_for_that(seed: int) -> None:
     for one in found.answered:
         assert sum(one.parts.values()) == pytest.approx(one.request.latency_ns / 1e6)
         assert min(one.parts.values()) > -1e-6
+
+
+def with_inputs(spans: Sequence[Span], tokens: int, inputs: int) -> list[Span]:
+    """Requests with so many tokens have so many inputs, and so have their runs."""
+    large = {one.trace_id for one in spans if one.attributes.get("gen_ai.usage.input_tokens") == tokens}
+    return [
+        replace(one, attributes=one.attributes | {"ai.input_count": inputs if one.trace_id in large else 1})
+        if one.name == names.PREDICT
+        else replace(one, attributes=one.attributes | {"ai.batch.actual_size": inputs})
+        if one.name == names.BATCH_FORWARD and one.attributes["ai.batch.tokens"] == tokens
+        else one
+        for one in spans
+    ]
+
+
+def test_who_waits_behind_a_request_of_many_short_inputs_waits_for_that() -> None:
+    arrivals = at_random(30.0, 800, 1)
+    chance = random.Random(1)
+    tokens = [480 if chance.random() < 0.03 else chance.randint(5, 15) for _ in arrivals]
+    found = verdict(with_inputs(queued(arrivals, tokens), 480, 40))
+    assert [finding.cause for finding in found.findings] == ["long_input"]
+    fix = fix_text(found.findings[0])
+    assert "40 inputs and 480 tokens (medians; usual are 1 and 10)" in fix
+    assert "limits.max_inputs: 20" in fix
+
+
+def test_the_batch_mates_of_a_large_request_lost_their_time_to_it() -> None:
+    # Each slow request ran together with one other, of 400 tokens.
+    spans = [
+        replace(one, attributes=one.attributes | {"ai.batch.requests": 2})
+        if one.name == names.BATCH_FORWARD and one.attributes["ai.batch.tokens"] > 100
+        else one
+        for one in window({"batch_mates": 400})
+    ]
+    assert [finding.cause for finding in verdict(spans).findings] == ["long_input"]
+    # With 40 others of ten tokens each, they had more of the ordinary to do.
+    spans = [
+        replace(one, attributes=one.attributes | {"ai.batch.requests": 41})
+        if "ai.batch.requests" in one.attributes
+        else one
+        for one in spans
+    ]
+    assert [finding.cause for finding in verdict(spans).findings] == ["device_queue"]
+
+
+def test_a_device_that_is_always_busy_in_small_batches_is_healthy() -> None:
+    # Whoever waits runs together: the device hardly rests, and could do four times as much in full batches.
+    arrivals, at, spans = at_random(130.0, 1500, 3), 0, list[Span]()
+    free_at = busy = 0.0
+    while at < len(arrivals):
+        begins = max(free_at, arrivals[at] + 4.5)
+        batch = [n for n in range(at, min(at + 32, len(arrivals))) if arrivals[n] + 4.5 <= begins]
+        took = 20.0 + 0.05 * 10 * len(batch)
+        for n in batch:
+            spans += with_run(request(n, arrivals[n], busy=begins - arrivals[n] - 4.5), f"{at}", took, len(batch))
+        at, free_at, busy = at + len(batch), begins + took, busy + took
+    assert busy / free_at > 0.9
+    assert [finding.cause for finding in verdict(spans).findings] == []
+
+
+def with_run(spans: Iterable[Span], run: str, took: float, size: int) -> Iterator[Span]:
+    """A request whose run took so long, and had so many inputs."""
+    for one in spans:
+        if one.name == names.BATCH_FORWARD:
+            sizes = {"ai.batch.actual_size": size, "ai.batch.requests": size}
+            tokens = {"ai.batch.tokens": 10 * size, "ai.batch.padded_tokens": 10 * size}
+            ends = one.start_ns + round(took * 1e6)
+            yield replace(one, trace_id=f"run {run}", end_ns=ends, attributes=one.attributes | sizes | tokens)
+            continue
+        # What follows the run follows it later.
+        moved = round((took - RUN_MS - 10 * TOKEN_MS) * 1e6)
+        links = tuple((f"run {run}", "b") for _ in one.links)
+        grows = one.name in (names.FORWARD_PASS, names.BATCHED_PREDICT, names.HOP_MODEL, names.PREDICT)
+        later = one.name in (names.HOP_POSTPROCESSOR, names.POSTPROCESS, names.RESPOND)
+        yield replace(
+            one,
+            start_ns=one.start_ns + (moved if later else 0),
+            end_ns=one.end_ns + (moved if later or grows else 0),
+            links=links,
+        )
 
 
 def test_who_waits_behind_a_slow_run_waits_for_what_slowed_it() -> None:
@@ -544,3 +624,27 @@ def test_who_used_the_cpus_is_told(used: float, told: str) -> None:
     (finding,) = verdict(spans).findings
     assert finding.cause == "cpu_starvation"
     assert told in fix_text(finding)
+
+
+def starved_by_load(number: int, chance: random.Random) -> dict[str, Any]:
+    """Processes of the application compete: a part of a request's time, which differs from one to the next."""
+    contention = chance.expovariate(1 / 20)
+    return {"contention": contention, "starved": contention * chance.random(), "tokens": chance.randint(5, 15)}
+
+
+def test_a_usual_shortage_of_cpus_is_no_finding_and_more_of_it_for_a_while_is() -> None:
+    chance, spans, held = random.Random(5), list[Span](), list[Span]()
+    for number in range(600):
+        usual = starved_by_load(number, chance)
+        spans += request(number, number * 50.0, **usual)
+        # For a tenth of the time, something else has the CPUs.
+        held += request(
+            number, number * 50.0, **({"contention": 250.0, "starved": 240.0} if 300 <= number < 360 else usual)
+        )
+    assert "cpu_starvation" not in [finding.cause for finding in verdict(spans).findings]
+    assert verdict(held).findings[0].cause == "cpu_starvation"
+
+
+def test_one_cold_start_is_told_in_a_window_of_any_size() -> None:
+    spans = [*window({"tokenize": 90.0}, count=1200), *request(5000, 100.0, cold=20_000.0)]
+    assert [finding.cause for finding in verdict(spans).findings] == ["cold_start", "tokenization"]
