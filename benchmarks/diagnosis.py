@@ -196,7 +196,9 @@ def main() -> int:
     parser.add_argument("-o", dest="output", type=Path, metavar="FILE")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="folder in which to keep the traces of each case")
     parser.add_argument("--fix", action="store_true", help="run each case again with the setting that is proposed")
-    parser.add_argument("--again", type=Path, metavar="FOLDER", help="judge the traces kept in this folder")
+    parser.add_argument(
+        "--again", type=Path, metavar="FOLDER", help="judge the traces kept in this folder, of as many rounds as it has"
+    )
     options = parser.parse_args()
     if unknown := set(options.cases) - set(SLOWDOWNS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
@@ -206,6 +208,8 @@ def main() -> int:
         for name, rounds in results.items():
             kept = (options.again or options.keep or Path()) / f"{name}-{number}"
             if options.again is not None:
+                if not kept.exists():
+                    continue
                 rounds.append(verdict_on(kept, float((kept / BEGUN).read_text())))
             else:
                 rounds.append(report_on(SLOWDOWNS[name], kept if options.keep is not None else None))

@@ -15,7 +15,7 @@ from typing import Any
 from deployments.explain.requests.capture import BINS, Capture, bin_ns
 from deployments.explain.requests.parts import median, sizes_of
 from deployments.explain.requests.request import Request
-from deployments.explain.requests.scaling import orders_during
+from deployments.explain.requests.scaling import held_up, longest_load, orders_during
 from deployments.telemetry import names
 
 _ALL_AT_ONCE = 4000
@@ -55,13 +55,16 @@ def advice(text: str) -> FixFor:
     return lambda *_: Fix(text)
 
 
-def warm_replicas(capture: Capture, _: Sequence[Request]) -> Fix:
+def warm_replicas(capture: Capture, slow: Sequence[Request]) -> Fix:
     key = "deployments.Model.autoscaling_config.min_replicas"
     current = capture.settings.get(key)
     if current is None and "deployments.Model.num_replicas" in capture.settings:
         another = more_replicas(capture, "Model")
         return Fix("a replica (re)started under traffic: check its log, and run one more (", another, ")")
-    return Fix("keep replicas warm: ", Change(key, current, 1 + (current or 0)))
+    load = longest_load(slow, capture.loads)
+    is_read_slowly = load is not None and held_up(load, names.AI_IO_PRESSURE_MS)
+    faster = "; read the weights from a faster disk, or put them into the image" if is_read_slowly else ""
+    return Fix("keep replicas warm: ", Change(key, current, 1 + (current or 0)), faster)
 
 
 def more_model_replicas(capture: Capture, slow: Sequence[Request]) -> Fix:

@@ -72,18 +72,28 @@ class Loading(Protocol):
 
 def how_loaded(concerned: Sequence[Request], loads: Iterable[Loaded]) -> str:
     """What the load consisted of that they waited for, as the end of a sentence; empty if it is unknown."""
-    replicas = {request.replicas.get("model") for request in concerned}
-    longest = max((load for load in loads if load.replica in replicas), key=lambda load: load.took_ns, default=None)
+    longest = longest_load(concerned, loads)
     if longest is None:
         return ""
     whole_ms = longest.took_ns / 1e6
     phases = [f"{what} {ms / 1e3:.1f} s" for what, ms in longest.phases_ms.items() if ms >= _MUCH * whole_ms]
     said = f"; of that, its model loaded for {whole_ms / 1e3:.1f} s"
     said += f" ({', '.join(phases)})" if phases else ""
-    for key, ms in longest.hindered.items():
-        if ms >= _MUCH * whole_ms:
-            said += f"; meanwhile, for {ms / 1e3:.1f} s, {HINDRANCES[key].format('replica')}"
+    for key in HINDRANCES:
+        if held_up(longest, key):
+            said += f"; meanwhile, for {longest.hindered[key] / 1e3:.1f} s, {HINDRANCES[key].format('replica')}"
     return said
+
+
+def longest_load(concerned: Sequence[Request], loads: Iterable[Loaded]) -> Loaded | None:
+    """Of the replicas that served these requests."""
+    replicas = {request.replicas.get("model") for request in concerned}
+    return max((load for load in loads if load.replica in replicas), key=lambda load: load.took_ns, default=None)
+
+
+def held_up(load: Loaded, hindrance: str) -> bool:
+    """Whether this hindrance made up much of the load."""
+    return load.hindered.get(hindrance, 0.0) >= _MUCH * load.took_ns / 1e6 > 0
 
 
 def orders_during(

@@ -584,6 +584,7 @@ def test_what_a_cold_start_consisted_of() -> None:
     assert finding.cause == "cold_start"
     assert "its model loaded for 6.0 s (reading the weights 5.0 s)" in finding.summary
     assert "for 4.5 s, threads in the container of the replica waited for the disk" in finding.summary
+    assert "read the weights from a faster disk" in fix_text(finding)
     (finding,) = verdict([*spans, replace(load, instance="another")]).findings
     assert "loaded for" not in finding.summary
 
