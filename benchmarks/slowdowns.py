@@ -189,10 +189,11 @@ def burst() -> None:
 CHAT_SECONDS = 60.0
 
 
-def chat(words: int = 8, tokens: int = 8, seed: int = 0, read_s: float = 0.0) -> None:
-    """Stream one chat. With ``read_s``, the reader takes that long before it reads on."""
+def chat(words: int = 8, tokens: int = 8, seed: int = 0, read_s: float = 0.0, logprobs: int = 0) -> None:
+    """Stream one chat. With ``read_s``, the reader takes that long before it reads on; ``logprobs`` make it longer."""
     content = f"{seed} " + " ".join(SHORT.split()[(seed + i * 5) % 9] for i in range(words))
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0, "stream": True}
+    body |= {"logprobs": True, "top_logprobs": logprobs} if logprobs else {}
     connection = http.client.HTTPConnection("127.0.0.1", 8000, timeout=120)
     with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
         connection.connect()
@@ -204,7 +205,7 @@ def chat(words: int = 8, tokens: int = 8, seed: int = 0, read_s: float = 0.0) ->
         response.read()
 
 
-def chats(odd: Work | None = None, every: int = 20, tokens: int = 8, at_once: int = 2) -> None:
+def chats(odd: Work | None = None, every: int = 20, tokens: int = 8, at_once: int = 2, logprobs: int = 0) -> None:
     """Closed-loop clients with short chats for a minute; every so many chats, an odd one instead."""
     end, numbers, lock = time.monotonic() + CHAT_SECONDS, itertools.count(1), threading.Lock()
 
@@ -215,7 +216,7 @@ def chats(odd: Work | None = None, every: int = 20, tokens: int = 8, at_once: in
             if odd is not None and number % every == every - 1:
                 odd()
             else:
-                chat(tokens=tokens, seed=number)
+                chat(tokens=tokens, seed=number, logprobs=logprobs)
 
     together(*[one] * at_once)
 
@@ -584,8 +585,8 @@ SLOWDOWNS = {
     ),
     "chats_slow_reader": Slowdown(
         ("slow_reader",),
-        "answers of 8,000 tokens of the fake engine; every 20th reader pauses for 20 s",
-        lambda _: chats(lambda: chat(8, 8000, read_s=20), tokens=8000),
+        "answers of 600 tokens with 20 alternatives each, of the fake engine; every 20th reader pauses for 20 s",
+        lambda _: chats(lambda: chat(8, 600, read_s=20, logprobs=20), tokens=600, logprobs=20),
         fast_language_model,
         warm_up=chats_before,
     ),
