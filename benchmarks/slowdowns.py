@@ -239,9 +239,24 @@ def language_model(**generation: Any) -> Callable[[Path], Setup]:
 
 
 def fast_language_model(_: Path) -> Setup:
-    """The fake engine: answers that are large enough to fill the buffers between server and reader."""
+    """The fake engine behind HAProxy: Serve's own front takes an answer whole, however slowly it is read."""
     model = {"engine": "fake", "task": "text-generation", "max_length": 32_768, "fake": {"base_ms": 1.0}}
-    return Setup(args={"model": model, "generation": {"kv_cache_tokens": 65_536}}, config="../serve_llm.yaml")
+    return Setup(
+        args={"model": model, "generation": {"kv_cache_tokens": 65_536}},
+        config="../serve_llm.yaml",
+        environment={"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+    )
+
+
+def with_small_buffers(work: Work) -> None:
+    """Let the kernel keep little of what is sent and not read (needs root): else it takes whole answers."""
+    sizes = Path("/proc/sys/net/ipv4/tcp_wmem")
+    before = sizes.read_text()
+    sizes.write_text("4096 16384 32768")
+    try:
+        work()
+    finally:
+        sizes.write_text(before)
 
 
 # --- other processes -------------------------------------------------------------------------------------------------
@@ -585,8 +600,10 @@ SLOWDOWNS = {
     ),
     "chats_slow_reader": Slowdown(
         ("slow_reader",),
-        "answers of 600 tokens with 20 alternatives each, of the fake engine; every 20th reader pauses for 20 s",
-        lambda _: chats(lambda: chat(8, 600, read_s=20, logprobs=20), tokens=600, logprobs=20),
+        "answers of 200 tokens with 20 alternatives each, of the fake engine; every 15th reader pauses for 10 s",
+        lambda _: with_small_buffers(
+            lambda: chats(lambda: chat(8, 200, read_s=10, logprobs=20), 15, tokens=200, logprobs=20)
+        ),
         fast_language_model,
         warm_up=chats_before,
     ),
@@ -623,10 +640,10 @@ SLOWDOWNS = {
     ),
     "busy_ingress": Slowdown(
         ("replica_queue",),
-        "a model that takes 1 ms, and 64 clients at once for a quarter of the time",
+        "a model that takes 1 ms, and 64 clients at once for a quarter of the time, on CPUs that are too few",
         lambda _: together(steady, later(burst)),
         lambda _: Setup(args={"model": {"engine": "fake", "fake": {"base_ms": 1.0}}}),
-        says="Ingress",
+        says="waited for one in",
     ),
     "cpu_limit": Slowdown(
         ("cpu_starvation",),

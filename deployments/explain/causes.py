@@ -123,6 +123,7 @@ CAUSES = (
         "sending answers that were complete to readers that took them slowly",
         advice("the client read its answer slowly: check its network, and what it does with each chunk"),
         "ingress",
+        is_stated=True,
     ),
     Cause(
         "device_contention",

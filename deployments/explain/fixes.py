@@ -21,6 +21,8 @@ from deployments.telemetry import names
 _ALL_AT_ONCE = 4000
 """``max_ongoing_requests`` high enough that requests wait in the model's own queue."""
 _GROUPING = 128
+_MUCH_STARVED = 0.4
+"""Share of their time in which requests waited for a CPU, from which on there are too few."""
 _COMFORT = 0.7
 """How busy a device may be before requests wait long behind earlier ones."""
 
@@ -36,10 +38,14 @@ class Change:
 
 
 class Fix:
-    """Text and changes, in reading order."""
+    """Text and changes, in reading order.
 
-    def __init__(self, *pieces: str | Change) -> None:
-        self.pieces = pieces
+    Args:
+        is_predictable: whether what a replay predicts of the changes would come true.
+    """
+
+    def __init__(self, *pieces: str | Change, is_predictable: bool = True) -> None:
+        self.pieces, self.is_predictable = pieces, is_predictable
 
     @property
     def changes(self) -> tuple[Change, ...]:
@@ -78,7 +84,9 @@ def more_model_replicas(capture: Capture, slow: Sequence[Request]) -> Fix:
     return Fix(
         f"the model's devices were busy {busy:.0%} of that time: add model replicas (",
         more,
-        "), or make runs cheaper (a GPU, model.dtype, model.quantization)",
+        f"), or make runs cheaper (a GPU, model.dtype, model.quantization){(short := _short_of_cpus(slow))}",
+        # A replay knows the model's own threads only.
+        is_predictable=not short,
     )
 
 
@@ -189,7 +197,7 @@ def replicas_for_calls(capture: Capture, slow: Sequence[Request]) -> Fix:
     more = more_replicas(capture, name, slow=slow)
     if isinstance(current, int | float) and current < _ALL_AT_ONCE:
         return Fix(Change(key, current, _ALL_AT_ONCE), ", or add replicas (", more, ")")
-    return Fix(f"add replicas of the {name} deployment (", more, ")")
+    return Fix(f"add replicas of the {name} deployment (", more, f"){_short_of_cpus(slow)}")
 
 
 def less_padding(capture: Capture, _: Sequence[Request]) -> Fix:
@@ -279,6 +287,16 @@ def more_cpu(_: Capture, slow: Sequence[Request]) -> Fix:
         f"{others or 'other processes use the CPUs'}: see what else runs on the host (ai.cpu.run_delay_ratio of each "
         "process), and give each stage CPUs of its own (num_cpus)"
     )
+
+
+def _short_of_cpus(slow: Sequence[Request]) -> str:
+    """More replicas do not help where all wait for the same CPUs."""
+    waited = sum(sum(one.starved_ms.values()) for one in slow) / max(1e-9, sum(one.latency_ns / 1e6 for one in slow))
+    if waited < _MUCH_STARVED:
+        return ""
+    own, of_all = cpus_used(slow)
+    uses = f", and uses {own:.1f} of the {of_all:.1f} in use" if of_all else ""
+    return f"; on the same CPUs that helps little: the application waited for one in {waited:.0%} of this time{uses}"
 
 
 def cpus_used(slow: Sequence[Request]) -> tuple[float, float]:

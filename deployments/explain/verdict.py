@@ -7,8 +7,8 @@
    where it is more than twice that, or while other processes used more of the CPUs than at other times.
 3. A cause is named if at least a tenth of the slow requests, and more than one, lost to it one and a half times what a
    request takes without any waiting, and if it makes up a seventh of the total excess or most of the excess of a
-   quarter of the slow requests. For a cold start and a replica that died one request is enough, because the trace
-   itself states it. If no
+   quarter of the slow requests. For a cold start, a slow reader and a replica that died one request is enough, because
+   the trace itself states it. If no
    cause qualifies, nothing is unusual. Waiting for the device counts as far as it is more than what random arrivals
    at this rate make some requests wait (``chance``).
 4. If requests take longer from some moment on (``periods``), those before it are the ordinary ones, and what work cost
@@ -54,7 +54,7 @@ from deployments.explain.requests.parts import (
     usual_of,
 )
 from deployments.explain.requests.pattern import clock, what_hindered
-from deployments.explain.requests.request import Request
+from deployments.explain.requests.request import Request, window_of
 from deployments.explain.requests.scaling import how_loaded, orders_during, scaled_late
 from deployments.explain.token_gaps import TokenGap, token_gaps
 from deployments.explain.traces.files import Source
@@ -68,7 +68,7 @@ _MIN_RULED = 0.25
 """Share of the slow requests for which a cause makes up most of the excess."""
 _MIN_HIT = 2
 _MIN_GAIN = 0.1
-_BLOCKS, _MUCH_MORE = 24, 0.15
+_BLOCKS, _OF_A_BLOCK, _MUCH_MORE = 24, 3, 0.15
 _LEAST_IF_SEEN = 1.0
 """The least that a request must have lost to a cause of which there is other evidence, in times of useful work."""
 _CHANCE, _FEW = 1.25, 0.05
@@ -340,8 +340,9 @@ def _usual(ordinary: Sequence[Judged]) -> Parts:
 def _usually_starved(ordinary: Sequence[Judged]) -> float:
     """The share of their time that ordinary requests wait for a CPU: what the application's own processes make.
 
-    By blocks of time, of which it is the lower quartile, so that a shortage that lasts for most of the window is not
-    taken for usual. Single requests differ too much: whoever runs much competes with the application's other processes.
+    By blocks of so many requests, of which it is the lower quartile, so that a shortage that lasts for most of them is
+    not taken for usual. Single requests differ too much: whoever runs much competes with the application's other
+    processes; and so does a rush of requests, whose shortage is the load's.
     """
     blocks = blocks_of(sorted(ordinary, key=lambda one: one.request.started_ns), _BLOCKS)
     shares = [
@@ -352,9 +353,18 @@ def _usually_starved(ordinary: Sequence[Judged]) -> float:
     return percentile(sorted((share, 1.0) for share in shares), 0.25)
 
 
+def _blocks_of_time(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """Those that began in each of equally long parts of the window, where there were some."""
+    begin, end = window_of([one.request for one in judged])
+    blocks: list[list[Judged]] = [[] for _ in range(_BLOCKS)]
+    for one in judged:
+        blocks[min(_BLOCKS - 1, (one.request.started_ns - begin) * _BLOCKS // max(1, end - begin))].append(one)
+    return [block for block in blocks if len(block) >= _OF_A_BLOCK]
+
+
 def _while_others_had_the_cpus(answered: Sequence[Judged]) -> set[Key]:
     """Those of the blocks of time in which other processes used a seventh more of the CPUs than they mostly do."""
-    blocks = blocks_of(sorted(answered, key=lambda one: one.request.started_ns), _BLOCKS)
+    blocks = _blocks_of_time(answered)
     used = [(block, cpus_used([one.request for one in block])) for block in blocks]
     known = [(block, of_all - own) for block, (own, of_all) in used if of_all]
     most = max((of_all for _, (_, of_all) in used), default=0.0)

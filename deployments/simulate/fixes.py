@@ -42,6 +42,8 @@ def predict_fixes(verdict: Verdict, source: Source, since_ns: int) -> None:
 
 
 def _change_of(finding: Finding) -> tuple[str, Any] | None:
+    if not finding.fix.is_predictable:
+        return None
     return next(((one.key, one.proposed) for one in finding.fix.changes if one.key in KEYS), None)
 
 
