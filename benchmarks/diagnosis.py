@@ -107,7 +107,8 @@ def with_setting(text: str, key: str, value: float) -> str:
     application = document["applications"][0]
     section, *path, last = key.split(".")
     if section == "deployments":
-        place = next(one for one in application["deployments"] if one["name"] == path.pop(0))
+        name, *path = path
+        place = next(one for one in application["deployments"] if one["name"] == name)
     else:
         place = application.setdefault("args", {}).setdefault(section, {})
     for part in path:

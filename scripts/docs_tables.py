@@ -46,6 +46,7 @@ def tables() -> dict[str, str]:
         "generation": (RESULTS.parent / "generation.md").read_text().strip(),
         "hop": (RESULTS.parent / "hop.md").read_text().strip(),
         "diagnosis": (RESULTS.parent / "diagnosis.md").read_text().strip(),
+        "diagnosis_fixes": (RESULTS.parent / "diagnosis_fixes.md").read_text().strip(),
         "scaling": (RESULTS.parent / "scaling.md").read_text().strip(),
         "scaling_real": (RESULTS.parent / "scaling_real.md").read_text().strip(),
         "size": (RESULTS.parent / "explain_size.md").read_text().strip(),

@@ -38,12 +38,8 @@ def wait_by_chance_ms(capture: Capture, share: float) -> float:
     each_ms = (end - begin) / 1e6 * replicas / sum(weights)
     # What slows all runs (other processes, too few CPUs) lets requests wait longer for their turn; what they wait
     # because of it has causes of its own.
-    slower = max(
-        1.0,
-        sum(run.took_ns for run in capture.runs.values())
-        / 1e6
-        / sum(fit.ms(run.padded_tokens) for run in capture.runs.values()),
-    )
+    expected_ms = sum(fit.ms(run.padded_tokens) for run in capture.runs.values())
+    slower = max(1.0, sum(run.took_ns for run in capture.runs.values()) / 1e6 / max(1e-9, expected_ms))
     mean_tokens = sum(one * weight for one, weight in zip(tokens, weights, strict=True)) / sum(weights)
     if slower * (fit.run_ms / size + fit.token_ms * mean_tokens) > _MAX_LOAD * each_ms:
         return 0.0

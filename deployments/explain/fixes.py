@@ -99,7 +99,7 @@ def shorter_inputs(capture: Capture, slow: Sequence[Request]) -> Fix:
     sizes = sizes_of(capture)
     # Those who waited behind a large request may be small themselves.
     large = [request for request in capture.requests if request.tokens >= sizes.large] or slow
-    tokens, inputs = (median([count(one) for one in large]) for count in (_tokens, _inputs))
+    tokens, inputs = median([one.tokens for one in large]), median([one.inputs for one in large])
     usual = median([one.inputs for one in capture.requests], [capture.weight(one) for one in capture.requests])
     if inputs > usual:
         return Fix(
@@ -113,14 +113,6 @@ def shorter_inputs(capture: Capture, slow: Sequence[Request]) -> Fix:
         _input_limit(capture, large),
         "), truncate them (model.max_length), or make runs cheaper (a GPU, model.dtype)",
     )
-
-
-def _tokens(request: Request) -> float:
-    return request.tokens
-
-
-def _inputs(request: Request) -> float:
-    return request.inputs
 
 
 def less_tokenization(capture: Capture, slow: Sequence[Request]) -> Fix:

@@ -254,17 +254,18 @@ def _compare(verdict: Verdict) -> None:
     no_finding: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(slow))
     no_finding["device_queue"] = [by_chance] * len(slow)
     # Where other processes are seen to have the CPUs, less is one.
-    seen = {("cpu_starvation", key) for key in _while_others_had_the_cpus(verdict.answered)}
+    taken = _while_others_had_the_cpus(verdict.answered)
     no_finding["cpu_starvation"] = [
-        0.0 if ("cpu_starvation", one.request.key) in seen else starved * sum(one.parts.values()) for one, _ in slow
+        0.0 if one.request.key in taken else starved * sum(one.parts.values()) for one, _ in slow
     ]
     lost: list[tuple[str, list[float]]] = []
     for cause in CAUSES:
         amounts = [sum(more[part] for part in cause.parts) for _, more in slow]
         if cause.name not in lasting:
             amounts = [ms if ms > least else 0.0 for ms, least in zip(amounts, no_finding[cause.name], strict=True)]
-        least = [_LEAST_IF_SEEN if (cause.name, one.request.key) in seen else cause.least_of_useful for one, _ in slow]
-        hit = [ms >= max(_MIN_MS, times * useful) for ms, times in zip(amounts, least, strict=True)]
+        is_seen = [cause.name == "cpu_starvation" and one.request.key in taken for one, _ in slow]
+        times = [_LEAST_IF_SEEN if seen else cause.least_of_useful for seen in is_seen]
+        hit = [ms >= max(_MIN_MS, least * useful) for ms, least in zip(amounts, times, strict=True)]
         ruled = [ms > all_of_it / 2 for all_of_it, ms in zip(of_each, amounts, strict=True)]
         is_hit = any(hit) if cause.is_stated else sum(hit) >= _MIN_HIT and _sum(hit, weights) >= _MIN_REQUESTS * of_slow
         rules = sum(ruled) >= _MIN_HIT and _sum(ruled, weights) >= _MIN_RULED * of_slow

@@ -168,7 +168,7 @@ class _Data:
         texts = {
             "causes": (
                 "Latency by cause",
-                "How many requests took how long, and what those lost most to that lost to a cause.",
+                "How many requests took how long, and the named cause that they lost most time to.",
             ),
             "timeline": ("The device around the longest wait", _timeline_text(document["timeline"])),
             "latency": ("Latency by stage", "Where a request's time went, on average, by arrival time."),
