@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from deployments.explain.requests.capture import BINS, Capture, bin_ns
-from deployments.explain.requests.parts import median, sizes_of
-from deployments.explain.requests.request import Request
+from deployments.explain.requests.parts import median, one_sided_ms, sizes_of
+from deployments.explain.requests.request import Request, quickest_of
 from deployments.explain.requests.scaling import held_up, longest_load, orders_during
 from deployments.telemetry import names
 
@@ -171,8 +171,11 @@ def _input_limit(capture: Capture, slow: Sequence[Request]) -> Change | str:
 
 
 def replicas_for_calls(capture: Capture, slow: Sequence[Request]) -> Fix:
+    quickest = quickest_of(call for request in capture.requests for call in request.calls)
     stages = Counter(
-        max(request.calls, key=lambda c: c.there_ns - c.back_ns).stage for request in slow if request.calls
+        max(request.calls, key=lambda call: call.waited_ns / 1e6 + one_sided_ms(call, quickest)).stage
+        for request in slow
+        if request.calls
     )
     name = stages.most_common(1)[0][0].capitalize() if stages else "Model"
     key = f"deployments.{name}.max_ongoing_requests"
@@ -189,7 +192,8 @@ def replicas_for_calls(capture: Capture, slow: Sequence[Request]) -> Fix:
     more = more_replicas(capture, name, slow=slow)
     if isinstance(current, int | float) and current < _ALL_AT_ONCE:
         return Fix(Change(key, current, _ALL_AT_ONCE), ", or add replicas (", more, ")")
-    return Fix(f"add replicas of the {name} deployment (", more, f"){_short_of_cpus(slow)}")
+    short = _short_of_cpus(slow)
+    return Fix(f"add replicas of the {name} deployment (", more, f"){short}", is_predictable=not short)
 
 
 def less_padding(capture: Capture, _: Sequence[Request]) -> Fix:

@@ -245,7 +245,7 @@ def _parts(
     parts["contention"] = forward - own - others_work - batch_mates - padding
     # A cold start already includes the whole transit of its call.
     calls = [call for call in request.calls if not (parts["cold_start"] and call.stage == "model")]
-    waited = min(parts["transit"], sum(_one_sided_ms(call, quickest) for call in calls))
+    waited = min(parts["transit"], sum(one_sided_ms(call, quickest) for call in calls))
     parts["replica_wait"] += waited
     parts["transit"] -= waited
     return parts
@@ -298,7 +298,8 @@ def _fit(points: Sequence[tuple[int, float]], weights: Sequence[float]) -> RunFi
     return RunFit(max(0.0, run_ms), token_ms)
 
 
-def _one_sided_ms(call: Call, quickest: Mapping[tuple[str, str, str], Call]) -> float:
+def one_sided_ms(call: Call, quickest: Mapping[tuple[str, str, str], Call]) -> float:
+    """How much longer a call was on the way to its stage than back, beyond the quickest between the two."""
     best = quickest[(call.stage, *call.between)]
     return max(0, (call.there_ns - best.there_ns) - (call.back_ns - best.back_ns)) / 1e6
 

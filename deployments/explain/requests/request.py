@@ -49,6 +49,8 @@ class Call:
     there_ns: int
     """From the caller's start to the stage's, each on its own clock."""
     back_ns: int
+    waited_ns: int = 0
+    """In the caller, before that: for a replica that could take it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +228,9 @@ def _calls(by_name: Mapping[str, Sequence[Span]]) -> Iterable[Call]:
             for served in by_name.get(stage_name, ()) or by_name.get(names.GENERATE, ()):
                 if served.parent_id == hop.span_id:
                     between = (hop.instance, served.instance)
-                    left_ns = hop.start_ns + wait_ns(hop)
-                    yield Call(stage, between, served.start_ns - left_ns, hop.end_ns - served.end_ns)
+                    waited_ns = wait_ns(hop)
+                    there_ns = served.start_ns - hop.start_ns - waited_ns
+                    yield Call(stage, between, there_ns, hop.end_ns - served.end_ns, waited_ns)
 
 
 def quickest_of(calls: Iterable[Call]) -> dict[tuple[str, str, str], Call]:

@@ -113,3 +113,10 @@ def test_truncation_is_advised_against() -> None:
 
     assert (finding.cause, finding.requests) == ("truncation", 240)
     assert len(finding.evidence) == 3
+
+
+def test_the_stage_that_kept_them_waiting_is_named_whatever_its_clock_says() -> None:
+    # The clocks of the stages are hours apart; the hop says how long the call waited for a replica of the model.
+    (finding,) = verdict(window({"waited": 60.0})).findings
+    assert finding.cause == "replica_queue"
+    assert "add replicas of the Model deployment" in fix_text(finding)
