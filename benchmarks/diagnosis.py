@@ -114,6 +114,9 @@ def with_setting(text: str, key: str, value: float) -> str:
     for part in path:
         place = place.setdefault(part, {})
     place[last] = int(value) if value.is_integer() else value
+    if last == "min_replicas":
+        # Serve refuses fewer at first.
+        place.pop("initial_replicas", None)
     return yaml.safe_dump(document)
 
 
