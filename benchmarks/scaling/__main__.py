@@ -1,6 +1,6 @@
 """Compare the autoscaling policy with Serve's own on patterns of half an hour, and a real run with its replay.
 
-    python benchmarks/scaling            # every pattern and start time: a table and a plot, a quarter of an hour
+    python benchmarks/scaling            # every pattern and start time: a table and a plot, five minutes
     python benchmarks/scaling --only burst --starts 5
     python benchmarks/scaling --real     # one real run on this machine and the replay of its traces, five minutes
 
@@ -38,8 +38,8 @@ RATE = BATCH / RUN_MS * 1e3
 TARGET_MS = 500.0
 PEAK = 8
 """Replicas that a pattern's peak needs at full utilization."""
-STARTS_S = (5.0, 30.0, 120.0)
-"""A process only; a process and its weights; a new node."""
+STARTS_S = (5.0, 30.0)
+"""A process only; a process and its weights."""
 ONGOING = TARGET_MS / 1e3 * RATE
 POLICIES: dict[str, tuple[Callable[[], Policy | None], float]] = {
     "slowlens": (lambda: None, 60.0),
