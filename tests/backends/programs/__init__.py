@@ -34,7 +34,7 @@ def program(name: str) -> Path:
         return built
     if shutil.which("go") is None:
         pytest.skip(f"{name} is built with Go, which is not here (https://go.dev/dl/)")
-    # It is done once, and may take longer than a test (faulthandler_timeout of pyproject.toml), after which all would end.
+    # Done once, it may take longer than a test (faulthandler_timeout of pyproject.toml), after which all would end.
     faulthandler.cancel_dump_traceback_later()
     _CACHE.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"GOFLAGS": "-buildvcs=false -mod=readonly"}
