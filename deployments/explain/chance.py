@@ -1,4 +1,4 @@
-"""How long requests wait for a device by chance, when nothing is wrong.
+"""How long requests wait when nothing is wrong: for a device by chance, and for a CPU as usual.
 
 Requests that arrive at random sometimes arrive together. How long some wait for that reason follows from the rate at
 which they arrive and what their runs cost, so it is computed: a replica with the measured rate, sizes and costs, whose
@@ -11,14 +11,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from deployments.explain.fixes import cpus_used
+from deployments.explain.periods import Judged, blocks_of
 from deployments.explain.requests.capture import Capture
 from deployments.explain.requests.parts import fit_runs
+from deployments.explain.requests.request import window_of
+from deployments.explain.traces.survey import Key
+from deployments.explain.traces.weights import percentile
 
 _REQUESTS = 8000
 _SEED = 7
 _MAX_LOAD = 0.9
 """The share of what a device can do in full batches that may arrive for its waits to be chance."""
 _SIZE, _WINDOWS = 32, 0.9
+_BLOCKS, _OF_A_BLOCK, _MUCH_MORE = 24, 3, 0.15
 
 
 def wait_by_chance_ms(capture: Capture, share: float) -> float:
@@ -68,3 +74,41 @@ def _served(arrivals: Sequence[tuple[float, int]], size: int, run_ms: float, tok
         waits += [begins - at + took - (run_ms + token_ms * tokens) for at, tokens in batch]
         free_at = begins + took
     return waits
+
+
+# --- waiting for a CPU -----------------------------------------------------------------------------------------------
+
+
+def usually_starved(ordinary: Sequence[Judged]) -> float:
+    """The share of their time that ordinary requests wait for a CPU: what the application's own processes make.
+
+    By blocks of so many requests, of which it is the lower quartile, so that a shortage that lasts for most of them is
+    not taken for usual. Single requests differ too much: whoever runs much competes with the application's other
+    processes; and so does a rush of requests, whose shortage is the load's.
+    """
+    blocks = blocks_of(sorted(ordinary, key=lambda one: one.request.started_ns), _BLOCKS)
+    shares = [
+        sum(one.weight * one.parts["cpu_starved"] for one in block)
+        / max(1e-9, sum(one.weight * sum(one.parts.values()) for one in block))
+        for block in blocks
+    ]
+    return percentile(sorted((share, 1.0) for share in shares), 0.25)
+
+
+def _blocks_of_time(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """Those that began in each of equally long parts of the window, where there were some."""
+    begin, end = window_of([one.request for one in judged])
+    blocks: list[list[Judged]] = [[] for _ in range(_BLOCKS)]
+    for one in judged:
+        blocks[min(_BLOCKS - 1, (one.request.started_ns - begin) * _BLOCKS // max(1, end - begin))].append(one)
+    return [block for block in blocks if len(block) >= _OF_A_BLOCK]
+
+
+def while_others_had_the_cpus(answered: Sequence[Judged]) -> set[Key]:
+    """Those of the blocks of time in which other processes used a seventh more of the CPUs than they mostly do."""
+    blocks = _blocks_of_time(answered)
+    used = [(block, cpus_used([one.request for one in block])) for block in blocks]
+    known = [(block, of_all - own) for block, (own, of_all) in used if of_all]
+    most = max((of_all for _, (_, of_all) in used), default=0.0)
+    usual = percentile(sorted((others, 1.0) for _, others in known), 0.25)
+    return {one.request.key for block, others in known if others >= usual + _MUCH_MORE * most for one in block}

@@ -28,15 +28,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from deployments.explain.causes import CAUSES, Cause
-from deployments.explain.chance import wait_by_chance_ms
+from deployments.explain.chance import usually_starved, wait_by_chance_ms, while_others_had_the_cpus
 from deployments.explain.counted import Counted
 from deployments.explain.findings import EVIDENCE, Finding, advisories, both, failures, traits
-from deployments.explain.fixes import Fix, cpus_used
+from deployments.explain.fixes import Fix
 from deployments.explain.periods import (
     Change,
     Judged,
     Period,
-    blocks_of,
     change_of,
     differences,
     increases,
@@ -54,7 +53,7 @@ from deployments.explain.requests.parts import (
     usual_of,
 )
 from deployments.explain.requests.pattern import clock, what_hindered
-from deployments.explain.requests.request import Request, window_of
+from deployments.explain.requests.request import Request
 from deployments.explain.requests.scaling import how_loaded, orders_during, scaled_late
 from deployments.explain.token_gaps import TokenGap, token_gaps
 from deployments.explain.traces.files import Source
@@ -68,7 +67,6 @@ _MIN_RULED = 0.25
 """Share of the slow requests for which a cause makes up most of the excess."""
 _MIN_HIT = 2
 _MIN_GAIN = 0.1
-_BLOCKS, _OF_A_BLOCK, _MUCH_MORE = 24, 3, 0.15
 _LEAST_IF_SEEN = 1.0
 """The least that a request must have lost to a cause of which there is other evidence, in times of useful work."""
 _CHANCE, _FEW = 1.25, 0.05
@@ -232,7 +230,7 @@ def _compare(verdict: Verdict) -> None:
     routes = {one.request.route for one in ordinary}
     usual = {route: _usual([one for one in ordinary if one.request.route == route]) for route in routes}
     of_all = _usual(ordinary)
-    starved = _usually_starved(ordinary)
+    starved = usually_starved(ordinary)
     excess = []
     for one in verdict.answered:
         base = usual.get(one.request.route, of_all)
@@ -254,7 +252,7 @@ def _compare(verdict: Verdict) -> None:
     no_finding: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(slow))
     no_finding["device_queue"] = [by_chance] * len(slow)
     # Where other processes are seen to have the CPUs, less is one.
-    taken = _while_others_had_the_cpus(verdict.answered)
+    taken = while_others_had_the_cpus(verdict.answered)
     no_finding["cpu_starvation"] = [
         0.0 if one.request.key in taken else starved * sum(one.parts.values()) for one, _ in slow
     ]
@@ -336,41 +334,6 @@ def _usual(ordinary: Sequence[Judged]) -> Parts:
     idle = {part for cause in CAUSES if cause.baseline_is_zero for part in cause.parts}
     weights = [one.weight for one in ordinary]
     return {part: 0.0 if part in idle else median([one.parts[part] for one in ordinary], weights) for part in PARTS}
-
-
-def _usually_starved(ordinary: Sequence[Judged]) -> float:
-    """The share of their time that ordinary requests wait for a CPU: what the application's own processes make.
-
-    By blocks of so many requests, of which it is the lower quartile, so that a shortage that lasts for most of them is
-    not taken for usual. Single requests differ too much: whoever runs much competes with the application's other
-    processes; and so does a rush of requests, whose shortage is the load's.
-    """
-    blocks = blocks_of(sorted(ordinary, key=lambda one: one.request.started_ns), _BLOCKS)
-    shares = [
-        sum(one.weight * one.parts["cpu_starved"] for one in block)
-        / max(1e-9, sum(one.weight * sum(one.parts.values()) for one in block))
-        for block in blocks
-    ]
-    return percentile(sorted((share, 1.0) for share in shares), 0.25)
-
-
-def _blocks_of_time(judged: Sequence[Judged]) -> list[list[Judged]]:
-    """Those that began in each of equally long parts of the window, where there were some."""
-    begin, end = window_of([one.request for one in judged])
-    blocks: list[list[Judged]] = [[] for _ in range(_BLOCKS)]
-    for one in judged:
-        blocks[min(_BLOCKS - 1, (one.request.started_ns - begin) * _BLOCKS // max(1, end - begin))].append(one)
-    return [block for block in blocks if len(block) >= _OF_A_BLOCK]
-
-
-def _while_others_had_the_cpus(answered: Sequence[Judged]) -> set[Key]:
-    """Those of the blocks of time in which other processes used a seventh more of the CPUs than they mostly do."""
-    blocks = _blocks_of_time(answered)
-    used = [(block, cpus_used([one.request for one in block])) for block in blocks]
-    known = [(block, of_all - own) for block, (own, of_all) in used if of_all]
-    most = max((of_all for _, (_, of_all) in used), default=0.0)
-    usual = percentile(sorted((others, 1.0) for _, others in known), 0.25)
-    return {one.request.key for block, others in known if others >= usual + _MUCH_MORE * most for one in block}
 
 
 def _finding(
