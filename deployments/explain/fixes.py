@@ -237,19 +237,22 @@ _STOLEN = (
     "the hypervisor gives the CPUs to other machines (ai.cpu.steal_ratio): take a machine whose CPUs are its own, and "
     "not one that has used up its credit"
 )
-
-
 _LIMITED = (
     "a CPU limit of the container is reached (ai.cpu.throttled_ratio): raise or remove it (resources.limits of its "
     "pod), or use less CPU in it (fewer replicas in one pod, model.threads)"
 )
 
 
-def device_of_its_own(_: Capture, slow: Sequence[Request]) -> Fix:
+def _cpus_withheld(slow: Sequence[Request]) -> Fix | None:
+    """What to do if neither the application nor other processes had the CPUs."""
     if _mostly(slow, names.AI_CPU_THROTTLED_MS):
         return Fix(_LIMITED)
-    if _mostly(slow, names.AI_CPU_STEAL_MS):
-        return Fix(_STOLEN)
+    return Fix(_STOLEN) if _mostly(slow, names.AI_CPU_STEAL_MS) else None
+
+
+def device_of_its_own(_: Capture, slow: Sequence[Request]) -> Fix:
+    if (withheld := _cpus_withheld(slow)) is not None:
+        return withheld
     if _mostly(slow, names.AI_MEMORY_PRESSURE_MS):
         return Fix(
             "the container is short of memory (ai.pressure.ratio): give it more (resources.limits of its pod), or run "
@@ -268,10 +271,8 @@ def _mostly(slow: Sequence[Request], hindrance: str) -> bool:
 
 
 def more_cpu(_: Capture, slow: Sequence[Request]) -> Fix:
-    if _mostly(slow, names.AI_CPU_THROTTLED_MS):
-        return Fix(_LIMITED)
-    if _mostly(slow, names.AI_CPU_STEAL_MS):
-        return Fix(_STOLEN)
+    if (withheld := _cpus_withheld(slow)) is not None:
+        return withheld
     own, of_all = cpus_used(slow)
     if own > of_all / 2:
         return Fix(

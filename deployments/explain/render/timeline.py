@@ -7,18 +7,16 @@ from typing import Any
 
 from deployments.explain.periods import Judged
 from deployments.explain.requests.capture import Run
-from deployments.explain.requests.parts import Usual
+from deployments.explain.requests.parts import SLOW, Usual
 from deployments.explain.requests.request import Request
 from deployments.explain.verdict import Verdict
-from deployments.telemetry import names
 
 _BLOCKS, _WAITING = 120, 16
 _AROUND = 0.25
 """How much is shown before and after the worst wait, as a share of it."""
 _LEAST_NS = 200 * 10**6
-_SLOW, _PADDED = 1.5, 0.5
-"""A run is slow if it took so many times what it should, and padded if so much of it was padding."""
-_OF_MODEL = (names.BATCHED_PREDICT, names.GENERATE)
+_PADDED = 0.5
+"""A run is padded if so much of it was padding."""
 Use = Callable[[Request], str]
 """Puts a request's trace on the page, and returns its id."""
 
@@ -30,29 +28,28 @@ def timeline(verdict: Verdict, use: Use) -> dict[str, Any]:
     if worst is None or not _waited_ms(worst) or replica not in verdict.capture.devices:
         return {"replica": "", "blocks": [], "waiting": []}
     ahead_ns = verdict.capture.devices[replica].ahead_ns
-    waits = worst.request.waits
-    first, last = waits[0][0] - ahead_ns, waits[-1][1] - ahead_ns
+    first, last = _waiting(worst, ahead_ns)
     around = max(_LEAST_NS, round(_AROUND * (last - first)))
     begin, end = first - around, last + around
     here = [one for one in verdict.answered if one.request.replicas.get("model") == replica]
     blocks = sorted(_blocks(verdict, here, replica, (begin, end), use), key=lambda block: block["from"])
-    waiting: list[dict[str, Any]] = [
-        {
-            "from": (one.request.waits[0][0] - ahead_ns) / 1e6,
-            "to": (one.request.waits[-1][1] - ahead_ns) / 1e6,
-            "trace": use(one.request),
-        }
-        for one in sorted(here, key=_waited_ms, reverse=True)
-        if one.request.waits
-        and one.request.waits[0][0] - ahead_ns < end
-        and one.request.waits[-1][1] - ahead_ns > begin
-    ][:_WAITING]
-    waiting.sort(key=lambda wait: wait["from"])
+    waited = [
+        (*_waiting(one, ahead_ns), one.request) for one in sorted(here, key=_waited_ms, reverse=True) if _waited_ms(one)
+    ]
+    then = [(since, until, request) for since, until, request in waited if since < end and until > begin][:_WAITING]
+    waiting = [
+        {"from": since / 1e6, "to": until / 1e6, "trace": use(request)}
+        for since, until, request in sorted(then, key=lambda each: each[0])
+    ]
     return {"replica": replica, "blocks": blocks[:_BLOCKS], "waiting": waiting}
 
 
+def _waiting(one: Judged, ahead_ns: int) -> tuple[int, int]:
+    """From when until when it waited in its replica, whose clock is so far ahead of the ingress's."""
+    return one.request.waits[0][0] - ahead_ns, one.request.waits[-1][1] - ahead_ns
+
+
 def _waited_ms(one: Judged) -> float:
-    """For the device, and in what its waiting was passed on to."""
     return sum(end - begin for begin, end in one.request.waits) / 1e6
 
 
@@ -90,7 +87,7 @@ def _blocks(
 def _kind(run: Run, usual: Usual) -> str:
     if run.failed:
         return "failed"
-    if usual.runs is not None and run.took_ns / 1e6 > _SLOW * usual.runs.ms(run.padded_tokens):
+    if usual.runs is not None and run.took_ns / 1e6 > SLOW * usual.runs.ms(run.padded_tokens):
         return "slower than usual"
     if usual.sizes.unusual(run.tokens, run.requests):
         return "large requests"

@@ -9,7 +9,7 @@ from itertools import chain
 
 from deployments.explain.requests.breakdown import Breakdown
 from deployments.explain.requests.capture import segment_of
-from deployments.explain.requests.request import STAGE_OF, number, whole
+from deployments.explain.requests.request import HINDRANCES, STAGE_OF, number, whole
 from deployments.explain.token_gaps import token_gaps
 from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
@@ -32,12 +32,7 @@ _SHOWN = (
     names.AI_DECODE_TOKENS,
     names.AI_DECODE_MAX_GAP_MS,
     names.AI_CPU_RUN_DELAY_MS,
-    names.AI_CPU_THROTTLED_MS,
-    names.AI_CPU_STEAL_MS,
-    names.AI_MEMORY_PRESSURE_MS,
-    names.AI_IO_PRESSURE_MS,
-    names.AI_EVENT_LOOP_STALL_MS,
-    names.AI_GC_PAUSE_MS,
+    *HINDRANCES,
     names.AI_STREAM_BLOCKED_MS,
     names.HTTP_RESPONSE_STATUS_CODE,
     names.ERROR_TYPE,

@@ -84,7 +84,7 @@ _WORK_OF = {
 _ROUNDS = 8
 _LONG_OF_MOST, _LONG_OF_USUAL = 2.0, 4.0
 """A request is large if it has this many times the tokens of three quarters of all, and of half of them."""
-_SLOW = 1.5
+SLOW = 1.5
 """A run is slow if it took this many times what it should: less is noise."""
 
 
@@ -202,7 +202,7 @@ def _pass_on(request: Request, parts: Parts, device: Device, fit: RunFit, sizes:
     for wait in request.waits:
         for run in device.during(wait):
             within, expected = run.within_ns / 1e6, fit.ms(run.padded_tokens)
-            if run.took_ns / 1e6 > _SLOW * expected:
+            if run.took_ns / 1e6 > SLOW * expected:
                 slow = within * (1 - expected / (run.took_ns / 1e6))
                 contention += slow
                 within -= slow

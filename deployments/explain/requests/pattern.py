@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from statistics import fmean, pstdev
 
-from deployments.explain.requests.request import Request, window_of
+from deployments.explain.requests.request import HINDRANCES, Request, window_of
 from deployments.explain.traces.weights import percentile
-from deployments.telemetry import names
 
 _NEARLY_ALL, _OFTEN = 0.9, 0.6
 """Minimum share of the requests concerned, and maximum share of all, that have a distinguishing value."""
@@ -60,16 +59,6 @@ class _Requests(list[tuple[Request, float]]):
 
     def percentile(self, measure: Callable[[Request], int], share: float) -> float:
         return percentile(sorted((measure(request), weight) for request, weight in self), share)
-
-
-HINDRANCES = {
-    names.AI_CPU_THROTTLED_MS: "a CPU limit of its container held the {} back",
-    names.AI_CPU_STEAL_MS: "the hypervisor ran others on the CPUs of the {} (steal)",
-    names.AI_MEMORY_PRESSURE_MS: "the container of the {} was short of memory (pressure)",
-    names.AI_IO_PRESSURE_MS: "threads in the container of the {} waited for the disk (pressure)",
-    names.AI_EVENT_LOOP_STALL_MS: "the event loop of the {} stalled (its stack is in the traces)",
-    names.AI_GC_PAUSE_MS: "garbage was collected in the {}",
-}
 
 
 def what_hindered(concerned: Sequence[Request], amounts_ms: Sequence[float]) -> str:

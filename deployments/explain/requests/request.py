@@ -27,14 +27,15 @@ _STARVED = (
     ("model", names.BATCHED_PREDICT),
     ("postprocessor", names.POSTPROCESS),
 )
-HINDRANCES = (
-    names.AI_CPU_THROTTLED_MS,
-    names.AI_CPU_STEAL_MS,
-    names.AI_MEMORY_PRESSURE_MS,
-    names.AI_IO_PRESSURE_MS,
-    names.AI_EVENT_LOOP_STALL_MS,
-    names.AI_GC_PAUSE_MS,
-)
+HINDRANCES = {
+    names.AI_CPU_THROTTLED_MS: "a CPU limit of its container held the {} back",
+    names.AI_CPU_STEAL_MS: "the hypervisor ran others on the CPUs of the {} (steal)",
+    names.AI_MEMORY_PRESSURE_MS: "the container of the {} was short of memory (pressure)",
+    names.AI_IO_PRESSURE_MS: "threads in the container of the {} waited for the disk (pressure)",
+    names.AI_EVENT_LOOP_STALL_MS: "the event loop of the {} stalled (its stack is in the traces)",
+    names.AI_GC_PAUSE_MS: "garbage was collected in the {}",
+}
+"""What may hold a process up, by attribute: what is said of the stage where it did."""
 STAGE_OF = {hop: stage for _, hop, stage in _STAGES}
 """Maps the span name of a call to the span name of the stage that it calls."""
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from deployments.explain.requests.pattern import HINDRANCES, clock
-from deployments.explain.requests.request import Request
+from deployments.explain.requests.pattern import clock
+from deployments.explain.requests.request import HINDRANCES, Request
 from deployments.explain.traces.otlp import Span
 from deployments.telemetry import names
 
