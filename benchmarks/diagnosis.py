@@ -8,8 +8,9 @@
     python benchmarks/diagnosis.py padding --fix          # runs it again with the setting that is proposed
 
 Prints each verdict, and exits with status 1 if one is wrong: the first cause must be a true one, all true causes must
-be named, and a healthy run must have none. Needs Linux, ports 8000 and 14318, and a C compiler for one case. A case
-takes about a minute.
+be named, and a healthy run must have none. Needs Linux, ports 8000 and 14318, a C compiler for one case, and root for
+four (cpu_limit, slow_replica, slow_disk: control groups; chats_slow_reader: the kernel's socket buffers). A case takes
+about a minute.
 """
 
 from __future__ import annotations
